@@ -1,0 +1,98 @@
+"""`python handler.py` on a developer's machine: the forms of `--test_input`, and pictures as files.
+
+The SDK takes `--test_input` as a JSON string only and prints results to the log. Here it takes a
+path, or no value, too, and the pictures of a local job are saved.
+"""
+
+import base64
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+DEFAULT_JOB_FILE = "test_input.json"
+OUTPUT_DIR = Path("output")
+
+
+def prepare(arguments: list[str]) -> tuple[list[str], bool]:
+    """Set up logging and make the arguments what the SDK takes.
+
+    Returns:
+        The arguments for the SDK, and whether they mean one local job.
+
+    Exits with a message where `--test_input` is neither JSON nor a file with JSON in it.
+    """
+    # The SDK's own default is DEBUG, which logs whole jobs; an empty value makes it crash.
+    os.environ["RUNPOD_LOG_LEVEL"] = os.environ.get("RUNPOD_LOG_LEVEL") or "INFO"
+    if not os.environ.get("RUNPOD_REALTIME_PORT"):
+        os.environ.pop("RUNPOD_REALTIME_PORT", None)
+    logging.basicConfig(format="%(levelname)-7s| %(message)s", stream=sys.stdout)
+    logging.getLogger("sdxl_worker").setLevel(logging.INFO)
+
+    arguments, job = _job_of(arguments)
+    serves = "--rp_serve_api" in arguments or bool(os.environ.get("RUNPOD_REALTIME_PORT"))
+    takes_from_queue = bool(os.environ.get("RUNPOD_WEBHOOK_GET_JOB")) and job is None
+    is_local_job = not serves and not takes_from_queue
+    if is_local_job and job is None:
+        job = _read(DEFAULT_JOB_FILE)
+    return arguments + ([f"--test_input={job}"] if job else []), is_local_job
+
+
+def saving(handler: Handler) -> Handler:
+    """The handler for a local job: it saves the pictures and answers with their paths."""
+
+    async def handle_and_save(job: dict[str, Any]) -> dict[str, Any]:
+        output = await handler(job)
+        if "images" not in output:
+            return output
+        OUTPUT_DIR.mkdir(exist_ok=True)
+        # The whole answer, as the platform's status route gives it.
+        (OUTPUT_DIR / "output.json").write_text(json.dumps({"output": output}), encoding="utf-8")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        paths = []
+        for i, data_uri in enumerate(output["images"]):
+            path = OUTPUT_DIR / f"{stamp}-seed{output['seed'] + i}.png"
+            path.write_bytes(base64.b64decode(data_uri.partition(",")[2]))
+            paths.append(str(path))
+            print(f"Saved {path}")
+        return {**output, "images": paths, "image_url": paths[0]}
+
+    return handle_and_save
+
+
+def _job_of(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Take `--test_input` and its value, if it has one, out of the arguments.
+
+    Returns:
+        The other arguments, and the job as JSON text, or None without `--test_input`.
+    """
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != "--test_input":
+            continue
+        rest = arguments[i + 1 :]
+        if not equals and rest and not rest[0].startswith("--"):
+            value, *rest = rest
+        return arguments[:i] + rest, _read(value or DEFAULT_JOB_FILE)
+    return arguments, None
+
+
+def _read(value: str) -> str:
+    """JSON text from `value`, which is JSON itself or the path of a file that holds it."""
+    is_json = value.lstrip().startswith(("{", "["))
+    try:
+        text = value if is_json else Path(value).read_text(encoding="utf-8")
+        job = json.loads(text)
+    except OSError as error:
+        sys.exit(f"--test_input: {value} cannot be read: {error.strerror}")
+    except ValueError as error:
+        sys.exit(f"--test_input: {'the value' if is_json else value} is not valid JSON: {error}")
+    if not isinstance(job, dict) or "input" not in job:
+        sys.exit('--test_input: a job must be an object with "input" in it: {"input": {...}}')
+    return json.dumps(job)

@@ -1,0 +1,55 @@
+"""The worker's settings: one declaration each, read from the environment."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sdxl_worker.errors import ModelError
+
+EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes"
+
+
+class Settings(BaseSettings):
+    """Immutable and hashable. An empty string counts as unset: that is how the Hub sends it."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="ignore")
+
+    model_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder with `base/` and, if there is one, `refiner/`, in diffusers "
+            "layout. Not set: the miniature model of the repository."
+        ),
+    ] = None
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"] | None,
+        Field(
+            description="Number format of the weights. Not set: `float16` on a GPU, "
+            "`float32` on a CPU."
+        ),
+    ] = None
+    png_metadata: Annotated[
+        bool,
+        Field(
+            description="Write the request, the seed, the model's name and the versions into "
+            "each PNG as text chunks."
+        ),
+    ] = True
+
+
+def load_settings() -> Settings:
+    """Read the settings from the environment.
+
+    Raises:
+        ModelError: a variable has a value that is not allowed; the message names it.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [
+            f"{str(problem['loc'][0]).upper()}: {problem['msg']}; got {problem['input']!s:.80}"
+            for problem in error.errors()
+        ]
+        raise ModelError("wrong environment variable: " + "; ".join(lines)) from None
