@@ -28,10 +28,12 @@ def prepare(arguments: list[str]) -> tuple[list[str], bool]:
 
     Exits with a message where `--test_input` is neither JSON nor a file with JSON in it.
     """
-    # The SDK's own default is DEBUG, which logs whole jobs; an empty value makes it crash.
+    # An empty value makes the SDK crash, and its default level, DEBUG, logs whole jobs.
     os.environ["RUNPOD_LOG_LEVEL"] = os.environ.get("RUNPOD_LOG_LEVEL") or "INFO"
     if not os.environ.get("RUNPOD_REALTIME_PORT"):
         os.environ.pop("RUNPOD_REALTIME_PORT", None)
+    # transformers warns at import that torchvision is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(format="%(levelname)-7s| %(message)s", stream=sys.stdout)
     logging.getLogger("sdxl_worker").setLevel(logging.INFO)
 

@@ -1,4 +1,4 @@
-"""The three kinds of failure, told apart by type."""
+"""Failures told apart by type. The third kind, a job too large for the memory, is torch's own."""
 
 
 class RequestError(Exception):
@@ -7,7 +7,3 @@ class RequestError(Exception):
 
 class ModelError(Exception):
     """The models cannot be loaded as configured. The worker must stop: no job can succeed."""
-
-
-class PassingFault(Exception):
-    """This job failed for want of memory; the worker is well, and a smaller job will pass."""

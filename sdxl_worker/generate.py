@@ -1,7 +1,8 @@
 """Pictures: a function of the request, the models and the input picture, and of nothing else."""
 
+import functools
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -64,8 +65,7 @@ def generate(
     """
     path = choose_path(request, models)
     if path is Path.UNCHANGED:
-        assert input_picture is not None
-        return [input_picture] * request.num_images
+        return [cast(Image.Image, input_picture)] * request.num_images
 
     # Each picture has a generator of its own, on the CPU: picture i is what a request with
     # seed + i for one picture gives, on any device. The refiner goes on where the base stopped:
@@ -73,99 +73,68 @@ def generate(
     generators = [
         torch.Generator("cpu").manual_seed(request.seed + i) for i in range(request.num_images)
     ]
-    prompt, negative_prompt = encode_pair(request.prompt, request.negative_prompt, models)
+    texts = encode_pair(request.prompt, request.negative_prompt, models)
 
-    def run_base(**options: Any) -> Any:
-        return _run(
-            models.base,
-            request,
-            models,
-            generators,
-            _embeddings_for_base(prompt, negative_prompt, request, models),
-            height=request.height or models.native_size_px,
-            width=request.width or models.native_size_px,
-            num_inference_steps=request.num_inference_steps,
+    def run(pipeline: Any, **options: Any) -> Any:
+        """One stage, with what every stage takes from the request and a scheduler of its own."""
+        pipeline.scheduler = build_scheduler(request.scheduler, models.scheduler_config)
+        return pipeline(
+            **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
             **options,
-        )
+            guidance_scale=request.guidance_scale,
+            num_images_per_prompt=request.num_images,
+            generator=generators,
+        ).images
 
-    def run_refiner(image: Any, **options: Any) -> Any:
-        return _run(
-            models.refiner,
-            request,
-            models,
-            generators,
-            _embeddings_for_refiner(prompt, negative_prompt),
-            image=image,
-            **options,
-        )
-
-    by_strength = {
-        "num_inference_steps": request.refiner_inference_steps,
-        "strength": request.strength,
-    }
+    run_base = functools.partial(
+        run,
+        models.base,
+        height=request.height or models.native_size_px,
+        width=request.width or models.native_size_px,
+        num_inference_steps=request.num_inference_steps,
+    )
+    run_refiner = functools.partial(run, models.refiner)
+    refine_by_strength = functools.partial(
+        run_refiner, num_inference_steps=request.refiner_inference_steps, strength=request.strength
+    )
     match path:
         case Path.BASE:
             return run_base()
         case Path.BASE_THEN_REFINER:
-            return run_refiner(run_base(output_type="latent"), **by_strength)
+            return refine_by_strength(image=run_base(output_type="latent"))
         case Path.REFINER:
-            return run_refiner(input_picture, **by_strength)
+            return refine_by_strength(image=input_picture)
         case Path.ENSEMBLE:
-            # One schedule, cut at one place: same steps, same scheduler, nothing added between.
-            latents = run_base(denoising_end=request.high_noise_frac, output_type="latent")
+            # One schedule, cut in one place: the same steps and scheduler, no noise added between.
             return run_refiner(
-                latents,
+                image=run_base(denoising_end=request.high_noise_frac, output_type="latent"),
                 num_inference_steps=request.num_inference_steps,
                 denoising_start=request.high_noise_frac,
             )
 
 
-def _run(
-    pipeline: Any,
-    request: Request,
-    models: Models,
-    generators: list[torch.Generator],
-    embeddings: dict[str, torch.Tensor],
-    **options: Any,
-) -> Any:
-    """One stage, with what every stage takes from the request and a scheduler of its own."""
-    pipeline.scheduler = build_scheduler(request.scheduler, models.scheduler_config)
-    return pipeline(
-        **embeddings,
-        **options,
-        guidance_scale=request.guidance_scale,
-        num_images_per_prompt=request.num_images,
-        generator=generators,
-    ).images
-
-
-def _embeddings_for_base(
-    prompt: Encoding, negative_prompt: Encoding, request: Request, models: Models
+def _embeddings(
+    prompt: Encoding, negative_prompt: Encoding, pipeline: Any, *, zeros_for_empty: bool
 ) -> dict[str, torch.Tensor]:
-    """Both encoders' states side by side; zeros for an empty negative prompt.
+    """The texts as a pipeline's UNet was trained to see them.
 
-    SDXL's base was trained with zeros for "no caption", not with the encoding of an empty one
-    (`force_zeros_for_empty_prompt` in its model_index.json).
+    The base takes both encoders' states side by side, the refiner those of the second alone. "No
+    caption" was zeros when SDXL's base was trained, and the encoding of an empty caption for its
+    refiner: `force_zeros_for_empty_prompt` in their model_index.json.
     """
-    prompt_embeds = torch.cat([prompt.hidden_1, prompt.hidden_2], dim=-1)
-    negative_embeds = torch.cat([negative_prompt.hidden_1, negative_prompt.hidden_2], dim=-1)
-    negative_pooled = negative_prompt.pooled
-    if not request.negative_prompt and models.base.config.force_zeros_for_empty_prompt:
-        negative_embeds = torch.zeros_like(prompt_embeds)
-        negative_pooled = torch.zeros_like(prompt.pooled)
+
+    def hidden(text: Encoding) -> torch.Tensor:
+        if pipeline.text_encoder is None:
+            return text.hidden_2
+        return torch.cat([text.hidden_1, text.hidden_2], dim=-1)
+
+    negative_embeds, negative_pooled = hidden(negative_prompt), negative_prompt.pooled
+    if zeros_for_empty and pipeline.config.force_zeros_for_empty_prompt:
+        negative_embeds = torch.zeros_like(negative_embeds)
+        negative_pooled = torch.zeros_like(negative_pooled)
     return {
-        "prompt_embeds": prompt_embeds,
+        "prompt_embeds": hidden(prompt),
         "pooled_prompt_embeds": prompt.pooled,
         "negative_prompt_embeds": negative_embeds,
         "negative_pooled_prompt_embeds": negative_pooled,
-    }
-
-
-def _embeddings_for_refiner(prompt: Encoding, negative_prompt: Encoding) -> dict[str, torch.Tensor]:
-    """The second encoder's states alone. The refiner was trained with the empty caption encoded."""
-    return {
-        "prompt_embeds": prompt.hidden_2,
-        "pooled_prompt_embeds": prompt.pooled,
-        "negative_prompt_embeds": negative_prompt.hidden_2,
-        "negative_pooled_prompt_embeds": negative_prompt.pooled,
     }

@@ -64,8 +64,8 @@ def fitted(picture: Image.Image, *, height_px: int | None, width_px: int | None)
 
 
 def _decoded_data_uri(uri: str) -> bytes:
-    header, _, payload = uri.partition(",")
-    if not header.lower().endswith(";base64"):
+    header, comma, payload = uri.partition(",")
+    if not (header.lower().endswith(";base64") and comma):
         raise RequestError(
             "image_url: a data URI must read data:image/png;base64, (or another picture type) "
             "and then the picture in base64"
@@ -107,7 +107,7 @@ def _fetched(url: str) -> bytes:
 def _decoded_picture(data: bytes) -> Image.Image:
     """RGB, turned as its EXIF orientation says, transparency on white."""
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture: Image.Image = Image.open(io.BytesIO(data))
         if picture.width * picture.height > MAX_INPUT_PIXELS:
             raise RequestError(
                 f"image_url: a picture of {picture.width} x {picture.height} pixels is over "

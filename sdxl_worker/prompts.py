@@ -12,6 +12,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdxl_worker.models import Models
 
+# Token ids of a text, without start, end and padding, in parts of at most 75; one part at least.
+Chunks = list[list[int]]
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -27,34 +30,32 @@ class Encoding:
 
 def encode_pair(prompt: str, negative_prompt: str, models: Models) -> tuple[Encoding, Encoding]:
     """Encode both, the shorter one filled up with empty chunks: guidance needs equal lengths."""
-    chunked = [
-        [_chunks(text, tokenizer) for tokenizer in (models.base.tokenizer, models.base.tokenizer_2)]
-        for text in (prompt, negative_prompt)
-    ]
-    count = max(len(chunks) for pair in chunked for chunks in pair)
-    positive, negative = (_encode(*pair, count, models) for pair in chunked)
-    return positive, negative
+    chunks = [_chunks(text, models) for text in (prompt, negative_prompt)]
+    count = max(len(of_tokenizer) for of_text in chunks for of_tokenizer in of_text)
+    return _encode(chunks[0], count, models), _encode(chunks[1], count, models)
 
 
-def _chunks(text: str, tokenizer: CLIPTokenizer) -> list[list[int]]:
-    """Token ids of the text alone, cut to what one pass takes; at least one chunk."""
-    # verbose=False: the tokenizer would warn that the text is longer than one pass takes.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    size = tokenizer.model_max_length - 2
-    return [ids[start : start + size] for start in range(0, len(ids), size)] or [[]]
+def _chunks(text: str, models: Models) -> list[Chunks]:
+    """The text cut to what one pass takes, as each of the two tokenizers sees it."""
+    of_tokenizers = []
+    for tokenizer in (models.base.tokenizer, models.base.tokenizer_2):
+        # verbose=False: the tokenizer would warn that the text is longer than one pass takes.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        size = tokenizer.model_max_length - 2
+        chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
+        of_tokenizers.append(chunks or [[]])
+    return of_tokenizers
 
 
-def _encode(
-    chunks_1: list[list[int]], chunks_2: list[list[int]], count: int, models: Models
-) -> Encoding:
+def _encode(chunks: list[Chunks], count: int, models: Models) -> Encoding:
     base, device = models.base, models.device
-    hidden_1, _ = _run(chunks_1, count, base.tokenizer, base.text_encoder, device)
-    hidden_2, pooled = _run(chunks_2, count, base.tokenizer_2, base.text_encoder_2, device)
+    hidden_1, _ = _run(chunks[0], count, base.tokenizer, base.text_encoder, device)
+    hidden_2, pooled = _run(chunks[1], count, base.tokenizer_2, base.text_encoder_2, device)
     return Encoding(hidden_1=hidden_1, hidden_2=hidden_2, pooled=pooled)
 
 
 def _run(
-    chunks: list[list[int]],
+    chunks: Chunks,
     count: int,
     tokenizer: CLIPTokenizer,
     encoder: CLIPTextModel,

@@ -125,15 +125,16 @@ def parse_request(job_input: object) -> Request:
     if given.get("image_url") == "":
         del given["image_url"]
 
-    problems = []
+    problems = [_unknown_field(name) for name in given if name not in Request.model_fields]
     if "prompt" not in given and "image_url" not in given:
         problems.append("prompt: required, unless image_url is given; got nothing")
     try:
-        request = Request.model_validate(given)
+        known = {name: given[name] for name in Request.model_fields if name in given}
+        request = Request.model_validate(known)
     except ValidationError as error:
         # A field that breaks several of its rules gets one line all the same.
-        names = dict.fromkeys(problem["loc"][0] for problem in error.errors())
-        problems += [_problem(str(name), given[name]) for name in names]
+        names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
+        problems += [_broken_rule(name, given[name]) for name in names]
     if problems:
         raise RequestError("\n".join(problems))
 
@@ -172,15 +173,16 @@ def rule(name: str) -> str:
     return words
 
 
-def _problem(name: str, value: object) -> str:
-    """One line: what is wrong with the value of field `name`, and what to do."""
-    fields = field_schemas()
-    if name not in fields:
-        return (
-            f"{shown(name)}: no such field{_near_match(name, fields)}; "
-            f"the fields are {', '.join(fields)}"
-        )
-    hint = _near_match(value, fields[name].get("enum", ()))
+def _unknown_field(name: object) -> str:
+    fields = Request.model_fields
+    return (
+        f"{shown(name)}: no such field{_near_match(name, fields)}; "
+        f"the fields are {', '.join(fields)}"
+    )
+
+
+def _broken_rule(name: str, value: object) -> str:
+    hint = _near_match(value, field_schemas()[name].get("enum", ()))
     return f"{name}: must be {rule(name)}; got {shown(value)}{hint}"
 
 
@@ -198,6 +200,8 @@ def shown(value: object) -> str:
         if "?" in value and "://" in value:
             value = without_secrets(value)
     text = json.dumps(value, ensure_ascii=False, default=lambda other: type(other).__name__)
+    # JSON can carry half a character (a lone surrogate), which no answer can be encoded with.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
 
 

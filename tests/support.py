@@ -1,0 +1,108 @@
+"""What the tests share: jobs through `handler.handler`, and plain diffusers to compare with."""
+
+import asyncio
+import base64
+import functools
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from PIL import Image
+
+import handler
+from sdxl_worker.models import Models, load_models
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+
+PROMPT = "a red circle on a blue background"
+SCHEDULERS = {
+    "PNDM": "PNDMScheduler",
+    "KLMS": "LMSDiscreteScheduler",
+    "DDIM": "DDIMScheduler",
+    "K_EULER": "EulerDiscreteScheduler",
+    "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistep": "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestep": "DPMSolverSinglestepScheduler",
+}
+
+
+def run(job_input: Any) -> dict[str, Any]:
+    """One job through the handler, as the SDK would run it."""
+    return asyncio.run(handler.handler({"id": "test", "input": job_input}))
+
+
+def pictures(**job_input: Any) -> list[Image.Image]:
+    """The pictures of a job that must succeed."""
+    output = run(job_input)
+    assert "error" not in output, output["error"]
+    return [decoded(uri) for uri in output["images"]]
+
+
+def picture(**job_input: Any) -> Image.Image:
+    [only] = pictures(**job_input)
+    return only
+
+
+def error(job_input: Any) -> str:
+    """The error of a job that must fail; it must be one string and nothing beside it."""
+    output = run(job_input)
+    assert list(output) == ["error"]
+    assert isinstance(output["error"], str)
+    return output["error"]
+
+
+def decoded(data_uri: str) -> Image.Image:
+    header, _, payload = data_uri.partition(",")
+    assert header == "data:image/png;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(payload, validate=True)))
+    image.load()
+    assert (image.format, image.mode) == ("PNG", "RGB")
+    return image
+
+
+def data_uri(image: Image.Image, kind: str = "png", **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference, on the scale 0 to 255."""
+    return float(np.abs(np.asarray(one, np.float32) - np.asarray(other, np.float32)).mean())
+
+
+def largest_difference(one: Image.Image, other: Image.Image) -> int:
+    return int(np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max())
+
+
+def models() -> Models:
+    """The models that the handler uses."""
+    return load_models(Settings())
+
+
+@functools.cache
+def plain_base() -> StableDiffusionXLPipeline:
+    """The base as a script of the diffusers documentation loads it."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        EMBEDDED_MODEL_DIR / "base", variant="fp16", torch_dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@functools.cache
+def plain_refiner() -> StableDiffusionXLImg2ImgPipeline:
+    base = plain_base()
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(
+        EMBEDDED_MODEL_DIR / "refiner",
+        vae=base.vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer_2=base.tokenizer_2,
+        variant="fp16",
+        torch_dtype=torch.float32,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,255 @@
+"""What is accepted, what is refused, and what the refusal says."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from sdxl_worker.errors import RequestError
+from sdxl_worker.request import MAX_SEED, Request, field_schemas, parse_request, rule
+from sdxl_worker.schedulers import SCHEDULERS
+
+
+def refusal(**job_input: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        parse_request({"prompt": "a", **job_input})
+    return str(caught.value)
+
+
+def accepted(**job_input: Any) -> Request:
+    return parse_request({"prompt": "a", **job_input})
+
+
+def test_names_and_defaults_are_those_of_2_1_0() -> None:
+    request = parse_request({"prompt": "a"})
+    assert request.model_dump(exclude={"seed"}) == {
+        "prompt": "a",
+        "negative_prompt": "",
+        "height": None,
+        "width": None,
+        "scheduler": "DDIM",
+        "num_inference_steps": 25,
+        "refiner_inference_steps": 50,
+        "guidance_scale": 7.5,
+        "strength": 0.3,
+        "image_url": None,
+        "num_images": 1,
+        "high_noise_frac": None,
+    }
+
+
+def test_every_scheduler_name_has_a_class() -> None:
+    assert field_schemas()["scheduler"]["enum"] == list(SCHEDULERS)
+    for name in SCHEDULERS:
+        assert accepted(scheduler=name).scheduler == name
+
+
+def test_null_means_not_given_for_every_field() -> None:
+    nothing = dict.fromkeys(field_schemas())
+    assert parse_request({**nothing, "prompt": "a", "seed": 1}) == accepted(seed=1)
+
+
+def test_an_empty_image_url_means_not_given_as_in_2_1_0() -> None:
+    assert accepted(image_url="").image_url is None
+
+
+def test_an_empty_prompt_is_a_prompt() -> None:
+    assert parse_request({"prompt": ""}).prompt == ""
+
+
+def test_a_picture_needs_no_prompt() -> None:
+    assert parse_request({"image_url": "https://example.com/a.png"}).prompt == ""
+
+
+@pytest.mark.parametrize("job_input", [{}, {"prompt": None}, {"image_url": ""}, {"seed": 1}])
+def test_without_prompt_and_picture_the_answer_says_what_is_missing(job_input: Any) -> None:
+    with pytest.raises(RequestError, match="^prompt: required, unless image_url is given"):
+        parse_request(job_input)
+
+
+@pytest.mark.parametrize("job_input", [None, [], "a cat", 3, True, [{"prompt": "a"}]])
+def test_input_that_is_no_object_is_refused(job_input: Any) -> None:
+    with pytest.raises(RequestError, match="^input: must be an object"):
+        parse_request(job_input)
+
+
+BOUNDS = [
+    # field, last value in, first value out, on either side
+    ("height", 64, 56, 2048, 2056),
+    ("width", 64, 56, 2048, 2056),
+    ("num_inference_steps", 1, 0, 150, 151),
+    ("refiner_inference_steps", 0, -1, 150, 151),
+    ("guidance_scale", 0, -0.001, 30, 30.001),
+    ("strength", 0, -0.001, 1, 1.001),
+    ("num_images", 1, 0, 8, 9),
+    ("high_noise_frac", 1e-9, 0, 1 - 1e-9, 1),
+    ("seed", 0, -2, MAX_SEED, MAX_SEED + 1),
+]
+
+
+@pytest.mark.parametrize(("field", "lowest", "too_low", "highest", "too_high"), BOUNDS)
+def test_bounds_hold_on_both_sides(
+    field: str, lowest: float, too_low: float, highest: float, too_high: float
+) -> None:
+    for value in (lowest, highest):
+        assert getattr(accepted(**{field: value}), field) == value
+    for value in (too_low, too_high):
+        message = refusal(**{field: value})
+        assert message == f"{field}: must be {rule(field)}; got {value}"
+
+
+def test_the_bounds_are_told_in_words() -> None:
+    assert rule("height") == "an integer from 64 to 2048, a multiple of 8"
+    assert rule("high_noise_frac") == "a number above 0 and below 1"
+    assert rule("seed") == "an integer from -1 to 9007199254740991"
+
+
+@pytest.mark.parametrize("field", ["height", "width"])
+@pytest.mark.parametrize("value", [65, 1000 + 4, 1023])
+def test_sides_are_multiples_of_8(field: str, value: int) -> None:
+    assert refusal(**{field: value}).endswith(f"a multiple of 8; got {value}")
+
+
+def test_no_accepted_size_is_over_2048_squared_pixels() -> None:
+    largest = accepted(height=2048, width=2048)
+    assert largest.height == largest.width == field_schemas()["height"]["maximum"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("height", 1024.0),
+        ("width", 64.0),
+        ("seed", 7.0),
+        ("num_inference_steps", 25.0),
+        ("refiner_inference_steps", 0.0),
+        ("num_images", 2.0),
+    ],
+)
+def test_integral_floats_are_integers(field: str, value: float) -> None:
+    got = getattr(accepted(**{field: value}), field)
+    assert got == int(value)
+    assert isinstance(got, int)
+
+
+@pytest.mark.parametrize("field", ["guidance_scale", "strength"])
+def test_integers_are_numbers(field: str) -> None:
+    assert getattr(accepted(**{field: 1}), field) == 1.0
+
+
+NUMERIC = [
+    "height",
+    "width",
+    "seed",
+    "num_inference_steps",
+    "refiner_inference_steps",
+    "guidance_scale",
+    "strength",
+    "num_images",
+    "high_noise_frac",
+]
+
+
+@pytest.mark.parametrize("field", NUMERIC)
+@pytest.mark.parametrize("value", [True, False, "1", "0.5", "", [], {}, math.nan, math.inf, 1e400])
+def test_what_is_no_number_is_refused_for_a_number(field: str, value: Any) -> None:
+    assert refusal(**{field: value}).startswith(f"{field}: must be a")
+
+
+@pytest.mark.parametrize("field", [name for name in NUMERIC if "int" in rule(name)])
+def test_fractions_are_refused_for_an_integer(field: str) -> None:
+    assert refusal(**{field: 64.5}).startswith(f"{field}: must be an integer")
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt", "scheduler", "image_url"])
+@pytest.mark.parametrize("value", [1, 1.5, True, [], ["a"], {"a": 1}])
+def test_what_is_no_text_is_refused_for_text(field: str, value: Any) -> None:
+    assert refusal(**{field: value}).startswith(f"{field}: must be ")
+
+
+def test_huge_numbers_get_a_short_answer() -> None:
+    assert len(refusal(seed=10**300, guidance_scale=10**300)) < 300
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_prompts_have_a_length_limit(field: str) -> None:
+    assert len(getattr(accepted(**{field: "x" * 20_000}), field)) == 20_000
+    message = refusal(**{field: "x" * 20_001})
+    assert message == (
+        f"{field}: must be a string of at most 20000 characters; got a string of 20001 characters"
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "cat.png",
+        "ftp://example.com/a.png",
+        "http:///etc/passwd",
+        "data:text/plain;base64,aGk=",
+        "//example.com/a.png",
+    ],
+)
+def test_only_web_addresses_and_data_uris_lead_to_a_picture(value: str) -> None:
+    assert refusal(image_url=value).startswith("image_url: must be an http:// or https:// address")
+
+
+def test_an_unknown_scheduler_is_answered_with_the_choices_and_the_near_match() -> None:
+    assert refusal(scheduler="k_eulr") == (
+        "scheduler: must be one of PNDM, KLMS, DDIM, K_EULER, K_EULER_ANCESTRAL, "
+        'DPMSolverMultistep, DPMSolverSinglestep; got "k_eulr" (did you mean K_EULER?)'
+    )
+    assert "did you mean" not in refusal(scheduler="nope")
+
+
+def test_an_unknown_field_is_answered_with_the_fields_and_the_near_match() -> None:
+    message = refusal(guidence_scale=3)
+    assert message.startswith('"guidence_scale": no such field (did you mean guidance_scale?)')
+    assert "the fields are prompt, negative_prompt, height" in message
+    assert "(did you mean" not in refusal(quality=3)
+
+
+def test_all_problems_are_told_at_once_a_line_each() -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request({"height": 65, "seed": True, "scheduler": "x", "sed": 1, "strength": "1"})
+    lines = str(caught.value).splitlines()
+    fields = [line.partition(":")[0] for line in lines]
+    assert fields == ['"sed"', "prompt", "height", "seed", "scheduler", "strength"]
+
+
+def test_an_error_does_not_repeat_long_values_or_a_url_s_query() -> None:
+    assert refusal(num_images="9" * 5000) == (
+        "num_images: must be an integer from 1 to 8; got a string of 5000 characters"
+    )
+    assert "hunter2" not in refusal(image_url="ftp://user:hunter2@example.com/a?key=hunter2")
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    for job_input in ({}, {"seed": None}, {"seed": -1}, {"seed": -1.0}):
+        drawn = {accepted(**job_input).seed for _ in range(20)}
+        assert len(drawn) == 20
+        assert all(0 <= seed < 2**32 for seed in drawn)
+        assert max(drawn) >= 2**16, "2.1.0 drew 16 bits"
+
+
+def test_a_request_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        accepted().seed = 3  # type: ignore[misc]
+
+
+def test_the_json_schema_has_the_bounds_and_the_defaults() -> None:
+    schema = Request.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert json.loads(json.dumps(schema)) == schema
+    steps = schema["properties"]["num_inference_steps"]
+    assert (steps["minimum"], steps["maximum"], steps["default"]) == (1, 150, 25)
+    assert all("description" in field for field in schema["properties"].values())
+
+
+def test_a_lone_surrogate_is_refused_not_passed_on() -> None:
+    message = refusal(prompt="\ud800", **{"\udfff": 1})
+    assert "prompt: must be a string" in message
+    assert message.encode("utf-8")
