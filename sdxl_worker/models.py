@@ -197,7 +197,7 @@ def _load(component: type[Component], folder: Path, dtype: torch.dtype) -> Compo
     try:
         return component.from_pretrained(  # type: ignore[attr-defined]
             folder,
-            torch_dtype=dtype,
+            dtype=dtype,
             variant="fp16" if use_fp16 else None,
             use_safetensors=True,
             local_files_only=True,

@@ -85,7 +85,7 @@ def models() -> Models:
 def plain_base() -> StableDiffusionXLPipeline:
     """The base as a script of the diffusers documentation loads it."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        EMBEDDED_MODEL_DIR / "base", variant="fp16", torch_dtype=torch.float32
+        EMBEDDED_MODEL_DIR / "base", variant="fp16", dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -102,7 +102,7 @@ def plain_refiner() -> StableDiffusionXLImg2ImgPipeline:
         text_encoder_2=base.text_encoder_2,
         tokenizer_2=base.tokenizer_2,
         variant="fp16",
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
