@@ -97,9 +97,10 @@ def main() -> None:
     """Load the models, then hand over to the SDK: one local job, its test server, or the queue."""
     sys.argv[1:], is_local_job = command_line.prepare(sys.argv[1:])
     try:
+        settings = load_settings()
         from sdxl_worker.models import load_models
 
-        load_models(load_settings())
+        load_models(settings)
     except ModelError as error:
         sys.exit(f"The worker cannot start. {error}")
 

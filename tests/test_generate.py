@@ -339,7 +339,9 @@ def test_a_worker_without_refiner_says_so_to_who_asks_for_it(job_input: dict[str
 
 
 @pytest.mark.parametrize("name", ["DDIM", "K_EULER_ANCESTRAL"])
-@pytest.mark.parametrize("settings", [BASE_ONLY, REFINED, ENSEMBLE], ids=["base", "refined", "ensemble"])
+@pytest.mark.parametrize(
+    "settings", [BASE_ONLY, REFINED, ENSEMBLE], ids=["base", "refined", "ensemble"]
+)
 def test_a_batch_gives_the_pictures_of_single_requests(name: str, settings: dict[str, Any]) -> None:
     settings = {**settings, "scheduler": name}
     batch = pictures(**{**settings, "seed": 7, "num_images": 4})

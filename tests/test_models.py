@@ -1,0 +1,273 @@
+"""Loading: what is found by itself, what is shared, and what a wrong folder is answered with."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from sdxl_worker import models as models_module
+from sdxl_worker.errors import ModelError
+from sdxl_worker.generate import generate
+from sdxl_worker.models import WORKING_MEMORY_BYTES, fits, load_models
+from sdxl_worker.request import parse_request
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings, load_settings
+
+JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 4}
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A copy of the embedded model, to be damaged."""
+    return Path(shutil.copytree(EMBEDDED_MODEL_DIR, tmp_path / "model"))
+
+
+def load(folder: Path, **settings: Any) -> models_module.Models:
+    return load_models.__wrapped__(Settings(model_dir=folder, **settings))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    return str(caught.value)
+
+
+def first_picture(loaded: models_module.Models) -> Image.Image:
+    return generate(parse_request(JOB), loaded)[0]
+
+
+def test_without_model_dir_the_embedded_model_is_used_and_said_to_be(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    loaded = load_models.__wrapped__(Settings())
+    assert loaded.name == "shapes"
+    assert loaded.native_size_px == 128
+    lines = [
+        record.message for record in caplog.records if "MODEL_DIR is not set" in record.message
+    ]
+    assert lines == [
+        f"MODEL_DIR is not set: using the embedded miniature model, {EMBEDDED_MODEL_DIR}"
+    ]
+
+
+def test_base_and_refiner_share_what_they_have_in_common() -> None:
+    loaded = load(EMBEDDED_MODEL_DIR)
+    base, refiner = loaded.base, loaded.refiner
+    assert refiner is not None
+    for name in ("text_encoder_2", "tokenizer_2", "vae"):
+        assert getattr(refiner, name) is getattr(base, name)
+    assert refiner.unet is not base.unet
+    assert refiner.text_encoder is None
+
+
+def test_the_refiner_folder_needs_only_its_unet(model_dir: Path) -> None:
+    expected = first_picture(load(EMBEDDED_MODEL_DIR))
+    for path in (model_dir / "refiner").iterdir():
+        if path.name != "unet":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert first_picture(load(model_dir)).tobytes() == expected.tobytes()
+
+
+def test_no_refiner_folder_means_no_refiner(
+    model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    shutil.rmtree(model_dir / "refiner")
+    assert load(model_dir).refiner is None
+    assert "there is no refiner/" in caplog.text
+
+
+def test_models_are_loaded_once() -> None:
+    assert load_models(Settings()) is load_models(Settings())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_is_set_by_the_setting(dtype: Any) -> None:
+    loaded = load(EMBEDDED_MODEL_DIR, dtype=dtype)
+    for module in (loaded.base.unet, loaded.base.vae, loaded.base.text_encoder):
+        assert module.dtype == getattr(torch, dtype)
+    assert loaded.refiner is not None
+    assert loaded.refiner.unet.dtype == getattr(torch, dtype)
+
+
+def test_the_default_on_a_cpu_is_float32() -> None:
+    loaded = load(EMBEDDED_MODEL_DIR)
+    assert loaded.dtype == (torch.float16 if torch.cuda.is_available() else torch.float32)
+
+
+def test_bfloat16_makes_about_the_same_picture() -> None:
+    half = first_picture(load(EMBEDDED_MODEL_DIR, dtype="bfloat16"))
+    assert half.size == (128, 128)
+    assert len(half.getcolors(128 * 128) or []) > 1
+
+
+def without_variant(folder: Path) -> None:
+    for path in folder.rglob("*.fp16.safetensors"):
+        path.rename(path.with_name(path.name.replace(".fp16", "")))
+
+
+def test_files_with_and_without_variant_are_found_by_themselves(model_dir: Path) -> None:
+    expected = first_picture(load(EMBEDDED_MODEL_DIR))
+    without_variant(model_dir / "base" / "vae")  # as an image with the fp16-fix VAE has it
+    assert first_picture(load(model_dir)).tobytes() == expected.tobytes()
+    without_variant(model_dir)
+    assert first_picture(load(model_dir)).tobytes() == expected.tobytes()
+
+
+def test_full_precision_is_taken_where_it_is_wanted(model_dir: Path) -> None:
+    """Beside an fp16 variant, a float32 worker loads the file that has all the digits."""
+    folder = model_dir / "base" / "unet"
+    unet = load(model_dir).base.unet
+    with torch.no_grad():
+        unet.conv_in.bias += 1e-4
+    unet.save_pretrained(folder)
+    assert torch.equal(load(model_dir, dtype="float32").base.unet.conv_in.bias, unet.conv_in.bias)
+    narrow = load(model_dir, dtype="float16").base.unet.conv_in.bias
+    assert not torch.equal(narrow, unet.conv_in.bias.half())
+
+
+def test_the_scheduler_configuration_is_the_published_one() -> None:
+    config = load(EMBEDDED_MODEL_DIR).scheduler_config
+    expected = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+    }
+    assert {name: config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["missing", "file"])
+def test_a_wrong_model_dir_stops_the_worker(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = refusal(tmp_path / name)
+    assert message.startswith("MODEL_DIR: ")
+    assert "must be a folder that holds base/" in message
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "base/unet",
+        "base/vae",
+        "base/text_encoder",
+        "base/text_encoder_2",
+        "base/tokenizer/vocab.json",
+        "base/tokenizer_2/merges.txt",
+        "base/scheduler/scheduler_config.json",
+        "refiner/unet",
+        "base/unet/config.json",
+        "base/vae/config.json",
+    ],
+)
+def test_what_is_missing_is_named(model_dir: Path, damage: str) -> None:
+    path = model_dir / damage
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    message = refusal(model_dir)
+    assert message.startswith("MODEL_DIR: ")
+    assert damage.removesuffix("/config.json") in message
+
+
+@pytest.mark.parametrize("file", ["base/unet", "base/text_encoder_2", "refiner/unet"])
+def test_damaged_weights_are_named(model_dir: Path, file: str) -> None:
+    [path] = (model_dir / file).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert file in refusal(model_dir)
+
+
+def test_only_safetensors_are_loaded(model_dir: Path) -> None:
+    [path] = (model_dir / "base" / "unet").glob("*.safetensors")
+    path.rename(path.with_suffix(".bin"))
+    assert "no .safetensors file, the only kind loaded" in refusal(model_dir)
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(model_dir: Path) -> None:
+    path = model_dir / "base" / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    config["block_out_channels"] = [2 * width for width in config["block_out_channels"]]
+    path.write_text(json.dumps(config))
+    assert "base/unet" in refusal(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("DTYPE", "int8"), ("DTYPE", "FLOAT16 "), ("PNG_METADATA", "perhaps")]
+)
+def test_a_wrong_setting_is_named_with_its_value(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ModelError, match=f"wrong environment variable: {name}: .*{value}"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["MODEL_DIR", "DTYPE", "PNG_METADATA"])
+def test_an_empty_setting_is_unset_as_the_hub_sends_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "")
+    assert load_settings() == Settings()
+
+
+def test_models_stay_on_the_card_where_they_fit() -> None:
+    weights = 11_460_000_000
+    assert fits(weights, weights + WORKING_MEMORY_BYTES)
+    assert not fits(weights, weights + WORKING_MEMORY_BYTES - 1)
+
+
+class FakePipeline:
+    """Stands for a pipeline on a machine with a GPU; records where it is put."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.components = {"unet": module, "tokenizer": object()}
+        self.vae = self
+        self.calls: list[str] = []
+
+    def to(self, device: torch.device) -> None:
+        self.calls.append(f"to {device}")
+
+    def enable_model_cpu_offload(self, device: torch.device) -> None:
+        self.calls.append(f"offload {device}")
+
+    def enable_slicing(self) -> None:
+        self.calls.append("slicing")
+
+
+@pytest.mark.parametrize(("missing_bytes", "placed"), [(0, "to"), (1, "offload")])
+def test_models_are_offloaded_only_where_the_measured_memory_is_too_small(
+    missing_bytes: int, placed: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    shared = torch.nn.Linear(10, 10, bias=False)
+    pipelines = [FakePipeline(shared), FakePipeline(shared)]
+    # The shared module counts once: 100 numbers of 4 bytes.
+    free_bytes = 400 + WORKING_MEMORY_BYTES - missing_bytes
+    models_module._place(pipelines, torch.device("cuda"), free_bytes)
+    assert [pipeline.calls[0] for pipeline in pipelines] == [f"{placed} cuda"] * 2
+    assert ("resident" in caplog.text) == (placed == "to")
+    assert ("too small" in caplog.text) == (placed == "offload")
+
+
+def test_without_a_gpu_nothing_is_broken() -> None:
+    assert models_module.gpu_is_broken() is False
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_broken_gpu_is_found_by_asking_it(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronize() -> None:
+        if broken:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert models_module.gpu_is_broken() is broken
