@@ -7,6 +7,7 @@ job where there is no `main`, as in a test.
 import asyncio
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,12 +49,12 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
 async def _run(job: dict[str, Any]) -> dict[str, Any]:
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
     request = parse_request(job.get("input"))
-    from sdxl_worker.generate import choose_path, generate
+    from sdxl_worker.generate import choose_mode, generate
     from sdxl_worker.models import load_models
 
     settings = load_settings()
     models = await _on_gpu_thread(load_models, settings)
-    choose_path(request, models)
+    choose_mode(request, models)  # refuses, while the picture is not fetched yet
     input_picture = await asyncio.to_thread(load_image, request)
     pictures = await _on_gpu_thread(generate, request, models, input_picture)
     return await asyncio.to_thread(
@@ -103,6 +104,9 @@ def main() -> None:
         load_models(settings)
     except ModelError as error:
         sys.exit(f"The worker cannot start. {error}")
+
+    if os.environ.get("BUCKET_ENDPOINT_URL"):
+        log.warning("BUCKET_ENDPOINT_URL is not used yet: answers hold the pictures themselves")
 
     import runpod
 

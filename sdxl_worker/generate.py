@@ -14,7 +14,7 @@ from sdxl_worker.request import Request
 from sdxl_worker.schedulers import build_scheduler
 
 
-class Path(Enum):
+class Mode(Enum):
     """Which networks make the picture, in which order."""
 
     BASE = "the base alone"
@@ -24,23 +24,23 @@ class Path(Enum):
     UNCHANGED = "the input picture, refined in no step"
 
 
-def choose_path(request: Request, models: Models) -> Path:
-    """Decide before any work which path the request takes.
+def choose_mode(request: Request, models: Models) -> Mode:
+    """Decide before any work which mode the request takes.
 
     Raises:
         RequestError: the request asks for the refiner and the worker has none.
     """
     if request.image_url is not None:
-        path = Path.REFINER if request.refiner_steps_run else Path.UNCHANGED
+        mode = Mode.REFINER if request.refiner_steps_run else Mode.UNCHANGED
     elif request.refiner_inference_steps == 0:
-        path = Path.BASE
+        mode = Mode.BASE
     elif request.high_noise_frac is not None:
-        path = Path.ENSEMBLE
+        mode = Mode.ENSEMBLE
     else:
-        path = Path.BASE_THEN_REFINER if request.refiner_steps_run else Path.BASE
+        mode = Mode.BASE_THEN_REFINER if request.refiner_steps_run else Mode.BASE
 
-    if models.refiner is not None or path in (Path.BASE, Path.UNCHANGED):
-        return path
+    if models.refiner is not None or mode in (Mode.BASE, Mode.UNCHANGED):
+        return mode
     # The refiner's share is a default: only who asks for it by name is told that there is none.
     asked = request.model_fields_set & {"image_url", "high_noise_frac", "refiner_inference_steps"}
     if asked:
@@ -48,7 +48,7 @@ def choose_path(request: Request, models: Models) -> Path:
             f"{', '.join(sorted(asked))}: needs the refiner, and this worker has none; leave it "
             "out, or serve a MODEL_DIR with a refiner/ folder"
         )
-    return Path.BASE
+    return Mode.BASE
 
 
 @torch.no_grad()
@@ -61,10 +61,10 @@ def generate(
         input_picture: what `image_url` led to, RGB and in the size to refine.
 
     Raises:
-        RequestError: as `choose_path`.
+        RequestError: as `choose_mode`.
     """
-    path = choose_path(request, models)
-    if path is Path.UNCHANGED:
+    mode = choose_mode(request, models)
+    if mode is Mode.UNCHANGED:
         return [cast(Image.Image, input_picture)] * request.num_images
 
     # Each picture has a generator of its own, on the CPU: picture i is what a request with
@@ -97,14 +97,14 @@ def generate(
     refine_by_strength = functools.partial(
         run_refiner, num_inference_steps=request.refiner_inference_steps, strength=request.strength
     )
-    match path:
-        case Path.BASE:
+    match mode:
+        case Mode.BASE:
             return run_base()
-        case Path.BASE_THEN_REFINER:
+        case Mode.BASE_THEN_REFINER:
             return refine_by_strength(image=run_base(output_type="latent"))
-        case Path.REFINER:
+        case Mode.REFINER:
             return refine_by_strength(image=input_picture)
-        case Path.ENSEMBLE:
+        case Mode.ENSEMBLE:
             # One schedule, cut in one place: the same steps and scheduler, no noise added between.
             return run_refiner(
                 image=run_base(denoising_end=request.high_noise_frac, output_type="latent"),

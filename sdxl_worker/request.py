@@ -84,7 +84,7 @@ class Request(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0, le=30)] = Field(
         default=7.5,
         description="How closely the base and the refiner follow the prompt. 1 and below: no "
-        "guidance, in half the time.",
+        "guidance, and half the work.",
     )
     strength: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.3,

@@ -12,9 +12,9 @@ from PIL import Image
 
 from sdxl_worker import generate as generate_module
 from sdxl_worker.errors import RequestError
-from sdxl_worker.generate import Path, choose_path, generate
+from sdxl_worker.generate import Mode, choose_mode, generate
 from sdxl_worker.models import Models
-from sdxl_worker.request import Request, parse_request
+from sdxl_worker.request import parse_request
 from tests.support import (
     PROMPT,
     SCHEDULERS,
@@ -279,20 +279,20 @@ def test_few_steps_are_no_error(steps: int, name: str) -> None:
 # --- which networks a request runs -------------------------------------------------------------
 
 
-def path(with_models: Models | None = None, **job_input: Any) -> Path:
+def mode(with_models: Models | None = None, **job_input: Any) -> Mode:
     request = parse_request({"prompt": PROMPT, **job_input})
-    return choose_path(request, with_models or models())
+    return choose_mode(request, with_models or models())
 
 
-def test_paths() -> None:
+def test_modes() -> None:
     url = "https://example.com/a.png"
-    assert path() is Path.BASE_THEN_REFINER
-    assert path(refiner_inference_steps=0) is Path.BASE
-    assert path(high_noise_frac=0.8) is Path.ENSEMBLE
-    assert path(high_noise_frac=0.8, strength=0) is Path.ENSEMBLE
-    assert path(high_noise_frac=0.8, refiner_inference_steps=0) is Path.BASE
-    assert path(image_url=url) is Path.REFINER
-    assert path(image_url=url, high_noise_frac=0.8) is Path.REFINER
+    assert mode() is Mode.BASE_THEN_REFINER
+    assert mode(refiner_inference_steps=0) is Mode.BASE
+    assert mode(high_noise_frac=0.8) is Mode.ENSEMBLE
+    assert mode(high_noise_frac=0.8, strength=0) is Mode.ENSEMBLE
+    assert mode(high_noise_frac=0.8, refiner_inference_steps=0) is Mode.BASE
+    assert mode(image_url=url) is Mode.REFINER
+    assert mode(image_url=url, high_noise_frac=0.8) is Mode.REFINER
 
 
 @pytest.mark.parametrize(
@@ -317,9 +317,9 @@ def without_refiner() -> Models:
 
 
 def test_a_worker_without_refiner_serves_the_base() -> None:
-    assert path(without_refiner()) is Path.BASE
-    assert path(without_refiner(), strength=0.5) is Path.BASE
-    assert path(without_refiner(), refiner_inference_steps=0) is Path.BASE
+    assert mode(without_refiner()) is Mode.BASE
+    assert mode(without_refiner(), strength=0.5) is Mode.BASE
+    assert mode(without_refiner(), refiner_inference_steps=0) is Mode.BASE
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_worker_without_refiner_serves_the_base() -> None:
 )
 def test_a_worker_without_refiner_says_so_to_who_asks_for_it(job_input: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"{next(iter(job_input))}: needs the refiner"):
-        path(without_refiner(), **job_input)
+        mode(without_refiner(), **job_input)
 
 
 # --- seeds -------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def test_each_stage_has_a_scheduler_of_its_own(monkeypatch: pytest.MonkeyPatch) 
         return built[-1]
 
     monkeypatch.setattr(generate_module, "build_scheduler", recorded)
-    generate(Request(**{**ENSEMBLE, "scheduler": "KLMS"}), models())
+    generate(parse_request({**ENSEMBLE, "scheduler": "KLMS"}), models())
     first, second = built
     assert first is not second
     assert type(first) is type(second)

@@ -237,7 +237,7 @@ def test_a_seed_is_drawn_where_none_is_given() -> None:
 
 def test_a_request_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        accepted().seed = 3  # type: ignore[misc]
+        accepted().seed = 3
 
 
 def test_the_json_schema_has_the_bounds_and_the_defaults() -> None:

@@ -1,0 +1,35 @@
+# Everything a newcomer needs: `make run` draws a picture, `make test` runs the tests.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test lint types docs clean
+
+run: $(VENV)/.run
+	$(BIN)/python handler.py --test_input
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+# The README's tables and the JSON Schema, from the declarations they describe.
+docs: $(VENV)/.dev
+	$(BIN)/python -m builder.docs
+
+clean:
+	rm -rf $(VENV) output
+
+$(VENV)/.run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
