@@ -54,7 +54,7 @@ def set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stdout)
     on_platform = bool(os.environ.get("RUNPOD_ENDPOINT_ID"))
     handler.setFormatter(JsonFormatter() if on_platform else PlainFormatter())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    log.handlers = [handler]
     log.setLevel(LEVELS.get(level, level))
 
 

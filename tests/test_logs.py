@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 
 import pytest
 
@@ -65,12 +66,10 @@ def test_plain_lines_are_as_the_sdk_s() -> None:
 
 
 @pytest.fixture
-def _logging_left_as_it_was() -> object:
-    root, level = logging.getLogger(), logs.log.level
-    handlers = root.handlers[:]
-    root.handlers[:] = []
+def _logging_left_as_it_was() -> Iterator[None]:
+    handlers, level = logs.log.handlers, logs.log.level
     yield
-    root.handlers[:] = handlers
+    logs.log.handlers = handlers
     logs.log.setLevel(level)
 
 
@@ -101,9 +100,8 @@ def test_the_platform_gets_json(
 ) -> None:
     monkeypatch.setenv("RUNPOD_ENDPOINT_ID", endpoint)
     logs.set_up_logging()
-    formatters = [type(handler.formatter) for handler in logging.getLogger().handlers]
-    assert formatter in formatters
-    assert {logs.JsonFormatter, logs.PlainFormatter} - {formatter} - set(formatters)
+    [handler] = logs.log.handlers
+    assert isinstance(handler.formatter, formatter)
 
 
 def test_only_debug_shows_the_request(caplog: pytest.LogCaptureFixture) -> None:

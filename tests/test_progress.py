@@ -294,7 +294,7 @@ def test_a_preview_is_at_most_20_kb_whatever_the_latents() -> None:
 
 def test_the_map_is_fitted_to_the_decoder_that_is_loaded() -> None:
     again = fit_preview_map(models().base.vae, models().device)
-    assert torch.equal(again.weight, models().preview_map.weight)
+    assert torch.allclose(again.weight, models().preview_map.weight, atol=1e-4)
     assert again.weight.shape == (4, 3)
 
 
