@@ -2,11 +2,17 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+PORT ?= 8000
+WORKERS ?= 1
 
-.PHONY: run test lint types docs clean
+.PHONY: run endpoint test lint types docs clean
 
 run: $(VENV)/.run
 	$(BIN)/python handler.py --test_input
+
+# A stand-in for the Runpod endpoint, with workers, until Ctrl-C.
+endpoint: $(VENV)/.run
+	$(BIN)/python -m local_endpoint --port $(PORT) --workers $(WORKERS)
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
