@@ -271,7 +271,9 @@ class JobQueue:
         return worker
 
     def has_heard(self, worker_id: str) -> bool:
-        return worker_id in self._workers
+        """Whether the worker has asked for jobs or pinged, other than to say that it is unfit."""
+        known = self._workers.get(worker_id)
+        return known is not None and known.unhealthy_because is None
 
     def forget(self, worker_id: str) -> None:
         """A worker is gone for good. Its jobs stay with it until its pings are missed."""

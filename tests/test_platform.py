@@ -35,7 +35,12 @@ QUICK = {
 }
 # Runs for many seconds on any machine that runs these tests, unless it is stopped.
 LONG = {"prompt": "a star", "seed": 1, "num_inference_steps": 150, "num_images": 8}
-RULES = Rules(least_execution_timeout_seconds=0.5, worker_timeout_seconds=4)
+RULES = Rules(
+    execution_timeout_min_seconds=0.5,
+    ping_interval_seconds=1,
+    job_lost_after_seconds=5,
+    poll_seconds=5,
+)
 
 
 def endpoint_with(workers: int = 1, **environment: str) -> LocalEndpoint:
@@ -44,7 +49,6 @@ def endpoint_with(workers: int = 1, **environment: str) -> LocalEndpoint:
         rules=RULES,
         environment={
             "OMP_NUM_THREADS": "1",
-            "RUNPOD_PING_INTERVAL": "1000",
             "RUNPOD_LOG_LEVEL": "",
             **environment,
         },
@@ -120,9 +124,7 @@ class TestTutorial:
 
 class TestOfficialClient:
     @pytest.fixture
-    def client(
-        self, endpoint: LocalEndpoint, monkeypatch: pytest.MonkeyPatch
-    ) -> runpod.Endpoint:
+    def client(self, endpoint: LocalEndpoint, monkeypatch: pytest.MonkeyPatch) -> runpod.Endpoint:
         monkeypatch.setattr(runpod, "endpoint_url_base", endpoint.url_base)
         monkeypatch.setattr(runpod, "api_key", endpoint.api_key)
         return runpod.Endpoint(endpoint.endpoint_id)
@@ -176,9 +178,7 @@ class TestStopping:
         status = endpoint.wait(stopped)["status"]
         assert status == ("CANCELLED" if way == "cancel" else "TIMED_OUT")
         wait_for(lambda: any("stage" in line for line in log_lines(endpoint, stopped)))
-        told_at = next(
-            stop.at for stop in endpoint.record.stops if stopped in stop.job_ids
-        )
+        told_at = next(stop.at for stop in endpoint.record.stops if stopped in stop.job_ids)
         assert time.monotonic() - told_at < 1.5, "time from the stop signal to a free GPU"
 
         after = endpoint.wait(endpoint.run({**QUICK, "seed": 3}))
@@ -193,9 +193,7 @@ class TestStopping:
         endpoint.wait(first, "IN_PROGRESS")
         endpoint.call(f"cancel/{first}", {})
         again = endpoint.wait(endpoint.run(job_input))
-        assert (
-            decoded(again["output"]["image_url"]).tobytes() == picture(**job_input).tobytes()
-        )
+        assert decoded(again["output"]["image_url"]).tobytes() == picture(**job_input).tobytes()
 
 
 class TestProgress:
@@ -216,8 +214,7 @@ class TestProgress:
         posts = endpoint.record.posts_of(job_id, "progress")
         assert all(later.at - one.at > 0.9 for one, later in itertools.pairwise(posts))
         time.sleep(1.5)
-        assert endpoint.record.late_progress == []
-        assert endpoint.record.posts_of(job_id)[-1].kind == "result"
+        assert endpoint.record.posts_of(job_id)[-1].kind == "result", "nothing after the result"
 
         uri = posts[0].body["output"]["preview"]
         jpeg = base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))
@@ -240,13 +237,15 @@ class TestProgress:
         finally:
             endpoint.faults.clear()
         time.sleep(1.5)
-        assert endpoint.record.late_progress == []
+        assert [post for post in endpoint.record.late_progress if post.job_id == job_id] == []
 
 
 def test_malformed_inputs_between_good_ones_fail_alone(endpoint: LocalEndpoint) -> None:
     good = {**QUICK, "seed": 2}
     bad = [{"prompt": "a", "height": 65}, "text", {"prompt": 3}, {"image_url": "http://127.0.0.1/"}]
-    job_ids = [endpoint.run(one) for pair in zip([good] * len(bad), bad, strict=True) for one in pair]
+    job_ids = [
+        endpoint.run(one) for pair in zip([good] * len(bad), bad, strict=True) for one in pair
+    ]
     answers = [endpoint.wait(job_id) for job_id in job_ids]
     assert [answer["status"] for answer in answers] == ["COMPLETED", "FAILED"] * len(bad)
     assert all(isinstance(answer["error"], str) for answer in answers[1::2])
@@ -278,7 +277,7 @@ def test_each_stage_is_logged_with_the_job_s_id(endpoint: LocalEndpoint) -> None
     assert [line["stage"] for line in lines] == ["generate", "encode"]
     assert all(line["ms"] >= 0 and line["peak_memory_mb"] > 0 for line in lines)
     text = endpoint.workers[0].log()
-    assert QUICK["prompt"] not in text, "prompts stay out of the log"
+    assert str(QUICK["prompt"]) not in text, "prompts stay out of the log"
     assert "base64" not in text
     for line in ("imported the libraries in", "loaded the models in", "warmed up in"):
         assert line in text
@@ -365,8 +364,6 @@ def test_a_worker_without_its_models_ends_as_unhealthy() -> None:
     endpoint = endpoint_with(MODEL_DIR="/nowhere")
     with pytest.raises(EndpointError, match="ended before it was ready"), endpoint:
         pytest.fail("the endpoint is ready")
-    [ping] = [
-        request for request in endpoint.record.requests if "status=unhealthy" in request.path
-    ]
+    [ping] = [request for request in endpoint.record.requests if "status=unhealthy" in request.path]
     assert "models_work" in ping.path
     assert "MODEL_DIR" in ping.path
