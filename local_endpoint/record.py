@@ -62,6 +62,7 @@ class Ping:
     at: float
     worker_id: str
     job_ids: tuple[str, ...]
+    unhealthy_because: str | None = None
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class WorkerRoutes:
         if parameters.get("status") == "unhealthy":
             unhealthy_because = parameters.get("reason", "no reason given")
         self._queue.ping(worker_id, job_ids, unhealthy_because)
-        self._record.pings.append(Ping(time.monotonic(), worker_id, job_ids))
+        self._record.pings.append(Ping(time.monotonic(), worker_id, job_ids, unhealthy_because))
         return web.Response()
 
     async def _take(self, request: web.Request, count: int) -> list[dict[str, Any]]:
