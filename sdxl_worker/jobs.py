@@ -28,7 +28,8 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """
     job_id = str(job.get("id"))
     request = parse_request(job.get("input"))
-    log.debug("request: %r", request, extra={"job_id": job_id})
+    settled = request.model_dump(exclude={"image_url"})
+    log.debug("request: %s", settled, extra={"job_id": job_id})
 
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
     from sdxl_worker.check import build_report
