@@ -12,7 +12,7 @@ run: $(VENV)/.run
 
 # A stand-in for the Runpod endpoint, with workers, until Ctrl-C.
 endpoint: $(VENV)/.run
-	$(BIN)/python -m local_endpoint --port $(PORT) --workers $(WORKERS)
+	$(BIN)/python -m local_endpoint --port "$(PORT)" --workers "$(WORKERS)"
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

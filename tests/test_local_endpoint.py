@@ -510,7 +510,7 @@ def test_the_official_client_cancels_a_running_job_and_the_handler_is_told(
     worker_id = endpoint.wait(job.job_id, "IN_PROGRESS")["workerId"]
     [worker] = [worker for worker in endpoint.workers if worker.id == worker_id]
     # A stop that comes before the SDK has started the handler is lost.
-    eventually(lambda: f'"{job.job_id}", "message": "Handling Job"' in worker.log())
+    eventually(lambda: f"started {job.job_id}" in worker.log())
     assert client.run_sync({"a": 1}), "the other worker is free"
     assert job.cancel() == {"id": job.job_id, "status": "CANCELLED"}
     assert job.status() == "CANCELLED"
@@ -702,7 +702,7 @@ def test_a_worker_that_is_terminated_finishes_its_job_and_is_not_replaced(
     job_id = endpoint.run({"sleep_seconds": 1})
     worker_id = endpoint.wait(job_id, "IN_PROGRESS")["workerId"]
     [worker] = [worker for worker in endpoint.workers if worker.id == worker_id]
-    eventually(lambda: f"{job_id}" in worker.log())
+    eventually(lambda: f"started {job_id}" in worker.log())
     worker.terminate()
     assert endpoint.wait(job_id)["workerId"] == worker_id
     eventually(lambda: worker.exit_status is not None)
@@ -838,23 +838,44 @@ def test_a_worker_that_dies_at_start_is_an_error_in_tests_too() -> None:
         pass
 
 
-def test_make_endpoint_passes_port_and_workers_on() -> None:
-    done = subprocess.run(
-        ["make", "--dry-run", "--always-make", "endpoint", "PORT=8123", "WORKERS=2"],
+def test_workers_that_are_not_ready_in_time_are_an_error_and_are_ended() -> None:
+    endpoint_id = f"test-{uuid.uuid4()}"
+    endpoint = LocalEndpoint(
+        worker_command=["sleep", "60"],
+        endpoint_id=endpoint_id,
+        start_timeout_seconds=0.5,
+        rules=Rules(**QUICK),
+    )
+    with pytest.raises(EndpointError, match="not all workers were ready after 0.5 s"), endpoint:
+        pass
+    assert processes_of(endpoint_id) == []
+
+
+def make(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    venv = Path(sys.executable).parent.parent
+    return subprocess.run(
+        ["make", "endpoint", f"VENV={venv}", f"--old-file={venv}/.run", *arguments],
         cwd=REPOSITORY,
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        check=True,
+        timeout=60,
     )
-    assert "python -m local_endpoint --port 8123 --workers 2" in done.stdout
-    plain = subprocess.run(
-        ["make", "--dry-run", "endpoint"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "--port 8000 --workers 1" in plain.stdout
+
+
+def test_make_endpoint_starts_the_worker_and_tells_why_it_cannot() -> None:
+    done = make("PORT=0", DTYPE="int4")
+    assert done.returncode != 0
+    [line] = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert line.startswith("The endpoint has stopped: worker-1 ended before it was ready")
+    assert "The worker cannot start." in line
+    assert "DTYPE" in line
+
+
+def test_make_endpoint_has_a_port_and_one_worker_by_default() -> None:
+    assert '--port "8000" --workers "1"' in make("--dry-run").stdout
+    assert '--port "8123" --workers "2"' in make("--dry-run", "PORT=8123", "WORKERS=2").stdout
+    assert "PORT: must be an integer" in make("PORT=").stderr
 
 
 def test_the_worker_does_not_import_the_endpoint() -> None:
