@@ -60,6 +60,11 @@ def processes_of(endpoint_id: str) -> list[psutil.Process]:
     return found
 
 
+def assert_no_process_is_left(endpoint_id: str) -> None:
+    """Killed ones may need a moment to die."""
+    eventually(lambda: not processes_of(endpoint_id), 2)
+
+
 # By hand: no worker processes, the tests do what workers do.
 
 
@@ -588,7 +593,7 @@ def test_progress_of_a_worker_shows_in_the_status(endpoint: LocalEndpoint) -> No
 def test_late_progress_of_a_worker_is_counted(endpoint: LocalEndpoint) -> None:
     job_id = endpoint.run({"late_progress": "too late"})
     assert endpoint.wait(job_id)["status"] == "COMPLETED"
-    eventually(lambda: [post.job_id for post in endpoint.record.late_progress] == [job_id])
+    eventually(lambda: job_id in [post.job_id for post in endpoint.record.late_progress])
     assert endpoint.status(job_id)["status"] == "COMPLETED"
 
 
@@ -696,20 +701,17 @@ def test_a_worker_that_asks_to_be_recycled_is_replaced(endpoint: LocalEndpoint) 
     assert endpoint.wait(endpoint.run({"b": 2}))["workerId"] != answer["workerId"]
 
 
-def test_a_worker_that_is_terminated_finishes_its_job_and_is_not_replaced(
-    endpoint: LocalEndpoint,
-) -> None:
-    job_id = endpoint.run({"sleep_seconds": 1})
-    worker_id = endpoint.wait(job_id, "IN_PROGRESS")["workerId"]
-    [worker] = [worker for worker in endpoint.workers if worker.id == worker_id]
-    eventually(lambda: f"started {job_id}" in worker.log())
-    worker.terminate()
-    assert endpoint.wait(job_id)["workerId"] == worker_id
-    eventually(lambda: worker.exit_status is not None)
-    assert worker.exit_status == 0
-    eventually(lambda: len(endpoint.workers) == 1)
-    time.sleep(0.3)
-    assert len(endpoint.workers) == 1
+def test_a_worker_that_is_terminated_finishes_its_job_and_is_not_replaced() -> None:
+    with LocalEndpoint(worker_command=TINY_WORKER, rules=Rules(**QUICK)) as endpoint:
+        [worker] = endpoint.workers
+        job_id = endpoint.run({"sleep_seconds": 1})
+        eventually(lambda: f"started {job_id}" in worker.log())
+        worker.terminate()
+        assert endpoint.wait(job_id)["status"] == "COMPLETED"
+        eventually(lambda: worker.exit_status is not None)
+        assert worker.exit_status == 0
+        time.sleep(0.3)
+        assert endpoint.workers == []
 
 
 def test_streams_and_batches_of_a_concurrent_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -739,7 +741,7 @@ def test_nothing_is_left_when_the_block_is_left() -> None:
         assert len(eventually(lambda: processes_of(endpoint_id))) >= 1
         log_dir = endpoint.log_dir
         assert log_dir.is_dir()
-    assert processes_of(endpoint_id) == []
+    assert_no_process_is_left(endpoint_id)
     assert not log_dir.exists()
 
 
@@ -789,7 +791,7 @@ def test_the_command_serves_until_it_is_told_to_stop_and_leaves_no_process(
         assert (process.returncode, errors) == (0, "")
         assert "Stopping the workers." in rest
         assert "Traceback" not in rest
-    assert processes_of(endpoint_id) == []
+    assert_no_process_is_left(endpoint_id)
 
 
 def failed_command(*arguments: str) -> str:
@@ -798,7 +800,7 @@ def failed_command(*arguments: str) -> str:
     with command(endpoint_id, *arguments) as process:
         _, errors = process.communicate(timeout=20)
         assert process.returncode == 1
-    assert processes_of(endpoint_id) == []
+    assert_no_process_is_left(endpoint_id)
     [line] = errors.splitlines()
     return str(line)
 
@@ -848,7 +850,7 @@ def test_workers_that_are_not_ready_in_time_are_an_error_and_are_ended() -> None
     )
     with pytest.raises(EndpointError, match="not all workers were ready after 0.5 s"), endpoint:
         pass
-    assert processes_of(endpoint_id) == []
+    assert_no_process_is_left(endpoint_id)
 
 
 def make(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
