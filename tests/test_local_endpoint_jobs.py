@@ -405,11 +405,15 @@ def test_a_job_that_is_lost_twice_fails(world: World) -> None:
     assert job.status is Status.FAILED
     assert job.for_client()["error"] == "job timed out after 1 retries"
     assert world.ended == [job]
+    world.queue.retry(job)
+    assert "retries" not in job.for_client(), "they are counted anew"
 
 
 def test_a_worker_that_was_only_slow_may_still_answer(world: World) -> None:
     job = world.taken("w1")
     world.wait(30)
+    world.queue.note_progress("w1", job.id, "half")
+    assert "output" not in job.for_client(), "a queued job shows no progress"
     assert world.finish(job, worker_id="w1") is Receipt.ACCEPTED
     assert job.status is Status.COMPLETED
     assert job.for_client()["workerId"] == "w1"
