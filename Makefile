@@ -13,7 +13,7 @@ run: $(VENV)/.run
 
 # A stand-in for the Runpod endpoint, with workers, until Ctrl-C.
 endpoint: $(VENV)/.run
-	$(BIN)/python -m local_endpoint --port $(PORT) --workers $(WORKERS)
+	$(BIN)/python -m local_endpoint --port "$(PORT)" --workers "$(WORKERS)"
 
 # Two processes, each of which takes whole files: the tests of one share their servers.
 test: $(VENV)/.dev

@@ -23,6 +23,8 @@ def main() -> int:
     except EndpointError as error:
         print(f"The endpoint has stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130  # so early that nothing was started
 
 
 def _options(arguments: list[str]) -> Options:

@@ -43,6 +43,7 @@ class LocalEndpoint:
         self._start_timeout_seconds = start_timeout_seconds
         self._server: Server
         self._loop: asyncio.AbstractEventLoop
+        self._serving: asyncio.Task[None] | None = None
         self._stop_asked: asyncio.Event
         self._started: Future[None] = Future()
         self._failure: BaseException | None = None
@@ -51,12 +52,15 @@ class LocalEndpoint:
     def __enter__(self) -> Self:
         """
         Raises:
-            EndpointError: the port is taken, or a worker ended before it was ready.
+            EndpointError: the port is taken, or a worker ended before it was ready, or is not
+                ready in time.
         """
         self._thread.start()
         try:
             self._started.result()
         except BaseException:
+            if not self._started.done():  # the test was interrupted
+                self._loop.call_soon_threadsafe(self._cancel)
             self._thread.join()
             raise
         return self
@@ -70,8 +74,10 @@ class LocalEndpoint:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop_asked.set)
             self._thread.join()
-        if self._failure is not None and error is None:
-            raise self._failure
+        if self._failure is not None:
+            if error is None:
+                raise self._failure
+            error.add_note(f"The endpoint had stopped: {self._failure}")
 
     @property
     def endpoint_id(self) -> str:
@@ -182,6 +188,10 @@ class LocalEndpoint:
                 raise TimeoutError(f"still {answer}")
             time.sleep(0.05)
 
+    def _cancel(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
@@ -193,12 +203,17 @@ class LocalEndpoint:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._serving = asyncio.current_task()
         self._stop_asked = asyncio.Event()
         self._server = Server(self.options)
         try:
             await self._server.start()
-            async with asyncio.timeout(self._start_timeout_seconds):
-                await self._server.wait_until_ready()
+            try:
+                async with asyncio.timeout(self._start_timeout_seconds):
+                    await self._server.wait_until_ready()
+            except TimeoutError:
+                seconds = self._start_timeout_seconds
+                raise EndpointError(f"not all workers were ready after {seconds} s") from None
             self._started.set_result(None)
             await self._server.run(self._stop_asked.wait)
         finally:

@@ -29,6 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TICK_SECONDS = 0.05
 # Large enough for every body whose size is to be judged here, by the rules.
 READ_MAX_BYTES = 2**30
+ROUTE = web.RequestKey("route", str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,11 +230,11 @@ class Server:
                 response = web.Response(
                     status=refusal.status, text=refusal.text, content_type=refusal.content_type
                 )
-            if request.transport is not None:
+            if request.transport is not None and not request.transport.is_closing():
                 status_code = response.status
             return response
         finally:
-            route = request.get("route", "")
+            route = request.get(ROUTE, "")
             self.record.requests.append(
                 Request(came_at, time.monotonic(), request.method, route, request.path, status_code)
             )
@@ -248,8 +249,8 @@ class Server:
         key = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(key.encode(), self.options.api_key.encode()):
             return web.json_response({"error": "the API key is missing or wrong"}, status=401)
-        request["route"] = await _route(request)
-        fault = self.faults.next(request["route"]) or Fault("delay")
+        route = request[ROUTE] = await _route(request)
+        fault = self.faults.next(route) or Fault("delay")
         if fault.kind == "status":
             return web.json_response({"error": "a fault on demand"}, status=fault.status_code)
         if fault.kind == "drop":

@@ -11,6 +11,7 @@ import runpod
 async def handler(job: dict[str, Any]) -> Any:
     """Do what the input says, in this order; answer with the input where it says nothing else."""
     job_input = job["input"]
+    print(f"started {job['id']}")
     for progress in job_input.get("progress", []):
         runpod.serverless.progress_update(job, progress)
         await asyncio.sleep(job_input.get("progress_gap_seconds", 0.2))
