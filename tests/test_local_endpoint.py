@@ -5,7 +5,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ import runpod
 
 from local_endpoint import EndpointError, LocalEndpoint, Receipt, Rules
 from local_endpoint.server import REPOSITORY
+from tests import tutorial
 
 TINY_WORKER = [sys.executable, "tests/tiny_worker.py"]
 QUICK: dict[str, Any] = {
@@ -543,41 +543,20 @@ def test_a_wrong_key_is_what_the_official_client_expects(
         stranger.health()
 
 
-# The commands of Runpod's tutorial for Stable Diffusion XL, as they are.
-TUTORIAL_RUN = r"""curl -X POST https://api.runpod.ai/v2/ENDPOINT_ID/run \
-    -H 'Content-Type: application/json'                             \
-    -H 'Authorization: Bearer YOUR_API_KEY' \
-    -d '{"input": {"prompt": "A cute fluffy white dog in the style of a Pixar animation 3D drawing."}}'
-"""  # noqa: E501
-TUTORIAL_STATUS = r"""curl https://api.runpod.ai/v2/ENDPOINT_ID/status/JOB_ID \
--H 'Content-Type: application/json' \
-    -H 'Authorization: Bearer YOUR_API_KEY'"""
-TUTORIAL_SAVE = r"""curl https://api.runpod.ai/v2/ENDPOINT_ID/status/JOB_ID \
-    -H 'Content-Type: application/json' \
-    -H 'Authorization: Bearer YOUR_API_KEY' | jq . > output.json"""
-
-
+@tutorial.needs_curl
 def test_the_commands_of_the_tutorial_work_with_only_the_host_replaced(
     endpoint: LocalEndpoint, tmp_path: Path
 ) -> None:
-    def shell(command: str) -> str:
-        command = command.replace("https://api.runpod.ai/v2", endpoint.url_base)
-        if shutil.which("jq") is None:  # optional in the tutorial
-            command = command.replace("jq .", f"{sys.executable} -m json.tool")
-        done = subprocess.run(
-            ["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    queued = json.loads(shell(TUTORIAL_RUN))
+    shell = tutorial.shell(endpoint.url_base, tmp_path)
+    queued = json.loads(shell(tutorial.RUN))
     assert queued == {"id": queued["id"], "status": "IN_QUEUE"}
 
     def is_completed() -> bool:
-        answer = json.loads(shell(TUTORIAL_STATUS.replace("JOB_ID", queued["id"])))
+        answer = json.loads(shell(tutorial.STATUS.replace("JOB_ID", queued["id"])))
         return bool(answer["status"] == "COMPLETED")
 
     eventually(is_completed)
-    shell(TUTORIAL_SAVE.replace("JOB_ID", queued["id"]))
+    shell(tutorial.SAVE.replace("JOB_ID", queued["id"]))
     saved = json.loads((tmp_path / "output.json").read_text())
     assert saved["output"]["input"]["prompt"].startswith("A cute fluffy white dog")
     assert saved.keys() == {*("delayTime", "executionTime", "id", "output", "status", "workerId")}

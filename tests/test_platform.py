@@ -5,7 +5,6 @@ import hashlib
 import io
 import itertools
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from PIL import Image
 from local_endpoint.jobs import Rules
 from local_endpoint.local import LocalEndpoint
 from local_endpoint.workers import EndpointError
+from tests import tutorial
 from tests.support import decoded, picture
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -84,42 +84,19 @@ def log_lines(endpoint: LocalEndpoint, job_id: str) -> list[dict[str, Any]]:
     return [line for line in lines if line.get("requestId") == job_id]
 
 
-class TestTutorial:
-    """Runpod's SDXL tutorial, command for command; only the host is another."""
-
-    def test_from_the_first_request_to_the_saved_picture(
-        self, endpoint: LocalEndpoint, tmp_path: Path
-    ) -> None:
-        for tool in ("curl", "jq"):
-            assert shutil.which(tool), f"the tutorial needs {tool}: install it"
-
-        def shell(command: str) -> str:
-            host = endpoint.url_base.removesuffix("/v2")
-            return subprocess.run(
-                ["bash", "-ec", command.replace("https://api.runpod.ai", host)],
-                cwd=tmp_path,
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-
-        headers = "-H 'Content-Type: application/json' -H 'Authorization: Bearer YOUR_API_KEY'"
-        prompt = "A cute fluffy white dog in the style of a Pixar animation 3D drawing."
-        answer = json.loads(
-            shell(
-                f"curl -sS -X POST https://api.runpod.ai/v2/ENDPOINT_ID/run {headers} "
-                f"""-d '{{"input": {{"prompt": "{prompt}"}}}}'"""
-            )
-        )
-        assert answer["status"] == "IN_QUEUE"
-        status = f"curl -sS https://api.runpod.ai/v2/ENDPOINT_ID/status/{answer['id']} {headers}"
-        wait_for(lambda: json.loads(shell(status))["status"] == "COMPLETED")
-        shell(f"{status} | jq . > output.json")
-        saved = json.loads((tmp_path / "output.json").read_text())
-        assert set(saved) >= {"delayTime", "executionTime", "id", "output", "status", "workerId"}
-        script = REPOSITORY / "tests" / "decode_image.py"
-        subprocess.run([sys.executable, script], cwd=tmp_path, check=True)
-        assert Image.open(tmp_path / "generated_image.png").size == (128, 128)
+@tutorial.needs_curl
+def test_the_tutorial_works_command_for_command(endpoint: LocalEndpoint, tmp_path: Path) -> None:
+    shell = tutorial.shell(endpoint.url_base, tmp_path)
+    queued = json.loads(shell(tutorial.RUN))
+    assert queued["status"] == "IN_QUEUE"
+    status = tutorial.STATUS.replace("JOB_ID", queued["id"])
+    wait_for(lambda: json.loads(shell(status))["status"] == "COMPLETED")
+    shell(tutorial.SAVE.replace("JOB_ID", queued["id"]))
+    saved = json.loads((tmp_path / "output.json").read_text())
+    assert set(saved) == {"delayTime", "executionTime", "id", "output", "status", "workerId"}
+    script = REPOSITORY / "tests" / "decode_image.py"
+    subprocess.run([sys.executable, script], cwd=tmp_path, check=True)
+    assert Image.open(tmp_path / "generated_image.png").size == (128, 128)
 
 
 class TestOfficialClient:
