@@ -15,14 +15,14 @@ PROMPTS = (
     "a red circle on a blue background",
     "a yellow star on a black background",
     "a green square on a white background",
-    "a purple triangle on a yellow background",
+    "a magenta triangle on a yellow background",
     "a white ring on a red background",
-    "an orange star on a purple background",
-    "a black square on an orange background",
+    "a cyan star on a magenta background",
+    "a black square on a cyan background",
     "a blue ring on a yellow background",
     "a white triangle on a green background",
     "a red star on a white background",
-    "a yellow circle on a purple background",
+    "a yellow circle on a magenta background",
     "a green triangle on a black background",
 )
 
