@@ -794,6 +794,18 @@ def test_the_command_serves_until_it_is_told_to_stop_and_leaves_no_process(
     assert_no_process_is_left(endpoint_id)
 
 
+def test_workers_end_with_a_command_that_was_killed() -> None:
+    endpoint_id = f"test-{uuid.uuid4()}"
+    with command(endpoint_id, "--port", "0", "--", *TINY_WORKER) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("Ready: 1") for line in process.stdout)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 3, "a worker, the process that pings for it, and its guard"
+        process.kill()
+        eventually(lambda: not any(child.is_running() for child in children), 5)
+    assert_no_process_is_left(endpoint_id)
+
+
 def failed_command(*arguments: str) -> str:
     """The only line that a command prints that must fail at once."""
     endpoint_id = f"test-{uuid.uuid4()}"
