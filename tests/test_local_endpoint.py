@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +37,7 @@ QUICK: dict[str, Any] = {
     "webhook_delay_seconds": 0.1,
     "ping_interval_seconds": 1,
     "job_lost_after_seconds": 3,
-    "poll_seconds": 3,
+    "poll_seconds": 1.5,
 }
 
 
@@ -148,6 +150,16 @@ def test_a_job_goes_from_run_to_status(bare: LocalEndpoint, hand: HandWorker) ->
 def test_an_unknown_job_is_not_found(bare: LocalEndpoint, method: str, route: str) -> None:
     code, answer = bare.call(f"{route}/nobody", method=method)
     assert (code, answer) == (404, {"error": "there is no job nobody"})
+
+
+def test_an_unknown_endpoint_is_not_found(bare: LocalEndpoint) -> None:
+    request = urllib.request.Request(
+        f"{bare.url_base}/another/health", headers={"Authorization": bare.api_key}
+    )
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(request)
+    with raised.value as answer:
+        assert answer.code == 404
 
 
 @pytest.mark.parametrize(
@@ -850,6 +862,44 @@ def test_a_worker_that_dies_at_start_is_an_error_in_tests_too() -> None:
         LocalEndpoint(worker_command=[sys.executable, "-c", ""]),
     ):
         pass
+
+
+def test_workers_get_the_environment_of_runpod_and_a_home_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RUNPOD_REALTIME_PORT", "8000")  # would make it a server
+    monkeypatch.setenv("RUNPOD_AI_API_KEY", "of this machine")
+    monkeypatch.setenv("SETTING", "passed on")
+    script = "import json, os; print(json.dumps(dict(os.environ)))"
+    with (
+        pytest.raises(EndpointError) as raised,
+        LocalEndpoint(
+            worker_command=[sys.executable, "-c", script],
+            endpoint_id="e1",
+            environment={"MORE": "added"},
+        ),
+    ):
+        pass
+    worker = json.loads(str(raised.value).partition("its last line: ")[2])
+    url = worker["RUNPOD_WEBHOOK_GET_JOB"].partition("/job-take/")[0]
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v2/e1", url)
+    expected = {
+        "MORE": "added",
+        "RUNPOD_AI_API_KEY": "YOUR_API_KEY",
+        "RUNPOD_ENDPOINT_ID": "e1",
+        "RUNPOD_PING_INTERVAL": "10000",
+        "RUNPOD_POD_ID": "worker-1",
+        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+        "RUNPOD_SKIP_GPU_CHECK": "true",
+        "RUNPOD_WEBHOOK_GET_JOB": f"{url}/job-take/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_PING": f"{url}/ping/$RUNPOD_POD_ID?gpu=local",
+        "RUNPOD_WEBHOOK_POST_OUTPUT": f"{url}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_POST_STREAM": f"{url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
+        "SETTING": "passed on",
+    }
+    assert {name: worker.get(name) for name in expected} == expected
+    assert "RUNPOD_REALTIME_PORT" not in worker
+    assert worker["HOME"] != os.environ.get("HOME")
 
 
 def test_workers_that_are_not_ready_in_time_are_an_error_and_are_ended() -> None:
