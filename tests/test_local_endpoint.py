@@ -265,6 +265,16 @@ def test_questions_for_jobs_are_held_and_answered_as_soon_as_there_is_one(
         assert answers.result(5) == (200, {"jobsToStop": [job_id]})
 
 
+def test_a_worker_that_is_to_end_is_not_held_and_has_no_reason_to_hurry() -> None:
+    with bare_endpoint(poll_seconds=60) as endpoint:
+        hand = HandWorker(endpoint)
+        endpoint.with_queue(lambda queue: queue.drain("hand"))
+        endpoint.run(1)
+        start = time.monotonic()
+        assert hand.get("job-take/hand?gpu=x&job_in_progress=0") == (204, None)
+        assert 0.25 < time.monotonic() - start < 30
+
+
 def test_a_worker_that_hung_up_gets_no_job(bare: LocalEndpoint, hand: HandWorker) -> None:
     with socket.create_connection(("127.0.0.1", int(bare.url.split(":")[2].split("/")[0]))) as gone:
         lines = "GET /v2/{}/job-take/gone HTTP/1.1\r\nHost: a\r\nAuthorization: {}\r\n\r\n"
@@ -744,15 +754,19 @@ def test_streams_and_batches_of_a_concurrent_worker(monkeypatch: pytest.MonkeyPa
         assert "Failed" not in endpoint.workers[0].log()
 
 
-def test_nothing_is_left_when_the_block_is_left() -> None:
+def test_when_the_block_is_left_the_job_at_hand_is_finished_and_nothing_stays() -> None:
     endpoint_id = f"test-{uuid.uuid4()}"
+    rules = Rules(poll_seconds=60)  # those that wait for jobs are not waited for
     with LocalEndpoint(
-        worker_command=TINY_WORKER, endpoint_id=endpoint_id, rules=Rules(**QUICK)
+        worker_command=TINY_WORKER, endpoint_id=endpoint_id, rules=rules, stop_grace_seconds=20
     ) as endpoint:
-        endpoint.run({"sleep_seconds": 1})
-        assert len(eventually(lambda: processes_of(endpoint_id))) >= 1
+        [worker] = endpoint.workers
+        job_id = endpoint.run({"sleep_seconds": 1})
+        eventually(lambda: f"started {job_id}" in worker.log())
         log_dir = endpoint.log_dir
-        assert log_dir.is_dir()
+        record = endpoint.record
+    assert worker.exit_status == 0, "it ended by itself"
+    assert [post.receipt for post in record.posts_of(job_id)] == [Receipt.ACCEPTED]
     assert_no_process_is_left(endpoint_id)
     assert not log_dir.exists()
 
@@ -803,6 +817,30 @@ def test_the_command_serves_until_it_is_told_to_stop_and_leaves_no_process(
         assert (process.returncode, errors) == (0, "")
         assert "Stopping the workers." in rest
         assert "Traceback" not in rest
+    assert_no_process_is_left(endpoint_id)
+
+
+def test_the_command_ends_at_once_when_it_is_told_twice() -> None:
+    endpoint_id = f"test-{uuid.uuid4()}"
+    with command(endpoint_id, "--port", "0", "--", *TINY_WORKER) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        url = next(line for line in lines if line.startswith("http")).split()[0]
+        assert any(line.startswith("Ready: 1") for line in lines)
+        request = urllib.request.Request(
+            f"{url}/run",
+            b'{"input": {"sleep_seconds": 60}}',
+            {"Authorization": "YOUR_API_KEY"},
+        )
+        urllib.request.urlopen(request).close()
+        assert any("started" in line for line in lines)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert any("Stopping" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert time.monotonic() - start < 4.5, "less than workers get to finish"
+        assert process.returncode == 0
     assert_no_process_is_left(endpoint_id)
 
 
