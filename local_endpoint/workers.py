@@ -21,6 +21,9 @@ class Worker:
 
     The SDK pings from a child process, which outlives a killed parent and would keep its jobs
     alive: on Runpod it dies with the container, here with the group.
+
+    A worker whose endpoint is gone asks it again and again without a pause, for ever. So a guard,
+    which only waits for the endpoint to end, then ends the group, whatever became of the endpoint.
     """
 
     def __init__(self, worker_id: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
@@ -29,6 +32,14 @@ class Worker:
         self.is_ending = False  # asked to end
         self.kill_at: float | None = None
         self._process = process
+        # The shell reads from a pipe that nobody writes to and only this process holds open.
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", f"read -r _; kill -9 -{process.pid} 2>/dev/null"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:
@@ -48,6 +59,14 @@ class Worker:
         """End the worker and all it started at once, as a crash of its container."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        self._process.wait()
+
+    def release(self) -> None:
+        """End the guard of a worker that has ended."""
+        self._guard.kill()
+        self._guard.communicate()
 
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
@@ -150,7 +169,8 @@ class WorkerPool:
         for worker in self._workers:
             worker.kill()
         for worker in self._workers:
-            worker._process.wait()
+            worker.wait()
+            worker.release()
             self._gone(worker.id)
         self._workers.clear()
 
@@ -175,6 +195,7 @@ class WorkerPool:
 
     def _bury(self, worker: Worker) -> None:
         worker.kill()  # what it started
+        worker.release()
         self._workers.remove(worker)
         was_ready = self._is_ready(worker.id)
         self._gone(worker.id)

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +37,7 @@ QUICK: dict[str, Any] = {
     "webhook_delay_seconds": 0.1,
     "ping_interval_seconds": 1,
     "job_lost_after_seconds": 3,
-    "poll_seconds": 3,
+    "poll_seconds": 1.5,
 }
 
 
@@ -150,6 +152,16 @@ def test_an_unknown_job_is_not_found(bare: LocalEndpoint, method: str, route: st
     assert (code, answer) == (404, {"error": "there is no job nobody"})
 
 
+def test_an_unknown_endpoint_is_not_found(bare: LocalEndpoint) -> None:
+    request = urllib.request.Request(
+        f"{bare.url_base}/another/health", headers={"Authorization": bare.api_key}
+    )
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(request)
+    with raised.value as answer:
+        assert answer.code == 404
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [({"prompt": "a"}, '"input"'), ([], '"input"'), ({"input": 1, "policy": {"ttl": 1}}, "ttl")],
@@ -251,6 +263,16 @@ def test_questions_for_jobs_are_held_and_answered_as_soon_as_there_is_one(
         time.sleep(0.1)
         bare.call(f"cancel/{job_id}", {})
         assert answers.result(5) == (200, {"jobsToStop": [job_id]})
+
+
+def test_a_worker_that_is_to_end_is_not_held_and_has_no_reason_to_hurry() -> None:
+    with bare_endpoint(poll_seconds=60) as endpoint:
+        hand = HandWorker(endpoint)
+        endpoint.with_queue(lambda queue: queue.drain("hand"))
+        endpoint.run(1)
+        start = time.monotonic()
+        assert hand.get("job-take/hand?gpu=x&job_in_progress=0") == (204, None)
+        assert 0.25 < time.monotonic() - start < 30
 
 
 def test_a_worker_that_hung_up_gets_no_job(bare: LocalEndpoint, hand: HandWorker) -> None:
@@ -711,15 +733,19 @@ def test_streams_and_batches_of_a_concurrent_worker(monkeypatch: pytest.MonkeyPa
         assert "Failed" not in endpoint.workers[0].log()
 
 
-def test_nothing_is_left_when_the_block_is_left() -> None:
+def test_when_the_block_is_left_the_job_at_hand_is_finished_and_nothing_stays() -> None:
     endpoint_id = f"test-{uuid.uuid4()}"
+    rules = Rules(poll_seconds=60)  # those that wait for jobs are not waited for
     with LocalEndpoint(
-        worker_command=TINY_WORKER, endpoint_id=endpoint_id, rules=Rules(**QUICK)
+        worker_command=TINY_WORKER, endpoint_id=endpoint_id, rules=rules, stop_grace_seconds=20
     ) as endpoint:
-        endpoint.run({"sleep_seconds": 1})
-        assert len(eventually(lambda: processes_of(endpoint_id))) >= 1
+        [worker] = endpoint.workers
+        job_id = endpoint.run({"sleep_seconds": 1})
+        eventually(lambda: f"started {job_id}" in worker.log())
         log_dir = endpoint.log_dir
-        assert log_dir.is_dir()
+        record = endpoint.record
+    assert worker.exit_status == 0, "it ended by itself"
+    assert [post.receipt for post in record.posts_of(job_id)] == [Receipt.ACCEPTED]
     assert_no_process_is_left(endpoint_id)
     assert not log_dir.exists()
 
@@ -773,6 +799,42 @@ def test_the_command_serves_until_it_is_told_to_stop_and_leaves_no_process(
     assert_no_process_is_left(endpoint_id)
 
 
+def test_the_command_ends_at_once_when_it_is_told_twice() -> None:
+    endpoint_id = f"test-{uuid.uuid4()}"
+    with command(endpoint_id, "--port", "0", "--", *TINY_WORKER) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        url = next(line for line in lines if line.startswith("http")).split()[0]
+        assert any(line.startswith("Ready: 1") for line in lines)
+        request = urllib.request.Request(
+            f"{url}/run",
+            b'{"input": {"sleep_seconds": 60}}',
+            {"Authorization": "YOUR_API_KEY"},
+        )
+        urllib.request.urlopen(request).close()
+        assert any("started" in line for line in lines)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert any("Stopping" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert time.monotonic() - start < 4.5, "less than workers get to finish"
+        assert process.returncode == 0
+    assert_no_process_is_left(endpoint_id)
+
+
+def test_workers_end_with_a_command_that_was_killed() -> None:
+    endpoint_id = f"test-{uuid.uuid4()}"
+    with command(endpoint_id, "--port", "0", "--", *TINY_WORKER) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("Ready: 1") for line in process.stdout)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 3, "a worker, the process that pings for it, and its guard"
+        process.kill()
+        eventually(lambda: not any(child.is_running() for child in children), 5)
+    assert_no_process_is_left(endpoint_id)
+
+
 def failed_command(*arguments: str) -> str:
     """The only line that a command prints that must fail at once."""
     endpoint_id = f"test-{uuid.uuid4()}"
@@ -817,6 +879,44 @@ def test_a_worker_that_dies_at_start_is_an_error_in_tests_too() -> None:
         LocalEndpoint(worker_command=[sys.executable, "-c", ""]),
     ):
         pass
+
+
+def test_workers_get_the_environment_of_runpod_and_a_home_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RUNPOD_REALTIME_PORT", "8000")  # would make it a server
+    monkeypatch.setenv("RUNPOD_AI_API_KEY", "of this machine")
+    monkeypatch.setenv("SETTING", "passed on")
+    script = "import json, os; print(json.dumps(dict(os.environ)))"
+    with (
+        pytest.raises(EndpointError) as raised,
+        LocalEndpoint(
+            worker_command=[sys.executable, "-c", script],
+            endpoint_id="e1",
+            environment={"MORE": "added"},
+        ),
+    ):
+        pass
+    worker = json.loads(str(raised.value).partition("its last line: ")[2])
+    url = worker["RUNPOD_WEBHOOK_GET_JOB"].partition("/job-take/")[0]
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v2/e1", url)
+    expected = {
+        "MORE": "added",
+        "RUNPOD_AI_API_KEY": "YOUR_API_KEY",
+        "RUNPOD_ENDPOINT_ID": "e1",
+        "RUNPOD_PING_INTERVAL": "10000",
+        "RUNPOD_POD_ID": "worker-1",
+        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+        "RUNPOD_SKIP_GPU_CHECK": "true",
+        "RUNPOD_WEBHOOK_GET_JOB": f"{url}/job-take/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_PING": f"{url}/ping/$RUNPOD_POD_ID?gpu=local",
+        "RUNPOD_WEBHOOK_POST_OUTPUT": f"{url}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
+        "RUNPOD_WEBHOOK_POST_STREAM": f"{url}/job-stream/$RUNPOD_POD_ID/$ID?gpu=local",
+        "SETTING": "passed on",
+    }
+    assert {name: worker.get(name) for name in expected} == expected
+    assert "RUNPOD_REALTIME_PORT" not in worker
+    assert worker["HOME"] != os.environ.get("HOME")
 
 
 def test_workers_that_are_not_ready_in_time_are_an_error_and_are_ended() -> None:
