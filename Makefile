@@ -1,15 +1,23 @@
-# Everything a newcomer needs: `make run` draws a picture, `make test` runs the tests.
+# Everything a newcomer needs: `make run` draws a picture, `make test` runs the tests,
+# `make endpoint` starts a stand-in for the platform.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+PORT ?= 8000
+WORKERS ?= 1
 
-.PHONY: run test lint types docs clean
+.PHONY: run endpoint test lint types docs clean
 
 run: $(VENV)/.run
 	$(BIN)/python handler.py --test_input
 
+# A stand-in for the Runpod endpoint, with workers, until Ctrl-C.
+endpoint: $(VENV)/.run
+	$(BIN)/python -m local_endpoint --port "$(PORT)" --workers "$(WORKERS)"
+
+# Two processes, each of which takes whole files: the tests of one share their servers.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

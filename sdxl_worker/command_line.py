@@ -6,11 +6,11 @@ path, or no value, too, and the pictures of a local job are saved.
 
 import base64
 import json
-import logging
 import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,34 @@ DEFAULT_JOB_FILE = "test_input.json"
 OUTPUT_DIR = Path("output")
 
 
-def prepare(arguments: list[str]) -> tuple[list[str], bool]:
-    """Set up logging and make the arguments what the SDK takes.
+class Place(Enum):
+    """Where the SDK takes jobs from."""
+
+    LOCAL_JOB = "the command line or a file: one job"
+    SERVER = "the SDK's test server"
+    QUEUE = "the platform"
+
+
+def prepare(arguments: list[str]) -> tuple[list[str], Place]:
+    """Make the command line what the SDK takes.
 
     Returns:
-        The arguments for the SDK, and whether they mean one local job.
+        The arguments for the SDK, and where it will take jobs from.
 
     Exits with a message where `--test_input` is neither JSON nor a file with JSON in it.
     """
-    # An empty value makes the SDK crash, and its default level, DEBUG, logs whole jobs.
-    os.environ["RUNPOD_LOG_LEVEL"] = os.environ.get("RUNPOD_LOG_LEVEL") or "INFO"
+    # An empty variable is unset, but the SDK would read a number from this one.
     if not os.environ.get("RUNPOD_REALTIME_PORT"):
         os.environ.pop("RUNPOD_REALTIME_PORT", None)
     # transformers warns at import that torchvision is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.basicConfig(format="%(levelname)-7s| %(message)s", stream=sys.stdout)
-    logging.getLogger("sdxl_worker").setLevel(logging.INFO)
 
     arguments, job = _job_of(arguments)
-    serves = "--rp_serve_api" in arguments or bool(os.environ.get("RUNPOD_REALTIME_PORT"))
-    takes_from_queue = bool(os.environ.get("RUNPOD_WEBHOOK_GET_JOB")) and job is None
-    is_local_job = not serves and not takes_from_queue
-    if is_local_job and job is None:
-        job = _read(DEFAULT_JOB_FILE)
-    return arguments + ([f"--test_input={job}"] if job else []), is_local_job
+    if "--rp_serve_api" in arguments or "RUNPOD_REALTIME_PORT" in os.environ:
+        return arguments, Place.SERVER
+    if job is None and os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+        return arguments, Place.QUEUE
+    return [*arguments, f"--test_input={job or _read(DEFAULT_JOB_FILE)}"], Place.LOCAL_JOB
 
 
 def saving(handler: Handler) -> Handler:

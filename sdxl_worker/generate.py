@@ -1,6 +1,9 @@
 """Pictures: a function of the request, the models and the input picture, and of nothing else."""
 
 import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, cast
 
@@ -51,14 +54,56 @@ def choose_mode(request: Request, models: Models) -> Mode:
     return Mode.BASE
 
 
+@dataclass(frozen=True)
+class Step:
+    """One denoising step that is done."""
+
+    stage: str
+    """"base" or "refiner"."""
+    step: int
+    steps: int
+    """Of this stage."""
+    percent: int
+    """Of all steps of the request."""
+    latents: Callable[[], torch.Tensor]
+    """The pictures so far at unit scale, [num_images, 4, height / 8, width / 8]."""
+
+
+def planned_steps(request: Request, mode: Mode) -> int:
+    """Denoising steps of the whole request, give or take one for schedulers that repeat a step."""
+    match mode:
+        case Mode.UNCHANGED:
+            return 0
+        case Mode.REFINER:
+            return request.refiner_steps_run
+        case Mode.BASE_THEN_REFINER:
+            return request.num_inference_steps + request.refiner_steps_run
+        case Mode.BASE | Mode.ENSEMBLE:
+            return request.num_inference_steps
+
+
+def picture_size_px(
+    request: Request, models: Models, input_picture: Image.Image | None
+) -> tuple[int, int]:
+    """Width and height of what `generate` makes of the same arguments."""
+    if input_picture is not None:
+        return input_picture.size
+    native = models.native_size_px
+    return request.width or native, request.height or native
+
+
 @torch.no_grad()
 def generate(
-    request: Request, models: Models, input_picture: Image.Image | None = None
+    request: Request,
+    models: Models,
+    input_picture: Image.Image | None = None,
+    on_step: Callable[[Step], None] = lambda _: None,
 ) -> list[Image.Image]:
     """Make `request.num_images` RGB pictures.
 
     Args:
         input_picture: what `image_url` led to, RGB and in the size to refine.
+        on_step: called after each denoising step. What it raises ends the work there and then.
 
     Raises:
         RequestError: as `choose_mode`.
@@ -75,25 +120,42 @@ def generate(
     ]
     texts = encode_pair(request.prompt, request.negative_prompt, models)
 
-    def run(pipeline: Any, **options: Any) -> Any:
+    steps_done = itertools.count(1)
+    steps_planned = planned_steps(request, mode)
+
+    def run(stage: str, pipeline: Any, **options: Any) -> Any:
         """One stage, with what every stage takes from the request and a scheduler of its own."""
-        pipeline.scheduler = build_scheduler(request.scheduler, models.scheduler_config)
+        pipeline.scheduler = scheduler = build_scheduler(request.scheduler, models.scheduler_config)
+
+        def after_step(
+            _: Any, index: int, timestep: Any, tensors: dict[str, Any]
+        ) -> dict[str, Any]:
+            percent = 100 * next(steps_done) // steps_planned
+            # Between steps, the scheduler's input scaling is that of the step to come.
+            latents = functools.partial(scheduler.scale_model_input, tensors["latents"], timestep)
+            step = Step(stage, index + 1, pipeline.num_timesteps, min(percent, 100), latents)
+            on_step(step)
+            return {}
+
         return pipeline(
             **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
             **options,
             guidance_scale=request.guidance_scale,
             num_images_per_prompt=request.num_images,
             generator=generators,
+            callback_on_step_end=after_step,
         ).images
 
+    width, height = picture_size_px(request, models, input_picture)
     run_base = functools.partial(
         run,
+        "base",
         models.base,
-        height=request.height or models.native_size_px,
-        width=request.width or models.native_size_px,
+        height=height,
+        width=width,
         num_inference_steps=request.num_inference_steps,
     )
-    run_refiner = functools.partial(run, models.refiner)
+    run_refiner = functools.partial(run, "refiner", models.refiner)
     refine_by_strength = functools.partial(
         run_refiner, num_inference_steps=request.refiner_inference_steps, strength=request.strength
     )

@@ -1,8 +1,11 @@
 """Loading: the folders of `MODEL_DIR` become two pipelines that share what they have in common."""
 
 import functools
+import hashlib
 import json
 import logging
+import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.preview import PreviewMap, fit_preview_map
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
 log = logging.getLogger(__name__)
@@ -28,8 +32,12 @@ log = logging.getLogger(__name__)
 # What a 1024 x 1024 picture needs beside the weights: activations of the UNet and of the decoder,
 # CUDA's own context. A card that has less free than weights and this runs with offload.
 WORKING_MEMORY_BYTES = 5 * 1024**3
+DIGEST_BYTES = 2**20
 
 Component = TypeVar("Component")
+
+# Jobs that come while the first one loads wait for it, rather than load a second time.
+_loading = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -44,19 +52,27 @@ class Models:
     """As it was loaded: the source of every job's schedulers."""
     device: torch.device
     dtype: torch.dtype
+    preview_map: PreviewMap
+    revision: str
+    """What tells these weights from others: a commit of the hub, or a digest of the files."""
 
     @property
     def native_size_px(self) -> int:
         return self.base.default_sample_size * self.base.vae_scale_factor
 
 
-@functools.lru_cache(maxsize=1)
 def load_models(settings: Settings) -> Models:
     """Load base and refiner once; later calls with the same settings return the same object.
 
     Raises:
         ModelError: a folder, a file or a format is not as it should be; the message says which.
     """
+    with _loading:
+        return _load_models(settings)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_models(settings: Settings) -> Models:
     model_dir = _model_dir(settings)
     base_dir, refiner_dir = model_dir / "base", model_dir / "refiner"
     if not base_dir.is_dir():
@@ -126,26 +142,14 @@ def load_models(settings: Settings) -> Models:
         scheduler_config=_load_scheduler_config(base_dir / "scheduler"),
         device=device,
         dtype=dtype,
+        preview_map=fit_preview_map(base.vae, device),
+        revision=_revision(model_dir),
     )
 
 
 def fits(weights_bytes: int, free_bytes: int) -> bool:
     """Whether all weights can stay on the card and leave room for a picture to be made."""
     return weights_bytes + WORKING_MEMORY_BYTES <= free_bytes
-
-
-def gpu_is_broken() -> bool:
-    """Whether the process can no longer use its GPU, as after an illegal memory access.
-
-    Such an error stays: every later call to the device raises it again, so asking tells.
-    """
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _model_dir(settings: Settings) -> Path:
@@ -205,6 +209,25 @@ def _load(component: type[Component], folder: Path, dtype: torch.dtype) -> Compo
     except Exception as error:
         # Whatever a damaged file or a wrong config raises, the worker cannot run.
         raise ModelError(f"MODEL_DIR: {folder} cannot be loaded: {error}") from error
+
+
+def _revision(model_dir: Path) -> str:
+    """The commit, where the folder is a snapshot of the hub's cache; otherwise a digest.
+
+    The digest is over the size, head and tail of each weight file: reading all of them would take
+    longer than loading.
+    """
+    for folder in (model_dir, *model_dir.resolve().parents):
+        if folder.parent.name == "snapshots":
+            return folder.name
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.rglob("*.safetensors")):
+        digest.update(f"{path.relative_to(model_dir)} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(DIGEST_BYTES))
+            file.seek(-min(DIGEST_BYTES, path.stat().st_size), os.SEEK_END)
+            digest.update(file.read())
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -10,7 +10,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import sdxl_worker
+from sdxl_worker.errors import RequestError
 from sdxl_worker.request import Request, without_secrets
+
+# What the platform takes as a result: https://docs.runpod.io/serverless/endpoints/operation-reference
+RUN_LIMIT_BYTES = 10_000_000
+RUNSYNC_LIMIT_BYTES = 20_000_000
+# A picture of SDXL takes 1.5 to 2.8 bytes a pixel as PNG. What would be over the limit at this is
+# refused before it is made.
+LEAST_PNG_BYTES_PER_PIXEL = 0.5
 
 # Level 1 takes about a third of the time of the default, for files about a tenth larger.
 PNG_COMPRESS_LEVEL = 1
@@ -33,6 +41,44 @@ def build_output(
     return {"images": images, "image_url": images[0], "seed": request.seed}
 
 
+def limit_bytes(job_id: str) -> int:
+    """How large the job's result may be. Jobs of /runsync have ids that begin with "sync-"."""
+    return RUNSYNC_LIMIT_BYTES if job_id.startswith("sync-") else RUN_LIMIT_BYTES
+
+
+def check_expected_size(request: Request, pixels: int, job_id: str) -> None:
+    """Refuse a request whose result is bound to be over the limit, before it is made.
+
+    Args:
+        pixels: of one picture.
+
+    Raises:
+        RequestError: with the expected size and what to do.
+    """
+    one = pixels * LEAST_PNG_BYTES_PER_PIXEL * 4 / 3  # base64
+    _check_size(int(one * (request.num_images + 1)), job_id, "would be at least")
+
+
+def check_size(output: dict[str, Any], job_id: str) -> None:
+    """Refuse a result that the platform would not take, and would lose without a word.
+
+    Raises:
+        RequestError: with its size and what to do.
+    """
+    result = json.dumps({"output": output}, allow_nan=False, ensure_ascii=False)
+    _check_size(len(result.encode("utf-8")), job_id, "is")
+
+
+def _check_size(size: int, job_id: str, how: str) -> None:
+    limit = limit_bytes(job_id)
+    if size > limit:
+        raise RequestError(
+            f"the result {how} {size / 1e6:.1f} MB, and the platform takes {limit / 1e6:.0f} MB "
+            "(10 for /run, 20 for /runsync); ask for fewer pictures (num_images) or smaller ones "
+            "(height, width)"
+        )
+
+
 def encode_png(picture: Image.Image, text: dict[str, str]) -> bytes:
     """Lossless PNG with one international text chunk (iTXt, UTF-8) for each item of `text`."""
     chunks = PngInfo()
@@ -46,16 +92,20 @@ def encode_png(picture: Image.Image, text: dict[str, str]) -> bytes:
 def describe(request: Request, index: int, model_name: str) -> dict[str, str]:
     """What made picture `index`: `request` is an input that makes it again, alone."""
     again = request.model_copy(update={"seed": request.seed + index, "num_images": 1})
-    job_input = again.model_dump(exclude_none=True)
+    job_input = again.model_dump(exclude_none=True, exclude={"preview", "check"})
     if request.image_url is not None:
         job_input["image_url"] = _without_picture(request.image_url)
-    libraries = {name: version(name) for name in ("diffusers", "torch", "transformers")}
     return {
         "Software": f"sdxl-worker {sdxl_worker.__version__}",
         "model": model_name,
         "request": json.dumps(job_input, ensure_ascii=False),
-        "versions": json.dumps(libraries),
+        "versions": json.dumps(library_versions()),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that decide what a picture looks like."""
+    return {name: version(name) for name in ("diffusers", "torch", "transformers")}
 
 
 def _without_picture(image_url: str) -> str:

@@ -32,6 +32,8 @@ MAX_PROMPT_CHARACTERS = 20_000
 MAX_SEED = 2**53 - 1
 # An error describes a longer value instead of repeating it.
 MAX_SHOWN_CHARACTERS = 60
+# Two steps of the base, and one of the refiner where there is one.
+CHECK_INPUT = {"prompt": "a red circle", "seed": 0, "num_inference_steps": 2, "strength": 0.02}
 
 
 def _integral(value: object) -> object:
@@ -104,6 +106,15 @@ class Request(BaseModel):
         description="Ensemble of experts: the base does this share of `num_inference_steps`, the "
         "refiner the rest; 0.8 is what SDXL was trained for. Not used with `image_url`.",
     )
+    preview: bool = Field(
+        default=False,
+        description="Progress updates carry a small JPEG of the picture so far.",
+    )
+    check: bool = Field(
+        default=False,
+        description="Answer with a report on the worker in place of pictures. Alone, it draws a "
+        "picture in 2 steps; beside other fields, the picture that they ask for.",
+    )
 
     @property
     def refiner_steps_run(self) -> int:
@@ -115,6 +126,7 @@ def parse_request(job_input: object) -> Request:
     """Validate `job["input"]`.
 
     `null` means "not given" for every field, and so does an empty `image_url`, as in 2.1.0.
+    `{"check": true}` alone stands for a small request of its own.
 
     Raises:
         RequestError: with every problem, one a line: the field, the rule and the value.
@@ -124,6 +136,9 @@ def parse_request(job_input: object) -> Request:
     given = {name: value for name, value in job_input.items() if value is not None}
     if given.get("image_url") == "":
         del given["image_url"]
+
+    if given == {"check": True}:
+        given |= CHECK_INPUT
 
     problems = [_unknown_field(name) for name in given if name not in Request.model_fields]
     if "prompt" not in given and "image_url" not in given:
@@ -161,6 +176,8 @@ def rule(name: str) -> str:
         return "one of " + ", ".join(schema["enum"])
     if "pattern" in schema:
         return "an http:// or https:// address, or a data:image/ URI"
+    if schema["type"] == "boolean":
+        return "true or false"
     words = {"integer": "an integer", "number": "a number", "string": "a string"}[schema["type"]]
     if "minimum" in schema:
         words += f" from {schema['minimum']} to {schema['maximum']}"

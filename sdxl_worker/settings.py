@@ -37,6 +37,15 @@ class Settings(BaseSettings):
             "each PNG as text chunks."
         ),
     ] = True
+    worker_concurrency: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=8,
+            description="How many jobs the worker takes at once. The GPU makes one picture at a "
+            "time; a second job fetches, encodes and posts meanwhile.",
+        ),
+    ] = 1
 
 
 def load_settings() -> Settings:

@@ -16,6 +16,7 @@ from PIL import Image
 
 import handler
 from sdxl_worker import generate as generate_module
+from sdxl_worker import gpu, jobs
 from sdxl_worker import models as models_module
 from tests.support import PROMPT, data_uri, error, picture, pictures, run
 
@@ -106,7 +107,7 @@ def test_no_refiner_is_told_before_the_picture_is_fetched(
 ) -> None:
     (tmp_path / "base").symlink_to(models_module.EMBEDDED_MODEL_DIR / "base")
     monkeypatch.setenv("MODEL_DIR", str(tmp_path))
-    monkeypatch.setattr(handler, "load_image", lambda _: pytest.fail("fetched"))
+    monkeypatch.setattr(jobs, "load_image", lambda _: pytest.fail("fetched"))
     message = error({"prompt": PROMPT, "image_url": "https://example.com/a.png"})
     assert message.startswith("image_url: needs the refiner, and this worker has none")
 
@@ -131,7 +132,8 @@ def test_an_unexpected_failure_is_one_string_without_its_details(
     assert message == (
         "the worker failed at this job (ValueError); its log, under the job's id, says where"
     )
-    assert "job test failed" in caplog.text
+    [record] = [record for record in caplog.records if record.message == "failed"]
+    assert vars(record)["job_id"] == "test"
     assert "/private/path" in caplog.text, "the log has the details"
     monkeypatch.undo()
     assert picture(**QUICK), "the worker is unharmed"
@@ -145,7 +147,7 @@ def test_too_little_memory_is_told_and_the_worker_stays(monkeypatch: pytest.Monk
 def test_only_a_broken_gpu_asks_for_a_new_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate_module, "generate", failing(RuntimeError("CUDA error")))
     assert "refresh_worker" not in run(QUICK)
-    monkeypatch.setattr(models_module, "gpu_is_broken", lambda: True)
+    monkeypatch.setattr(gpu, "gpu_is_broken", lambda: True)
     output = run(QUICK)
     assert output["refresh_worker"] is True
     assert isinstance(output["error"], str)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_worker import gpu
 from sdxl_worker import models as models_module
 from sdxl_worker.errors import ModelError
 from sdxl_worker.generate import generate
@@ -27,7 +28,7 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **settings: Any) -> models_module.Models:
-    return load_models.__wrapped__(Settings(model_dir=folder, **settings))
+    return models_module._load_models.__wrapped__(Settings(model_dir=folder, **settings))
 
 
 def refusal(folder: Path) -> str:
@@ -44,7 +45,7 @@ def test_without_model_dir_the_embedded_model_is_used_and_said_to_be(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    loaded = load_models.__wrapped__(Settings())
+    loaded = models_module._load_models.__wrapped__(Settings())
     assert loaded.name == "shapes"
     assert loaded.native_size_px == 128
     lines = [
@@ -258,7 +259,7 @@ def test_models_are_offloaded_only_where_the_measured_memory_is_too_small(
 
 
 def test_without_a_gpu_nothing_is_broken() -> None:
-    assert models_module.gpu_is_broken() is False
+    assert gpu.gpu_is_broken() is False
 
 
 @pytest.mark.parametrize("broken", [True, False])
@@ -270,4 +271,4 @@ def test_a_broken_gpu_is_found_by_asking_it(broken: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert models_module.gpu_is_broken() is broken
+    assert gpu.gpu_is_broken() is broken

@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 import sdxl_worker
+from sdxl_worker import generate as generate_module
+from sdxl_worker import outputs
 from sdxl_worker.outputs import build_output, encode_png
 from sdxl_worker.request import parse_request
-from tests.support import PROMPT, data_uri, decoded, models, picture, pictures, run
+from tests.support import PROMPT, data_uri, decoded, error, models, picture, pictures, run
 
 JOB = {"prompt": PROMPT, "seed": 11, "num_inference_steps": 3, "refiner_inference_steps": 6}
 
@@ -103,3 +105,52 @@ def test_a_prompt_of_any_characters_is_kept() -> None:
     data = encode_png(image, {"request": json.dumps({"prompt": text}, ensure_ascii=False)})
     again = decoded("data:image/png;base64," + __import__("base64").b64encode(data).decode())
     assert json.loads(text_chunks(again)["request"])["prompt"] == text
+
+
+# --- size --------------------------------------------------------------------------------------
+
+
+def test_the_limit_is_that_of_the_route_the_job_came_by() -> None:
+    assert outputs.limit_bytes("5c7b-e1") == 10_000_000
+    assert outputs.limit_bytes("sync-5c7b-e1") == 20_000_000
+
+
+def test_a_result_over_the_limit_is_an_error_with_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job_input = {**JOB, "num_images": 2}
+    size = len(json.dumps({"output": run(job_input)}))
+    monkeypatch.setattr(outputs, "RUN_LIMIT_BYTES", size)
+    assert "images" in run(job_input)
+    monkeypatch.setattr(outputs, "RUN_LIMIT_BYTES", size - 100)
+    message = error(job_input)
+    assert message.startswith(f"the result is {size / 1e6:.1f} MB, and the platform takes")
+    assert "ask for fewer pictures (num_images) or smaller ones" in message
+
+
+@pytest.mark.parametrize(("num_images", "fits"), [(1, True), (2, True), (3, False), (8, False)])
+def test_what_is_bound_to_be_too_large_is_refused_before_it_is_made(
+    num_images: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def generate(*_: Any) -> list[Image.Image]:
+        made.append(1)
+        return [Image.new("RGB", (8, 8))]
+
+    monkeypatch.setattr(generate_module, "generate", generate)
+    output = run({**JOB, "height": 2048, "width": 2048, "num_images": num_images})
+    assert bool(made) is fits
+    assert ("error" in output) is not fits
+    if not fits:
+        assert output["error"].startswith("the result would be at least ")
+
+
+def test_a_check_has_no_size_to_refuse() -> None:
+    report = run({**JOB, "check": True, "height": 64, "width": 64, "num_images": 8})
+    assert "error" not in report
+
+
+def test_a_request_of_usual_size_is_not_refused() -> None:
+    request = parse_request({"prompt": "a", "num_images": 4})
+    outputs.check_expected_size(request, 1024 * 1024, "job")

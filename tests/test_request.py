@@ -36,6 +36,9 @@ def test_names_and_defaults_are_those_of_2_1_0() -> None:
         "image_url": None,
         "num_images": 1,
         "high_noise_frac": None,
+        # Fields that 2.1.0 did not have.
+        "preview": False,
+        "check": False,
     }
 
 
@@ -155,6 +158,20 @@ NUMERIC = [
 @pytest.mark.parametrize("value", [True, False, "1", "0.5", "", [], {}, math.nan, math.inf, 1e400])
 def test_what_is_no_number_is_refused_for_a_number(field: str, value: Any) -> None:
     assert refusal(**{field: value}).startswith(f"{field}: must be a")
+
+
+@pytest.mark.parametrize("field", ["preview", "check"])
+@pytest.mark.parametrize("value", [0, 1, "true", "", []])
+def test_switches_are_true_or_false(field: str, value: Any) -> None:
+    assert refusal(**{field: value}).startswith(f"{field}: must be true or false; got ")
+
+
+def test_a_check_needs_no_prompt_of_its_own() -> None:
+    assert parse_request({"check": True}).num_inference_steps == 2
+    assert parse_request({"check": True, "seed": None}).num_inference_steps == 2
+    with pytest.raises(RequestError, match="prompt: required"):
+        parse_request({"check": True, "seed": 3})
+    assert accepted(check=True).num_inference_steps == 25
 
 
 @pytest.mark.parametrize("field", [name for name in NUMERIC if "int" in rule(name)])

@@ -1,0 +1,75 @@
+"""How many jobs a minute, and how long each takes, for WORKER_CONCURRENCY and workers.
+
+Real worker processes on the local endpoint, with the embedded model: all jobs are sent at once, and
+the clock of each runs from there. Prints the README's table.
+
+    python -m benchmarks.throughput --jobs 30
+"""
+
+import argparse
+import os
+import statistics
+import time
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from local_endpoint.local import LocalEndpoint
+
+PROMPT = "a red circle on a blue background"
+
+
+@dataclass(frozen=True)
+class Result:
+    jobs_per_minute: float
+    execution_ms: float
+    """Median of what the platform bills and its execution timeout counts: from take to result."""
+    waited_ms: float
+    """Median from the request to the take."""
+
+
+def measure(*, workers: int, concurrency: int, jobs: int) -> Result:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    environment = {"WORKER_CONCURRENCY": str(concurrency), "OMP_NUM_THREADS": str(threads)}
+    with LocalEndpoint(workers=workers, environment=environment) as endpoint:
+        for _ in range(2 * workers):  # what only the first jobs cost
+            endpoint.wait(endpoint.run({"prompt": PROMPT, "seed": 0}))
+        started = time.monotonic()
+        job_ids = [endpoint.run({"prompt": PROMPT, "seed": seed}) for seed in range(jobs)]
+        answers = [endpoint.wait(job_id, timeout_seconds=600) for job_id in job_ids]
+        seconds = time.monotonic() - started
+    failed = [answer for answer in answers if answer["status"] != "COMPLETED"]
+    if failed:
+        raise RuntimeError(f"{len(failed)} jobs failed, the first with {failed[0]}")
+    return Result(
+        jobs_per_minute=60 * jobs / seconds,
+        execution_ms=statistics.median(answer["executionTime"] for answer in answers),
+        waited_ms=statistics.median(answer["delayTime"] for answer in answers),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=30, help="for each row (default: 30)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2])
+    arguments = parser.parse_args()
+
+    rows = [(workers, one) for workers in arguments.workers for one in arguments.concurrency]
+    lines = [
+        "| workers | `WORKER_CONCURRENCY` | jobs a minute | execution, median | wait, median |",
+        "|---|---|---|---|---|",
+    ]
+    for workers, concurrency in tqdm(rows, unit="row"):
+        result = measure(workers=workers, concurrency=concurrency, jobs=arguments.jobs)
+        lines.append(
+            f"| {workers} | {concurrency} | {result.jobs_per_minute:.0f} "
+            f"| {result.execution_ms / 1000:.1f} s | {result.waited_ms / 1000:.1f} s |"
+        )
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

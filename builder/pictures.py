@@ -1,0 +1,41 @@
+"""Draws the README's pictures with the worker, at the defaults: `python -m builder.pictures`."""
+
+import asyncio
+import base64
+import io
+from pathlib import Path
+
+from PIL import Image
+
+import handler
+from builder.shapes.evaluate import contact_sheet
+
+OUT = Path(__file__).resolve().parent.parent / "docs" / "pictures.png"
+PROMPTS = (
+    "a red circle on a blue background",
+    "a yellow star on a black background",
+    "a green square on a white background",
+    "a magenta triangle on a yellow background",
+    "a white ring on a red background",
+    "a cyan star on a magenta background",
+    "a black square on a cyan background",
+    "a blue ring on a yellow background",
+    "a white triangle on a green background",
+    "a red star on a white background",
+    "a yellow circle on a magenta background",
+    "a green triangle on a black background",
+)
+
+
+def main() -> None:
+    images = []
+    for prompt in PROMPTS:
+        job = {"id": "picture", "input": {"prompt": prompt, "seed": 1}}
+        output = asyncio.run(handler.handler(job))
+        png = base64.b64decode(output["image_url"].partition(",")[2])
+        images.append(Image.open(io.BytesIO(png)))
+    contact_sheet(images, columns=6).save(OUT, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""What workers call, under `/v2/<endpoint>/`, as Runpod's Python SDK does."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import parse_qsl
+
+from aiohttp import web
+
+from local_endpoint.faults import Faults
+from local_endpoint.jobs import JobQueue, Receipt
+from local_endpoint.polling import Changes
+from local_endpoint.record import Ping, Post, PostKind, Record, Stop, Take
+from local_endpoint.workers import WorkerPool
+
+T = TypeVar("T")
+
+# A worker that is to end gets a moment to notice it, so that it does not ask at once again.
+DRAINING_POLL_SECONDS = 0.3
+
+
+class WorkerRoutes:
+    """Handlers of what workers ask and post."""
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        changes: Changes,
+        faults: Faults,
+        record: Record,
+        pool: WorkerPool,
+    ) -> None:
+        self._queue = queue
+        self._changes = changes
+        self._faults = faults
+        self._record = record
+        self._pool = pool
+
+    def add_to(self, app: web.Application, prefix: str) -> None:
+        routes = app.router
+        routes.add_get(f"{prefix}/job-take/{{worker}}", self.job_take)
+        routes.add_get(f"{prefix}/job-take-batch/{{worker}}", self.job_take_batch)
+        routes.add_get(f"{prefix}/job-stop/{{worker}}", self.job_stop)
+        routes.add_post(f"{prefix}/job-done/{{worker}}/{{job}}", self.job_done)
+        routes.add_post(f"{prefix}/job-stream/{{worker}}/{{job}}", self.job_stream)
+        routes.add_get(f"{prefix}/ping/{{worker}}", self.ping)
+
+    async def job_take(self, request: web.Request) -> web.Response:
+        jobs = await self._take(request, 1)
+        return web.json_response(jobs[0]) if jobs else web.Response(status=204)
+
+    async def job_take_batch(self, request: web.Request) -> web.Response:
+        jobs = await self._take(request, int(_parameters(request).get("batch_size", "1")))
+        return web.json_response(jobs) if jobs else web.Response(status=204)
+
+    async def job_stop(self, request: web.Request) -> web.Response:
+        worker_id = _name(request, "worker")
+        job_ids = await self._hold(worker_id, lambda: self._queue.take_stops(worker_id))
+        if not job_ids:
+            return web.Response(status=204)
+        self._record.stops.append(Stop(time.monotonic(), worker_id, tuple(job_ids)))
+        return web.json_response({"jobsToStop": job_ids})
+
+    async def job_done(self, request: web.Request) -> web.Response:
+        """Take a result, or progress where the body has `"status": "IN_PROGRESS"`."""
+        worker_id, job_id = _name(request, "worker"), _name(request, "job")
+        size_bytes, body = await _json_object(request)
+        if is_progress(body):
+            progress = body.get("output")
+            receipt = self._queue.note_progress(worker_id, job_id, progress)
+            return self._answer("progress", request, body, size_bytes, receipt)
+        receipt = self._queue.finish(worker_id, job_id, body, size_bytes)
+        if body.get("stopPod") is True:
+            self._queue.drain(worker_id)
+            self._pool.recycle(worker_id)
+        return self._answer("result", request, body, size_bytes, receipt)
+
+    async def job_stream(self, request: web.Request) -> web.Response:
+        size_bytes, body = await _json_object(request)
+        receipt = self._queue.add_chunk(
+            _name(request, "worker"), _name(request, "job"), body.get("output"), size_bytes
+        )
+        return self._answer("chunk", request, body, size_bytes, receipt)
+
+    async def ping(self, request: web.Request) -> web.Response:
+        worker_id, parameters = _name(request, "worker"), _parameters(request)
+        job_ids = tuple(filter(None, parameters.get("job_id", "").split(",")))
+        unhealthy_because = None
+        if parameters.get("status") == "unhealthy":
+            unhealthy_because = parameters.get("reason", "no reason given")
+        self._queue.ping(worker_id, job_ids, unhealthy_because)
+        self._record.pings.append(Ping(time.monotonic(), worker_id, job_ids, unhealthy_because))
+        return web.Response()
+
+    async def _take(self, request: web.Request, count: int) -> list[dict[str, Any]]:
+        worker_id = _name(request, "worker")
+        jobs = await self._hold(worker_id, lambda: self._queue.take(worker_id, count))
+        if jobs:
+            for job in jobs:
+                if self._faults.next_duplicate():
+                    self._queue.deliver_again(job)
+            has_jobs = _parameters(request).get("job_in_progress") == "1"
+            job_ids = tuple(job.id for job in jobs)
+            self._record.takes.append(Take(time.monotonic(), worker_id, job_ids, count, has_jobs))
+        return [job.for_worker() for job in jobs]
+
+    async def _hold(self, worker_id: str, look: Callable[[], list[T]]) -> list[T]:
+        """Hold the request until there is an answer; the SDK asks again without a pause."""
+        self._queue.hear(worker_id)
+        found = await self._changes.wait_for(
+            lambda: look() or self._queue.is_draining(worker_id), self._queue.rules.poll_seconds
+        )
+        if found is True:
+            await asyncio.sleep(DRAINING_POLL_SECONDS)
+            return look()
+        return found or []
+
+    def _answer(
+        self,
+        kind: PostKind,
+        request: web.Request,
+        body: dict[str, Any],
+        size_bytes: int,
+        receipt: Receipt,
+    ) -> web.Response:
+        worker_id, job_id = _name(request, "worker"), _name(request, "job")
+        self._record.posts.append(
+            Post(time.monotonic(), kind, worker_id, job_id, body, size_bytes, receipt)
+        )
+        if receipt is Receipt.TOO_LARGE:
+            _refuse(f"{size_bytes} bytes are too many")
+        if receipt is Receipt.UNKNOWN:
+            return web.json_response({"error": f"there is no job {job_id}"}, status=404)
+        return web.Response()
+
+
+def is_progress(body: dict[str, Any]) -> bool:
+    """Whether what was posted to job-done is progress, not a result."""
+    return body.get("status") == "IN_PROGRESS"
+
+
+def _name(request: web.Request, part: str) -> str:
+    # The SDK appends "&job_in_progress=0" even to an address without "?": the name ends there.
+    return request.match_info[part].partition("&")[0]
+
+
+def _parameters(request: web.Request) -> dict[str, str]:
+    tail = request.path.partition("&")[2]
+    return dict(parse_qsl(tail)) | dict(request.query)
+
+
+async def _json_object(request: web.Request) -> tuple[int, dict[str, Any]]:
+    """The size and the JSON of a body, whose content type the SDK gives as a form's."""
+    content = await request.read()
+    try:
+        # Python's NaN and Infinity are no JSON: the platform does not read them.
+        body = json.loads(content, parse_constant=_refuse)
+    except ValueError as error:
+        _refuse(str(error))
+    if not isinstance(body, dict):
+        _refuse("not an object")
+    return len(content), body
+
+
+def _refuse(what: str) -> NoReturn:
+    text = json.dumps({"error": f"the body cannot be read: {what}"})
+    raise web.HTTPBadRequest(text=text, content_type="application/json")
