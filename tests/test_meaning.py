@@ -25,7 +25,7 @@ MODES: dict[str, dict[str, Any]] = {
     "refiner": {},
     "ensemble": {"high_noise_frac": 0.8},
 }
-# A wrong noise schedule or prediction type still draws the shape, but not in these colours.
+# Pure colours are within 3 or so; the multistep schedulers stray a little further at times.
 FLAT_DISTANCE = 15
 
 
@@ -58,8 +58,8 @@ def test_a_refined_input_picture_matches_the_prompt(scheduler: str) -> None:
     assert 0 < difference(refined, original) < 10
 
 
-def test_a_picture_takes_at_most_a_few_wrong_ones_of_many() -> None:
-    """Beyond chosen prompts: eight seeds at once, of a prompt that only names the shape."""
+def test_what_the_prompt_leaves_open_differs_with_the_seed() -> None:
+    """Eight seeds at once, of a prompt that only names the shape."""
     seen = [judge(image) for image in pictures(prompt="a star", seed=100, num_images=8)]
     assert sum(one.shape == "star" for one in seen) >= 7
     assert len({(one.color, one.background) for one in seen}) > 2, "seeds differ"
