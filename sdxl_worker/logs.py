@@ -55,6 +55,7 @@ def set_up_logging() -> None:
     on_platform = bool(os.environ.get("RUNPOD_ENDPOINT_ID"))
     handler.setFormatter(JsonFormatter() if on_platform else PlainFormatter())
     log.handlers = [handler]
+    log.propagate = False  # runpod gives the root logger a handler, which would repeat each line
     log.setLevel(LEVELS.get(level, level))
 
 

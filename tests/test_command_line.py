@@ -53,6 +53,7 @@ def assert_saved_one_picture(
     assert path.startswith("output/")
     assert f"seed{seed}" in path
     assert "base64" not in done.stdout + done.stderr
+    assert len(re.findall("generate done", done.stdout)) == 1, "each line once"
     picture = Image.open(folder / path)
     saved = json.loads((folder / "output" / "output.json").read_text())
     assert decoded(saved["output"]["image_url"]).tobytes() == picture.convert("RGB").tobytes()

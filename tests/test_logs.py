@@ -71,6 +71,7 @@ def _logging_left_as_it_was() -> Iterator[None]:
     yield
     logs.log.handlers = handlers
     logs.log.setLevel(level)
+    logs.log.propagate = True
 
 
 @pytest.mark.usefixtures("_logging_left_as_it_was")
