@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from sdxl_worker.settings import Settings
+
 # The tests run in parallel processes, each of which does best with one thread.
 torch.set_num_threads(1)
 
@@ -8,5 +10,5 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the machine that runs the tests must not reach them."""
-    for name in ("MODEL_DIR", "DTYPE", "PNG_METADATA", "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [*Settings.model_fields, "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"]:
+        monkeypatch.delenv(name.upper(), raising=False)

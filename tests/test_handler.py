@@ -186,6 +186,62 @@ def test_pictures_are_made_in_one_thread_and_the_loop_stays_free(
     assert threads[0].startswith("gpu")
 
 
+def test_while_one_picture_is_made_another_job_s_input_picture_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generate = generate_module.generate
+    fetched = threading.Event()
+    load_image = jobs.load_image
+
+    def generate_once_fetched(*arguments: Any) -> Any:
+        assert fetched.wait(30), "the other job waited for the GPU before it fetched its picture"
+        return generate(*arguments)
+
+    def recorded(request: Any) -> Any:
+        fetched.set()
+        return load_image(request)
+
+    monkeypatch.setattr(generate_module, "generate", generate_once_fetched)
+    monkeypatch.setattr(jobs, "load_image", recorded)
+    image = {"image_url": data_uri(Image.new("RGB", (64, 64), "red")), "strength": 0.1}
+
+    async def two_jobs() -> list[dict[str, Any]]:
+        first = handler.handler({"id": "a", "input": QUICK})
+        other = {**image, "refiner_inference_steps": 10}
+        return list(await asyncio.gather(first, handler.handler({"id": "b", "input": other})))
+
+    assert not any("error" in output for output in asyncio.run(two_jobs()))
+
+
+def test_while_one_picture_is_made_an_earlier_one_is_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generate, build_output = generate_module.generate, jobs.build_output
+    encoding, second_begun = threading.Event(), threading.Event()
+
+    def recorded(*arguments: Any) -> Any:
+        if encoding.is_set():
+            second_begun.set()
+        return generate(*arguments)
+
+    def slow_encoding(*arguments: Any, **more: Any) -> Any:
+        if not encoding.is_set():
+            encoding.set()
+            assert second_begun.wait(30), "the GPU waited for the encoding"
+        return build_output(*arguments, **more)
+
+    monkeypatch.setattr(generate_module, "generate", recorded)
+    monkeypatch.setattr(jobs, "build_output", slow_encoding)
+
+    async def jobs_in_turn() -> list[dict[str, Any]]:
+        first = asyncio.create_task(handler.handler({"id": "a", "input": QUICK}))
+        while not encoding.is_set():
+            await asyncio.sleep(0.01)
+        return list(await asyncio.gather(first, handler.handler({"id": "b", "input": QUICK})))
+
+    assert not any("error" in output for output in asyncio.run(jobs_in_turn()))
+
+
 def test_prompts_and_pictures_stay_out_of_the_log(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

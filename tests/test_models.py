@@ -201,7 +201,15 @@ def test_weights_that_do_not_fit_their_config_are_refused(model_dir: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("DTYPE", "int8"), ("DTYPE", "FLOAT16 "), ("PNG_METADATA", "perhaps")]
+    ("name", "value"),
+    [
+        ("DTYPE", "int8"),
+        ("DTYPE", "FLOAT16 "),
+        ("PNG_METADATA", "perhaps"),
+        ("WORKER_CONCURRENCY", "0"),
+        ("WORKER_CONCURRENCY", "9"),
+        ("WORKER_CONCURRENCY", "two"),
+    ],
 )
 def test_a_wrong_setting_is_named_with_its_value(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
@@ -211,7 +219,7 @@ def test_a_wrong_setting_is_named_with_its_value(
         load_settings()
 
 
-@pytest.mark.parametrize("name", ["MODEL_DIR", "DTYPE", "PNG_METADATA"])
+@pytest.mark.parametrize("name", ["MODEL_DIR", "DTYPE", "PNG_METADATA", "WORKER_CONCURRENCY"])
 def test_an_empty_setting_is_unset_as_the_hub_sends_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

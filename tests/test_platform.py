@@ -155,7 +155,8 @@ class TestStopping:
         assert status == ("CANCELLED" if way == "cancel" else "TIMED_OUT")
         wait_for(lambda: any("stage" in line for line in log_lines(endpoint, stopped)))
         told_at = next(stop.at for stop in endpoint.record.stops if stopped in stop.job_ids)
-        assert time.monotonic() - told_at < 1.5, "time from the stop signal to a free GPU"
+        # A step takes some tenths of a second here; eight pictures would take ten and more.
+        assert time.monotonic() - told_at < 2.5, "time from the stop signal to a free GPU"
 
         after = endpoint.wait(endpoint.run({**QUICK, "seed": 3}))
         assert decoded(after["output"]["image_url"]).tobytes() == expected.tobytes()
@@ -323,6 +324,7 @@ class TestTwoWorkers:
             assert hashlib.sha256(pixels).hexdigest() == expected[seed]
             workers.add(answer["workerId"])
         assert len(workers) == 2
+        assert any(take.asked_count == 2 for take in endpoint.record.takes), "two jobs at once"
         assert len(job_ids) == 50
 
     def test_jobs_of_a_killed_worker_complete_elsewhere(self, endpoint: LocalEndpoint) -> None:
