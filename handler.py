@@ -17,6 +17,7 @@ from sdxl_worker.gpu import on_gpu_thread
 from sdxl_worker.jobs import run_job
 from sdxl_worker.logs import set_up_logging
 from sdxl_worker.settings import Settings, load_settings
+from sdxl_worker.stops import heeding_early_stops
 
 log = logging.getLogger("sdxl_worker")
 
@@ -95,10 +96,14 @@ def main() -> None:
 
     # On the platform a worker whose check fails is reported unhealthy and takes no job.
     runpod.serverless.register_fitness_check(models_work)
-    local_job = place is command_line.Place.LOCAL_JOB
+    wrap = {
+        command_line.Place.LOCAL_JOB: command_line.saving,
+        command_line.Place.SERVER: lambda handler: handler,
+        command_line.Place.QUEUE: heeding_early_stops,
+    }[place]
     runpod.serverless.start(
         {
-            "handler": command_line.saving(handler) if local_job else handler,
+            "handler": wrap(handler),
             "concurrency_modifier": lambda _: settings.worker_concurrency,
         }
     )

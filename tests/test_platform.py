@@ -141,6 +141,16 @@ class TestStopping:
         assert endpoint.status(queued)["status"] == "CANCELLED"
         assert log_lines(endpoint, queued) == []
 
+    def test_a_job_cancelled_as_it_is_handed_out_is_not_run(self, endpoint: LocalEndpoint) -> None:
+        """The SDK forgets a stop for a job that it holds but has not begun."""
+        job_ids = [endpoint.run({**LONG, "num_images": 2}) for _ in range(3)]
+        for job_id in job_ids:
+            endpoint.wait(job_id, "IN_PROGRESS")
+            endpoint.call(f"cancel/{job_id}", {})
+        assert endpoint.wait(endpoint.run(QUICK))["status"] == "COMPLETED"
+        for job_id in job_ids:
+            assert endpoint.record.posts_of(job_id, "result") == []
+
     @pytest.mark.parametrize("way", ["cancel", "execution timeout"])
     def test_a_job_stopped_in_the_middle_frees_the_gpu_within_a_step(
         self, way: str, endpoint: LocalEndpoint
