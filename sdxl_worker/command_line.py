@@ -34,8 +34,15 @@ def prepare(arguments: list[str]) -> tuple[list[str], Place]:
     Returns:
         The arguments for the SDK, and where it will take jobs from.
 
-    Exits with a message where `--test_input` is neither JSON nor a file with JSON in it.
+    Exits with a message where `--test_input` is neither JSON nor a file with JSON in it, and after
+    the help that `--help` asks for.
     """
+    if {"-h", "--help"} & set(arguments):
+        from runpod.serverless import parser
+
+        parser.print_help()
+        print("\nHere --test_input takes JSON, the path of a file, or nothing: test_input.json.")
+        sys.exit(0)
     # An empty variable is unset, but the SDK would read a number from this one.
     if not os.environ.get("RUNPOD_REALTIME_PORT"):
         os.environ.pop("RUNPOD_REALTIME_PORT", None)

@@ -76,8 +76,11 @@ def test_the_file_in_the_folder_is_the_default_job(arguments: list[str], tmp_pat
 def test_test_input_takes_a_json_string(tmp_path: Path) -> None:
     write_job(tmp_path / "test_input.json", seed=1)
     job = json.dumps({"input": {**QUICK, "seed": 22, "height": 64}})
-    done = handler_process("--test_input", job, folder=tmp_path)
+    done = handler_process(
+        "--test_input", job, folder=tmp_path, BUCKET_ENDPOINT_URL="https://bucket.example.com"
+    )
     assert assert_saved_one_picture(done, tmp_path, seed=22).size == (128, 64)
+    assert "BUCKET_ENDPOINT_URL is not used yet" in done.stdout, "what is ignored is told"
 
 
 def test_test_input_takes_a_path_and_the_saved_result_follows_the_tutorial(tmp_path: Path) -> None:
@@ -88,6 +91,13 @@ def test_test_input_takes_a_path_and_the_saved_result_follows_the_tutorial(tmp_p
     subprocess.run([sys.executable, script], cwd=tmp_path / "output", check=True)
     again = Image.open(tmp_path / "output" / "generated_image.png")
     assert again.tobytes() == picture.tobytes()
+
+
+def test_help_is_given_at_once(tmp_path: Path) -> None:
+    done = handler_process("--help", folder=tmp_path, MODEL_DIR="/nowhere")
+    assert done.returncode == 0, done.stderr
+    for option in ("--test_input", "--rp_serve_api", "--rp_api_port"):
+        assert option in done.stdout
 
 
 def test_a_job_that_fails_exits_with_its_reason(tmp_path: Path) -> None:
