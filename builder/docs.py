@@ -17,9 +17,14 @@ SCHEMA = REPOSITORY / "docs" / "input.schema.json"
 def input_table() -> str:
     rows = ["| field | value | default | meaning |", "|---|---|---|---|"]
     for name, schema in field_schemas().items():
-        default = "-" if schema["default"] in (None, "") else f"`{schema['default']}`"
+        default = "-" if schema["default"] in (None, "") else f"`{_json(schema['default'])}`"
         rows.append(f"| `{name}` | {rule(name)} | {default} | {schema['description']} |")
     return "\n".join(rows)
+
+
+def _json(default: object) -> str:
+    """As in a request, but for text, which goes without its quotes."""
+    return default if isinstance(default, str) else json.dumps(default)
 
 
 def settings_table() -> str:
