@@ -4,8 +4,8 @@ It takes a folder with the published configurations and tokenizers (`base/`, `re
 a MODEL_DIR: the same files, and safetensors with random numbers in them, 11.5 GB at 2 bytes a
 number. Pictures made with it are noise.
 
-    python -m builder.random_model --configs sdxl-1.0 --out /tmp/sdxl-random
-    MODEL_DIR=/tmp/sdxl-random DTYPE=bfloat16 python handler.py --test_input '{"input": {...}}'
+    python -m builder.random_model --configs sdxl-1.0 --out sdxl-random
+    MODEL_DIR=sdxl-random DTYPE=bfloat16 python handler.py --test_input '{"input": {...}}'
 """
 
 import argparse

@@ -16,15 +16,6 @@ from sdxl_worker.models import Models, load_models
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
 PROMPT = "a red circle on a blue background"
-SCHEDULERS = {
-    "PNDM": "PNDMScheduler",
-    "KLMS": "LMSDiscreteScheduler",
-    "DDIM": "DDIMScheduler",
-    "K_EULER": "EulerDiscreteScheduler",
-    "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler",
-    "DPMSolverMultistep": "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestep": "DPMSolverSinglestepScheduler",
-}
 
 
 def run(job_input: Any) -> dict[str, Any]:

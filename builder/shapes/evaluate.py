@@ -70,7 +70,7 @@ class Model:
     """Both pipelines, in single precision."""
 
     def __init__(self, folder: Path) -> None:
-        kind = {"variant": "fp16", "torch_dtype": torch.float32}
+        kind = {"variant": "fp16", "dtype": torch.float32}
         self.base = StableDiffusionXLPipeline.from_pretrained(folder / "base", **kind)
         self.refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
             folder / "refiner",
