@@ -57,3 +57,8 @@ def test_requirements_are_pinned() -> None:
     pins = (REPOSITORY / "requirements.txt").read_text()
     for pin in ("runpod==1.12.0", "diffusers==0.42.1", "transformers==5.23.0", "torch==2.13.0"):
         assert pin in pins
+
+
+def test_the_worker_never_imports_the_local_endpoint() -> None:
+    for path in [REPOSITORY / "handler.py", *(REPOSITORY / "sdxl_worker").glob("*.py")]:
+        assert "local_endpoint" not in path.read_text(encoding="utf-8"), path.name
