@@ -126,5 +126,10 @@ def _decoded_picture(data: bytes) -> Image.Image:
         raise RequestError(
             "image_url: not a picture that can be read (PNG, JPEG, WebP and the like can)"
         ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        # Pillow's own limit, by the header too, is larger and asked first.
+        raise RequestError(
+            f"image_url: the picture is over the limit of {MAX_INPUT_PIXELS} pixels"
+        ) from None
+    except (OSError, ValueError, SyntaxError) as error:
         raise RequestError(f"image_url: the picture is damaged ({error})") from None

@@ -3,7 +3,9 @@
 import base64
 import http.server
 import io
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -174,6 +176,18 @@ def test_a_picture_with_too_many_pixels_is_refused_by_its_header(
     monkeypatch.setattr(inputs, "MAX_INPUT_PIXELS", 128 * 64 - 1)
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda _: pytest.fail("decoded"))
     assert "128 x 64 pixels is over the limit" in refusal(data_uri(noise()))
+
+
+@pytest.mark.parametrize("side", [9_000, 20_000])
+def test_a_header_that_claims_a_huge_picture_is_told_its_limit(side: int) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+    message = refusal("data:image/png;base64," + base64.b64encode(png).decode())
+    assert f"over the limit of {64 * 1024**2} pixels" in message
 
 
 class PictureServer(http.server.BaseHTTPRequestHandler):
