@@ -29,8 +29,8 @@ from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
 log = logging.getLogger(__name__)
 
-# What a 1024 x 1024 picture needs beside the weights: activations of the UNet and of the decoder,
-# CUDA's own context. A card that has less free than weights and this runs with offload.
+# What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
+# CUDA's own context. An estimate on the safe side; it was not measured.
 WORKING_MEMORY_BYTES = 5 * 1024**3
 DIGEST_BYTES = 2**20
 
