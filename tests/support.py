@@ -16,6 +16,16 @@ from sdxl_worker.models import Models, load_models
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
 PROMPT = "a red circle on a blue background"
+# The names of 2.1.0 and the classes of diffusers that they stood for.
+SCHEDULERS = {
+    "PNDM": "PNDMScheduler",
+    "KLMS": "LMSDiscreteScheduler",
+    "DDIM": "DDIMScheduler",
+    "K_EULER": "EulerDiscreteScheduler",
+    "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistep": "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestep": "DPMSolverSinglestepScheduler",
+}
 
 
 def run(job_input: Any) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from safetensors import safe_open
 
 from builder.shapes.captions import Meaning
 from builder.shapes.data import COLORS, SHAPES, Scene, render
-from builder.shapes.evaluate import SCHEDULERS, whole_prompts
+from builder.shapes.evaluate import whole_prompts
 from builder.shapes.judge import Judgement, judge, parse_caption
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
-from tests.support import models, picture
+from tests.support import SCHEDULERS, models, picture
 
 WEIGHTS = sorted(EMBEDDED_MODEL_DIR.rglob("*.safetensors"))
 

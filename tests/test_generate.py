@@ -10,7 +10,6 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
-from builder.shapes.evaluate import SCHEDULERS
 from sdxl_worker import generate as generate_module
 from sdxl_worker.errors import RequestError
 from sdxl_worker.generate import Mode, choose_mode, generate
@@ -18,6 +17,7 @@ from sdxl_worker.models import Models
 from sdxl_worker.request import parse_request
 from tests.support import (
     PROMPT,
+    SCHEDULERS,
     data_uri,
     difference,
     largest_difference,

@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from builder.shapes.data import Scene, render
-from builder.shapes.evaluate import SCHEDULERS
 from builder.shapes.judge import judge
-from tests.support import data_uri, difference, picture, pictures
+from tests.support import SCHEDULERS, data_uri, difference, picture, pictures
 
 PROMPTS = [
     "a red circle on a blue background",

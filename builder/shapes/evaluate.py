@@ -1,7 +1,7 @@
-"""Draws many prompts with the miniature model and counts what is right.
+"""Lets the worker draw many prompts with the miniature model and counts what is right.
 
 `python -m builder.shapes.evaluate models/shapes --count 40 --sheet sheet.png` uses the worker's
-defaults; `--schedulers all --paths all` compares all schedulers with and without the refiner.
+defaults; `--schedulers all --modes all` compares all schedulers with and without the refiner.
 """
 
 from __future__ import annotations
@@ -12,48 +12,27 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
-from torch import Tensor
 
 from builder.shapes import captions
 from builder.shapes.captions import Meaning
 from builder.shapes.data import COLORS, SHAPES
 from builder.shapes.judge import Judgement, judge, parse_caption
-from builder.shapes.tokenizer import CONTENT_TOKENS, content_ids, frame
+from sdxl_worker.generate import generate
+from sdxl_worker.models import Models, load_models
+from sdxl_worker.request import parse_request
+from sdxl_worker.schedulers import SCHEDULERS
+from sdxl_worker.settings import Settings
 
-SCHEDULERS = {
-    "PNDM": "PNDMScheduler",
-    "KLMS": "LMSDiscreteScheduler",
-    "DDIM": "DDIMScheduler",
-    "K_EULER": "EulerDiscreteScheduler",
-    "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler",
-    "DPMSolverMultistep": "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestep": "DPMSolverSinglestepScheduler",
+MODES: dict[str, dict[str, Any]] = {
+    "base": {"refiner_inference_steps": 0},
+    "refined": {},
+    "ensemble": {"high_noise_frac": 0.8},
 }
-PATHS = ("base", "refined", "ensemble")
-BATCH = 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How pictures are drawn; the defaults are the worker's."""
-
-    scheduler: str = "DDIM"
-    path: str = "refined"
-    """"base" alone, "refined" from its finished latents, "ensemble" handed over at 0.8."""
-    width: int = 128
-    height: int = 128
-    guidance_scale: float = 7.5
-    steps: int = 25
-    refiner_steps: int = 50
-    strength: float = 0.3
-    high_noise_frac: float = 0.8
-    negative_prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,107 +43,6 @@ class Sample:
     meaning: Meaning
     image: Image.Image
     judgement: Judgement
-
-
-class Model:
-    """Both pipelines, in single precision."""
-
-    def __init__(self, folder: Path) -> None:
-        kind = {"variant": "fp16", "dtype": torch.float32}
-        self.base = StableDiffusionXLPipeline.from_pretrained(folder / "base", **kind)
-        self.refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
-            folder / "refiner",
-            text_encoder=None,
-            tokenizer=None,
-            text_encoder_2=self.base.text_encoder_2,
-            tokenizer_2=self.base.tokenizer_2,
-            vae=self.base.vae,
-            **kind,
-        )
-        self._schedule = dict(self.base.scheduler.config)
-        for pipeline in (self.base, self.refiner):
-            pipeline.set_progress_bar_config(disable=True)
-
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> list:
-        """One picture for each prompt and seed."""
-        for pipeline in (self.base, self.refiner):
-            kind = getattr(diffusers, SCHEDULERS[settings.scheduler])
-            pipeline.scheduler = kind.from_config(self._schedule)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        size = {"width": settings.width, "height": settings.height}
-        common = {"guidance_scale": settings.guidance_scale, "generator": generators}
-        base = self._conditioning(prompts, settings, refiner=False)
-        if settings.path == "base":
-            return self.base(**base, **common, **size, num_inference_steps=settings.steps).images
-        refiner = self._conditioning(prompts, settings, refiner=True)
-        sizes = {"original_size": (settings.height, settings.width)}
-        sizes["target_size"] = sizes["original_size"]
-        if settings.path == "ensemble":
-            share = settings.high_noise_frac
-            latents = self.base(
-                **base,
-                **common,
-                **size,
-                num_inference_steps=settings.steps,
-                denoising_end=share,
-                output_type="latent",
-            ).images
-            return self.refiner(
-                **refiner,
-                **common,
-                **sizes,
-                image=latents,
-                num_inference_steps=settings.steps,
-                denoising_start=share,
-            ).images
-        latents = self.base(
-            **base, **common, **size, num_inference_steps=settings.steps, output_type="latent"
-        ).images
-        return self.refiner(
-            **refiner,
-            **common,
-            **sizes,
-            image=latents,
-            num_inference_steps=settings.refiner_steps,
-            strength=settings.strength,
-        ).images
-
-    def _conditioning(
-        self, prompts: Sequence[str], settings: Settings, *, refiner: bool
-    ) -> dict[str, Tensor]:
-        """Embeddings of prompts of any length, in chunks of 75 tokens."""
-        negatives = [settings.negative_prompt] * len(prompts)
-        tokenizer = self.base.tokenizer
-        texts = [content_ids(tokenizer, text) for text in (*prompts, *negatives)]
-        chunks = max(1, max(-(-len(text) // CONTENT_TOKENS) for text in texts))
-        parts = [self._embed(texts, index, refiner=refiner) for index in range(chunks)]
-        states = torch.cat([part[0] for part in parts], dim=1)
-        pooled = parts[0][1]
-        positive, negative = states.chunk(2)
-        positive_pooled, negative_pooled = pooled.chunk(2)
-        if not settings.negative_prompt and not refiner:
-            negative, negative_pooled = (
-                torch.zeros_like(negative),
-                torch.zeros_like(negative_pooled),
-            )
-        return {
-            "prompt_embeds": positive,
-            "negative_prompt_embeds": negative,
-            "pooled_prompt_embeds": positive_pooled,
-            "negative_pooled_prompt_embeds": negative_pooled,
-        }
-
-    @torch.no_grad()
-    def _embed(self, texts: list[list[int]], index: int, *, refiner: bool) -> tuple[Tensor, Tensor]:
-        contents = [text[index * CONTENT_TOKENS :][:CONTENT_TOKENS] for text in texts]
-        second = torch.tensor([frame(self.base.tokenizer_2, content) for content in contents])
-        output = self.base.text_encoder_2(second, output_hidden_states=True)
-        states = output.hidden_states[-2]
-        if not refiner:
-            first = torch.tensor([frame(self.base.tokenizer, content) for content in contents])
-            output_1 = self.base.text_encoder(first, output_hidden_states=True)
-            states = torch.cat([output_1.hidden_states[-2], states], dim=-1)
-        return states, output.text_embeds
 
 
 def whole_prompts(count: int, seed: int) -> list[tuple[str, Meaning]]:
@@ -180,18 +58,14 @@ def whole_prompts(count: int, seed: int) -> list[tuple[str, Meaning]]:
 
 
 def evaluate(
-    model: Model, prompts: Sequence[tuple[str, Meaning]], settings: Settings, *, seed: int = 0
+    models: Models, prompts: Sequence[tuple[str, Meaning]], job_input: dict[str, Any], *, seed: int
 ) -> list[Sample]:
-    """Draw and judge each prompt; picture i has seed `seed` + i."""
+    """Draw and judge each prompt; picture i has seed `seed` + i, and else what `job_input` asks."""
     samples = []
-    for start in range(0, len(prompts), BATCH):
-        part = prompts[start : start + BATCH]
-        seeds = range(seed + start, seed + start + len(part))
-        images = model.draw([prompt for prompt, _ in part], seeds, settings)
-        samples += [
-            Sample(prompt, meaning, image, judge(image))
-            for (prompt, meaning), image in zip(part, images, strict=True)
-        ]
+    for i, (prompt, meaning) in enumerate(prompts):
+        request = parse_request({**job_input, "prompt": prompt, "seed": seed + i})
+        [image] = generate(request, models)
+        samples.append(Sample(prompt, meaning, image, judge(image)))
     return samples
 
 
@@ -246,7 +120,7 @@ def main() -> None:
     parser.add_argument("--prompt", help="draw this prompt instead of a mixture")
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--schedulers", nargs="+", default=["DDIM"], help='names, or "all"')
-    parser.add_argument("--paths", nargs="+", default=["refined"], choices=[*PATHS, "all"])
+    parser.add_argument("--modes", nargs="+", default=["refined"], choices=[*MODES, "all"])
     parser.add_argument("--guidance-scale", type=float, nargs="+", default=[7.5])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--width", type=int, default=128)
@@ -256,29 +130,29 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    model = Model(arguments.model)
+    models = load_models(Settings(model_dir=arguments.model))
     prompts = whole_prompts(arguments.count, arguments.seed)
     if arguments.prompt:
         prompts = [(arguments.prompt, parse_caption(arguments.prompt))] * arguments.count
     schedulers = list(SCHEDULERS) if "all" in arguments.schedulers else arguments.schedulers
-    paths = PATHS if "all" in arguments.paths else arguments.paths
+    modes = list(MODES) if "all" in arguments.modes else arguments.modes
     images: list[Image.Image] = []
     for scheduler in schedulers:
-        for path in paths:
+        for mode in modes:
             for guidance_scale in arguments.guidance_scale:
-                settings = Settings(
-                    scheduler=scheduler,
-                    path=path,
-                    width=arguments.width,
-                    height=arguments.height,
-                    guidance_scale=guidance_scale,
-                    steps=arguments.steps,
-                    negative_prompt=arguments.negative_prompt,
-                )
+                job_input = {
+                    **MODES[mode],
+                    "scheduler": scheduler,
+                    "width": arguments.width,
+                    "height": arguments.height,
+                    "guidance_scale": guidance_scale,
+                    "num_inference_steps": arguments.steps,
+                    "negative_prompt": arguments.negative_prompt,
+                }
                 started = time.perf_counter()
-                samples = evaluate(model, prompts, settings, seed=arguments.seed)
+                samples = evaluate(models, prompts, job_input, seed=arguments.seed)
                 seconds = (time.perf_counter() - started) / len(samples)
-                label = f"{scheduler:20}{path:10}guidance {guidance_scale:<5}"
+                label = f"{scheduler:20}{mode:10}guidance {guidance_scale:<5}"
                 print(f"{label}{figures(samples)}  {seconds:.2f} s", flush=True)
                 if arguments.prompt:
                     print(tally(samples), flush=True)
