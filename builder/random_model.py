@@ -56,7 +56,11 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     dtype = getattr(torch, arguments.dtype)
     shutil.copytree(
-        arguments.configs, arguments.out, copy_function=shutil.copyfile, dirs_exist_ok=True
+        arguments.configs,
+        arguments.out,
+        ignore=shutil.ignore_patterns("*.safetensors"),
+        copy_function=shutil.copyfile,
+        dirs_exist_ok=True,
     )
     for name, kind in (bar := tqdm(NETWORKS.items(), unit="network")):
         bar.set_description(name)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from builder import random_model
 from sdxl_worker import gpu
 from sdxl_worker import models as models_module
 from sdxl_worker.errors import ModelError
@@ -65,6 +66,19 @@ def test_base_and_refiner_share_what_they_have_in_common() -> None:
         assert getattr(refiner, name) is getattr(base, name)
     assert refiner.unet is not base.unet
     assert refiner.text_encoder is None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_of_random_weights_loads_and_draws(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--configs", str(EMBEDDED_MODEL_DIR), "--out", str(tmp_path / "random")]
+    monkeypatch.setattr("sys.argv", ["random_model", *arguments, "--dtype", dtype])
+    random_model.main()
+    made = load(tmp_path / "random", dtype=dtype)
+    assert made.refiner is not None
+    assert made.revision != load(EMBEDDED_MODEL_DIR).revision
+    assert len(first_picture(made).getcolors(128 * 128) or []) > 1, "its numbers are finite"
 
 
 def test_the_refiner_folder_needs_only_its_unet(model_dir: Path) -> None:
