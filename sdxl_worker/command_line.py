@@ -9,12 +9,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+from sdxl_worker.jobs import Handler
 
 DEFAULT_JOB_FILE = "test_input.json"
 OUTPUT_DIR = Path("output")

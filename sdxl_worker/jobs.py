@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from PIL import Image
@@ -15,6 +16,9 @@ from sdxl_worker.request import parse_request
 from sdxl_worker.settings import load_settings
 
 log = logging.getLogger(__name__)
+
+# What the SDK calls with a job, and takes the answer of.
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 async def run_job(job: dict[str, Any]) -> dict[str, Any]:

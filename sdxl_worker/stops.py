@@ -7,10 +7,9 @@ and be paid for, with nobody waiting. Here the signal is kept until the handler 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+from sdxl_worker.jobs import Handler
 
 # Long enough for the SDK to start a job that it holds. A job of the same id that comes later was
 # sent again, and is wanted.
