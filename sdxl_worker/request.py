@@ -10,7 +10,6 @@ import json
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -223,6 +222,10 @@ def shown(value: object) -> str:
 
 
 def without_secrets(url: str) -> str:
-    """The address without user, password, query and fragment, any of which may hold a secret."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """The address without user, password, query and fragment, any of which may hold a secret.
+
+    It need not be a valid one, and is not parsed: `urlsplit` raises at "http://[".
+    """
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("?")[0].partition("#")[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"

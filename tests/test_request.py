@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.request import MAX_SEED, Request, field_schemas, parse_request, rule
+from sdxl_worker.request import (
+    MAX_SEED,
+    Request,
+    field_schemas,
+    parse_request,
+    rule,
+    without_secrets,
+)
 from sdxl_worker.schedulers import SCHEDULERS
 
 
@@ -242,6 +249,23 @@ def test_an_error_does_not_repeat_long_values_or_a_url_s_query() -> None:
         "num_images: must be an integer from 1 to 8; got a string of 5000 characters"
     )
     assert "hunter2" not in refusal(image_url="ftp://user:hunter2@example.com/a?key=hunter2")
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://user:pw@example.com:8000/a/b.png?key=1#x", "https://example.com:8000/a/b.png"),
+        ("https://example.com?key=1", "https://example.com"),
+        ("https://example.com/#key", "https://example.com/"),
+        ("ftp://[bad?key=1", "ftp://[bad"),
+    ],
+)
+def test_addresses_are_told_without_their_secrets(url: str, told: str) -> None:
+    assert without_secrets(url) == told
+
+
+def test_an_address_that_cannot_be_parsed_is_refused_like_any_other() -> None:
+    assert refusal(image_url="ftp://[bad?key=1").endswith('got "ftp://[bad"')
 
 
 def test_a_seed_is_drawn_where_none_is_given() -> None:
