@@ -1,11 +1,10 @@
 """The one thread that uses the GPU, and what can be told of the GPU's state."""
 
 import asyncio
-import functools
 import resource
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -18,8 +17,12 @@ _thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
 
 async def on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `function` on the GPU thread. Cancelled before its turn comes, it never runs."""
-    call = functools.partial(function, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_thread, call)
+    return await asyncio.wrap_future(start_on_gpu_thread(function, *args, **kwargs))
+
+
+def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """As `on_gpu_thread`, without waiting for it."""
+    return _thread.submit(function, *args, **kwargs)
 
 
 def gpu_is_broken() -> bool:
