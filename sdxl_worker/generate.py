@@ -139,7 +139,7 @@ def generate(
 
         return pipeline(
             **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
-            **options,
+            **{"output_type": "pt", **options},
             guidance_scale=request.guidance_scale,
             num_images_per_prompt=request.num_images,
             generator=generators,
@@ -161,18 +161,29 @@ def generate(
     )
     match mode:
         case Mode.BASE:
-            return run_base()
+            images = run_base()
         case Mode.BASE_THEN_REFINER:
-            return refine_by_strength(image=run_base(output_type="latent"))
+            images = refine_by_strength(image=run_base(output_type="latent"))
         case Mode.REFINER:
-            return refine_by_strength(image=input_picture)
+            images = refine_by_strength(image=input_picture)
         case Mode.ENSEMBLE:
             # One schedule, cut in one place: the same steps and scheduler, no noise added between.
-            return run_refiner(
+            images = run_refiner(
                 image=run_base(denoising_end=request.high_noise_frac, output_type="latent"),
                 num_inference_steps=request.num_inference_steps,
                 denoising_start=request.high_noise_frac,
             )
+    return _to_pictures(images)
+
+
+def _to_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """Rounded to 8 bits where they are, so that a quarter of the bytes leaves the GPU.
+
+    Args:
+        images: RGB from 0 to 1, [n, 3, height, width].
+    """
+    pixels = images.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(array) for array in pixels.contiguous().cpu().numpy()]
 
 
 def _embeddings(
