@@ -32,7 +32,9 @@ from transformers.utils import logging as transformers_logging
 
 from sdxl_worker.errors import ModelError
 from sdxl_worker.model_dir import find_model_dir
+from sdxl_worker.optimize import optimize, steps_of
 from sdxl_worker.preview import PreviewMap, fit_preview_map
+from sdxl_worker.schedulers import timestep_to_device
 from sdxl_worker.settings import Settings
 from sdxl_worker.weights import Tensors, Weights, start_reading
 
@@ -59,6 +61,8 @@ class Models:
     """As it was loaded: the source of every job's schedulers."""
     device: torch.device
     dtype: torch.dtype
+    resident: bool
+    """Whether the networks stay on the device, or come there in turn."""
     preview_map: PreviewMap
     revision: str
     """What tells these weights from others: a commit of the hub, or a digest of the files."""
@@ -81,7 +85,9 @@ def load_models(settings: Settings, weights: Weights | None = None) -> Models:
         if settings not in _loaded:
             _loaded.clear()
             weights = weights or start_reading(find_model_dir(settings), settings.dtype)
-            _loaded[settings] = load(weights)
+            models = load(weights)
+            optimize(models, steps_of(settings.compile, models))
+            _loaded[settings] = models
         return _loaded[settings]
 
 
@@ -138,6 +144,7 @@ def load(weights: Weights) -> Models:
     pipelines = [base] if refiner is None else [base, refiner]
     for pipeline in pipelines:
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.unet.register_forward_pre_hook(timestep_to_device, with_kwargs=True)
         if not weights.placement.resident:
             pipeline.enable_model_cpu_offload(device=device)
 
@@ -156,6 +163,7 @@ def load(weights: Weights) -> Models:
         scheduler_config=_load_scheduler_config(base_dir / "scheduler"),
         device=device,
         dtype=dtype,
+        resident=weights.placement.resident,
         preview_map=fit_preview_map(base.vae, device),
         revision=_revision(model_dir),
     )
