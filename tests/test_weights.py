@@ -14,9 +14,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdxl_worker import models as models_module
 from sdxl_worker import weights as weights_module
 from sdxl_worker.errors import ModelError
+from sdxl_worker.memory import WORKING_MEMORY_BYTES, fits
 from sdxl_worker.model_files import network_files, read_ahead, weight_files
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
-from sdxl_worker.weights import WORKING_MEMORY_BYTES, Placement, Weights, fits, start_reading
+from sdxl_worker.weights import Placement, Weights, start_reading
 
 CPU = Placement(torch.device("cpu"), torch.float32, resident=True)
 
