@@ -49,6 +49,7 @@ class Weights:
         """
         self.model_dir = model_dir
         self.placement = placement
+        self.networks = tuple(files)
         target = placement.device if placement.resident else torch.device("cpu")
         with_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
         self._parts: dict[str, list[Future[Tensors]]] = {

@@ -12,7 +12,8 @@ import sdxl_worker
 from sdxl_worker import check
 from sdxl_worker import generate as generate_module
 from sdxl_worker.errors import ModelError
-from sdxl_worker.settings import Settings
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+from sdxl_worker.weights import start_reading
 from tests.support import PROMPT, error, models, picture, run
 
 
@@ -85,7 +86,7 @@ def test_the_revision_tells_weights_apart(tmp_path: Any) -> None:
 
 def test_start_up_draws_a_picture(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    check.prepare(Settings())
+    check.prepare(Settings(), start_reading(EMBEDDED_MODEL_DIR, None))
     seconds = [vars(record).get("seconds") for record in caplog.records]
     assert [line.partition(" in ")[0] for line in caplog.messages if " s" in line][-2:] == [
         "loaded the models",
@@ -98,7 +99,7 @@ def test_an_empty_picture_at_start_up_ends_the_worker(monkeypatch: pytest.Monkey
     empty = Image.new("RGB", (64, 64))
     monkeypatch.setattr(check, "generate", lambda *_: [empty])
     with pytest.raises(ModelError, match="draw an empty picture"):
-        check.prepare(Settings())
+        check.prepare(Settings(), start_reading(EMBEDDED_MODEL_DIR, None))
 
 
 def test_weights_that_are_not_numbers_end_the_worker() -> None:
@@ -107,6 +108,6 @@ def test_weights_that_are_not_numbers_end_the_worker() -> None:
     try:
         bias.data.fill_(torch.nan)
         with pytest.raises(ModelError, match="draw an empty picture"):
-            check.prepare(Settings())
+            check.prepare(Settings(), start_reading(EMBEDDED_MODEL_DIR, None))
     finally:
         bias.data.copy_(kept)
