@@ -1,10 +1,8 @@
-"""Loading: the folders of `MODEL_DIR` become two pipelines that share what they have in common."""
+"""Loading: the folders of a model become two pipelines that share what they have in common."""
 
 import functools
-import hashlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,15 +22,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.model_dir import find_model
 from sdxl_worker.preview import PreviewMap, fit_preview_map
-from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+from sdxl_worker.settings import Settings
 
 log = logging.getLogger(__name__)
 
 # What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
 # CUDA's own context. An estimate on the safe side; it was not measured.
 WORKING_MEMORY_BYTES = 5 * 1024**3
-DIGEST_BYTES = 2**20
 
 Component = TypeVar("Component")
 
@@ -73,13 +71,8 @@ def load_models(settings: Settings) -> Models:
 
 @functools.lru_cache(maxsize=1)
 def _load_models(settings: Settings) -> Models:
-    model_dir = _model_dir(settings)
-    base_dir, refiner_dir = model_dir / "base", model_dir / "refiner"
-    if not base_dir.is_dir():
-        raise ModelError(
-            f"MODEL_DIR: {model_dir} must be a folder that holds base/ (and refiner/, if there "
-            "is one) in diffusers layout"
-        )
+    model_dir = find_model(settings)
+    base_dir, refiner_dir = model_dir.base, model_dir.refiner
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default_dtype = "float16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, settings.dtype or default_dtype)
@@ -105,7 +98,7 @@ def _load_models(settings: Settings) -> Models:
         add_watermarker=False,
     )
     refiner = None
-    if refiner_dir.is_dir():
+    if refiner_dir is not None:
         refiner = StableDiffusionXLImg2ImgPipeline(
             vae=base.vae,
             text_encoder=None,
@@ -130,7 +123,7 @@ def _load_models(settings: Settings) -> Models:
     log.info(
         "loaded %s from %s: base%s, %s on %s",
         model_dir.name,
-        model_dir,
+        model_dir.root,
         " and refiner" if refiner else " alone, there is no refiner/",
         str(dtype).removeprefix("torch."),
         device,
@@ -143,20 +136,13 @@ def _load_models(settings: Settings) -> Models:
         device=device,
         dtype=dtype,
         preview_map=fit_preview_map(base.vae, device),
-        revision=_revision(model_dir),
+        revision=model_dir.revision(),
     )
 
 
 def fits(weights_bytes: int, free_bytes: int) -> bool:
     """Whether all weights can stay on the card and leave room for a picture to be made."""
     return weights_bytes + WORKING_MEMORY_BYTES <= free_bytes
-
-
-def _model_dir(settings: Settings) -> Path:
-    if settings.model_dir is not None:
-        return settings.model_dir
-    log.info("MODEL_DIR is not set: using the embedded miniature model, %s", EMBEDDED_MODEL_DIR)
-    return EMBEDDED_MODEL_DIR
 
 
 def _place(pipelines: list[Any], device: torch.device, free_bytes: int | None) -> None:
@@ -209,25 +195,6 @@ def _load(component: type[Component], folder: Path, dtype: torch.dtype) -> Compo
     except Exception as error:
         # Whatever a damaged file or a wrong config raises, the worker cannot run.
         raise ModelError(f"MODEL_DIR: {folder} cannot be loaded: {error}") from error
-
-
-def _revision(model_dir: Path) -> str:
-    """The commit, where the folder is a snapshot of the hub's cache; otherwise a digest.
-
-    The digest is over the size, head and tail of each weight file: reading all of them would take
-    longer than loading.
-    """
-    for folder in (model_dir, *model_dir.resolve().parents):
-        if folder.parent.name == "snapshots":
-            return folder.name
-    digest = hashlib.sha256()
-    for path in sorted(model_dir.rglob("*.safetensors")):
-        digest.update(f"{path.relative_to(model_dir)} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(DIGEST_BYTES))
-            file.seek(-min(DIGEST_BYTES, path.stat().st_size), os.SEEK_END)
-            digest.update(file.read())
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

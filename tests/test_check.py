@@ -67,22 +67,6 @@ def test_a_check_is_in_under_2_kb_for_eight_pictures() -> None:
     assert len(json.dumps(report)) < 2000
 
 
-def test_the_revision_tells_weights_apart(tmp_path: Any) -> None:
-    from sdxl_worker.models import _revision
-
-    def folder(name: str, content: bytes) -> Any:
-        (tmp_path / name / "base").mkdir(parents=True)
-        (tmp_path / name / "base" / "a.safetensors").write_bytes(content)
-        return tmp_path / name
-
-    one = _revision(folder("one", b"1" * 100))
-    assert one.startswith("sha256:")
-    assert one == _revision(folder("same", b"1" * 100))
-    assert one != _revision(folder("other", b"1" * 99 + b"2"))
-    commit = "462165984030d82259a11f4367a4eed129e94a7b"
-    assert _revision(folder(f"models--a--b/snapshots/{commit}", b"1")) == commit
-
-
 def test_start_up_draws_a_picture(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     check.prepare(Settings())

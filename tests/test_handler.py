@@ -18,6 +18,7 @@ import handler
 from sdxl_worker import generate as generate_module
 from sdxl_worker import gpu, jobs
 from sdxl_worker import models as models_module
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from tests.support import PROMPT, data_uri, error, picture, pictures, run
 
 QUICK = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 0}
@@ -105,7 +106,7 @@ def test_wrong_input_is_refused_before_any_model_work(monkeypatch: pytest.Monkey
 def test_no_refiner_is_told_before_the_picture_is_fetched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "base").symlink_to(models_module.EMBEDDED_MODEL_DIR / "base")
+    (tmp_path / "base").symlink_to(EMBEDDED_MODEL_DIR / "base")
     monkeypatch.setenv("MODEL_DIR", str(tmp_path))
     monkeypatch.setattr(jobs, "load_image", lambda _: pytest.fail("fetched"))
     message = error({"prompt": PROMPT, "image_url": "https://example.com/a.png"})

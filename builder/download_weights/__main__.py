@@ -58,6 +58,9 @@ def download_weights(to: Path, base: str | None = None, refiner: str | None = No
     record = {"name": sources["base"].name, "refiner": None, **described, "asked": asked}
     _write_json(partial / SOURCE_FILE, record)
     (partial / PLAN_FILE).unlink()
+    for path in partial.rglob("*"):
+        # safetensors writes what its owner alone can read, and a container may run as another user.
+        path.chmod(0o755 if path.is_dir() else 0o644)
     partial.rename(to)
     print(
         f"{to} is complete: {', '.join(f'{role} {_short(it)}' for role, it in described.items())}"

@@ -165,8 +165,9 @@ def _weights(files: Iterable[str], folder: str, what: str) -> list[str]:
     ):
         found = [match for name in sorted(files) if (match := re.fullmatch(pattern, name))]
         if found:
-            if found[0].re.groups and len(found) != int(found[0][2]):
-                raise DownloadError(f"{what}: {folder}/ has {len(found)} of {found[0][2]} shards")
+            shards = int(found[0][2]) if found[0].re.groups else 1
+            if len(found) != shards:
+                raise DownloadError(f"{what}: {folder}/ has {len(found)} of {shards} shards")
             return [match[0] for match in found]
     raise DownloadError(f"{what}: {folder}/ has no .safetensors weights, the only kind taken")
 
