@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,7 +91,7 @@ def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     }
     server.repos = repos
     for collection in (server.files, server.faults, server.gated, server.seen):
-        collection.clear()  # type: ignore[attr-defined]
+        collection.clear()
     table = tmp_path / "table.json"
     table.write_text(json.dumps(small_table(repos)))
     monkeypatch.setattr(sources, "PINNED", table)
@@ -573,7 +573,7 @@ def test_what_cannot_be_converted_is_told(checkpoint: Path, to: Path) -> None:
     arguments = ("--base", str(path), "--refiner", "none")
     tensors = load_file(checkpoint)
 
-    def refusal(change: dict[str, torch.Tensor | None]) -> str:
+    def refusal(change: Mapping[str, torch.Tensor | None]) -> str:
         changed = {**tensors, **change}
         kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
         original_format.save(kept, path)
