@@ -26,7 +26,6 @@ from tqdm import tqdm
 from builder.download_weights import DownloadError
 
 STREAMS = 4
-CHUNK_BYTES = 2**20
 TIMEOUT_SECONDS = 30.0
 # After a failure that may pass; a try that received something starts them anew.
 RETRY_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)
@@ -202,7 +201,8 @@ def _receive(file: Download, incomplete: Path, stop: threading.Event) -> None:
         hf_raise_for_status(response)
         try:
             with incomplete.open("ab" if response.status_code == 206 else "wb") as output:
-                for chunk in response.iter_bytes(CHUNK_BYTES):
+                # As they come: gathered into larger pieces they took three times as long.
+                for chunk in response.iter_raw():
                     output.write(chunk)
                     output.flush()
                     if stop.is_set():
