@@ -57,6 +57,10 @@ def without_fp16(files: dict[str, bytes]) -> dict[str, bytes]:
     }
 
 
+def edit(repo: dict[str, bytes], name: str, **values: Any) -> None:
+    repo[name] = json.dumps(json.loads(repo[name]) | values).encode()
+
+
 def small_table(repos: dict[str, dict[str, bytes]]) -> dict[str, Any]:
     """The pinned table with the embedded model's sizes and digests."""
     models = {}
@@ -85,6 +89,7 @@ def server() -> Iterator[Hub]:
 def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     base = embedded("base")
     vae = {name.removeprefix("vae/"): base[name] for name in list(base) if name.startswith("vae/")}
+    edit(vae, "config.json", force_upcast=False)  # as the published one has it
     repos = {
         "stabilityai/stable-diffusion-xl-base-1.0": base,
         "madebyollin/sdxl-vae-fp16-fix": without_fp16(vae),
@@ -315,6 +320,11 @@ def test_no_network_is_one_readable_line(to: Path, monkeypatch: Any) -> None:
     assert "Check the network; the same command goes on where this one ended" in message
 
 
+def test_offline_mode_is_told(to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set: unset it" in failure(to)
+
+
 def test_a_full_disk_is_found_before_anything_is_fetched(
     hub: Hub, to: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,7 +341,7 @@ def test_a_full_disk_is_found_before_anything_is_fetched(
 
 def test_a_mount_point_is_refused_at_once() -> None:
     with pytest.raises(SystemExit, match="is a mount point"):
-        fetch(Path("/proc"))
+        fetch(Path("/"))
 
 
 @pytest.mark.parametrize("status", [None, 403])
@@ -429,10 +439,6 @@ def test_a_missing_shard_is_told(hub: Hub, to: Path) -> None:
     assert "org/other: unet/ has 1 of 3 shards" in message
 
 
-def edit(repo: dict[str, bytes], name: str, **values: Any) -> None:
-    repo[name] = json.dumps(json.loads(repo[name]) | values).encode()
-
-
 def test_what_is_not_sdxl_is_refused_before_its_weights_are_fetched(hub: Hub, to: Path) -> None:
     repo = hub.repos["org/other"]
     arguments = ("--base", "org/other", "--refiner", "none")
@@ -527,34 +533,54 @@ def test_a_checkpoint_of_the_disk_draws_the_same(checkpoint: Path, hub: Hub, to:
     assert not [path for path in fetched if path.endswith(".safetensors")]
 
 
-def test_a_checkpoint_by_address_is_resumed_checked_and_its_query_kept_secret(
-    checkpoint: Path, hub: Hub, to: Path, capfd: pytest.CaptureFixture[str]
+def test_a_checkpoint_by_address_is_resumed_checked_and_its_secrets_kept(
+    checkpoint: Path,
+    hub: Hub,
+    to: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
     content = checkpoint.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    hub.files["/download/12"] = content
-    address = f"{hub.large_files}/org/files/download?token=hidden"
     hub.repos["org/files"] = {"download": content}
-    # The first request is for the size.
-    hub.faults["/org/files/download"] = [Fault(), Fault(drop_after=5_000_000)]
+    address = f"{hub.large_files}/org/files/download?token=hidden"
+    arguments = ("--base", f"{address}#sha256={sha256}", "--refiner", "none")
+    name = "/org/files/download"
+
+    # The first request of each run is for the size.
+    hub.faults[name] = [Fault(), Fault(drop_after=5_000_000)]
     wrong = failure(to, "--base", f"{address}#sha256={'0' * 64}", "--refiner", "none")
     assert f"its SHA-256 is {sha256}" in wrong
-    _, first, second = hub.requests("/org/files/download")
+    _, first, second = hub.requests(name)
     assert 0 <= first.sent + second.sent - len(content) <= PIECE_BYTES
 
-    hub.faults["/org/files/download"] = [
-        Fault(),
-        Fault(drop_after=5_000_000),
-        *[Fault(status=500)] * 3,
-    ]
-    assert "HTTP 500" in failure(to, "--base", f"{address}#sha256={sha256}", "--refiner", "none")
-    fetch(to, "--base", f"{address}#sha256={sha256}", "--refiner", "none")
-    assert 0 < hub.requests("/org/files/download")[-1].sent <= len(content) - 4_000_000
-    assert files(to) == sorted(
-        [*(n for n in files(EMBEDDED_MODEL_DIR) if "base" in n), "source.json"]
-    )
-    assert "hidden" not in "".join(capfd.readouterr()) + (to / "source.json").read_text() + wrong
-    assert not any("Authorization" in request.headers for request in hub.seen)
+    hub.faults[name] = [Fault(), Fault(drop_after=5_000_000), *[Fault(status=500)] * 3]
+    assert "HTTP 500" in failure(to, *arguments)
+    fetch(to, *arguments)
+    rest = hub.requests(name)[-1].sent
+    assert 0 <= rest - (len(content) - 5_000_000) <= PIECE_BYTES
+
+    base = [name for name in files(EMBEDDED_MODEL_DIR) if name.startswith("base/")]
+    assert files(to) == [*base, "source.json"]
+    printed = "".join(capfd.readouterr()) + (to / "source.json").read_text() + wrong
+    assert "hidden" not in printed
+    assert "secret" not in printed
+    for request in hub.requests(name):
+        assert "authorization" not in {header.lower() for header in request.headers}
+
+
+def test_halves_of_two_checkpoints_are_never_put_together(
+    checkpoint: Path, hub: Hub, to: Path
+) -> None:
+    content = checkpoint.read_bytes()
+    hub.repos["org/files"] = {"download": content}
+    arguments = ("--base", f"{hub.large_files}/org/files/download", "--refiner", "none")
+    hub.faults["download"] = [Fault(), Fault(drop_after=5_000_000), *[Fault(status=500)] * 3]
+    failure(to, *arguments)
+    hub.repos["org/files"]["download"] = content[:-4] + bytes(4)  # another, of the same size
+    fetch(to, *arguments)
+    assert hub.requests("download")[-1].sent == len(content)
 
 
 def test_an_address_that_gives_no_checkpoint_is_refused(hub: Hub, to: Path) -> None:

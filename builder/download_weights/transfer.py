@@ -19,7 +19,12 @@ from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
 
@@ -132,6 +137,8 @@ def patiently(
         before = progress()
         try:
             return ask()
+        except OfflineModeIsEnabled as error:
+            raise DownloadError(f"{what}: HF_HUB_OFFLINE is set: unset it") from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             failures = 1 if progress() > before else failures + 1
             if not _may_pass(error) or failures > len(RETRY_WAITS_SECONDS) or stop.is_set():
