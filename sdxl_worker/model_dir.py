@@ -109,8 +109,9 @@ def _first_there_is() -> ModelDir:
     ]
     for i, (_, found) in enumerate(places):
         if found is not None:
-            empty = ", ".join(place for place, _ in places[:i])
-            log.info("MODEL_DIR is not set: serving %s; no model in %s", found.root, empty or "-")
+            kind = "the embedded miniature model, " if found.root == EMBEDDED_MODEL_DIR else ""
+            empty = "".join(f"; no model in {place}" for place, _ in places[:i])
+            log.info("MODEL_DIR is not set: serving %s%s%s", kind, found.root, empty)
             return found
     raise ModelError(
         "MODEL_DIR is not set, and there is no model in "

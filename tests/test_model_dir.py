@@ -185,7 +185,7 @@ def test_the_baked_model_comes_first(
     add_to_cache(cache, "org/model")
     add_to_cache(cache, "org/another")  # not asked for, so not unclear
     assert find().root == baked
-    assert caplog.messages == [f"MODEL_DIR is not set: serving {baked}; no model in -"]
+    assert caplog.messages == [f"MODEL_DIR is not set: serving {baked}"]
 
 
 def test_the_cached_model_comes_next(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -216,7 +216,8 @@ def test_the_embedded_model_comes_last_and_is_said_to_be_used(
     assert loaded.name == "shapes"
     assert loaded.native_size_px == 128
     assert caplog.messages[0] == (
-        f"MODEL_DIR is not set: serving {EMBEDDED_MODEL_DIR}; no model in /nowhere, {cache}"
+        "MODEL_DIR is not set: serving the embedded miniature model, "
+        f"{EMBEDDED_MODEL_DIR}; no model in /nowhere; no model in {cache}"
     )
 
 
