@@ -13,9 +13,11 @@ from typing import Any
 
 from sdxl_worker import command_line
 from sdxl_worker.errors import ModelError, RequestError
-from sdxl_worker.gpu import on_gpu_thread
+from sdxl_worker.gpu import on_gpu_thread, start_on_gpu_thread
 from sdxl_worker.jobs import run_job
 from sdxl_worker.logs import set_up_logging
+from sdxl_worker.model_dir import find_model_dir
+from sdxl_worker.model_files import network_files, read_ahead
 from sdxl_worker.settings import Settings, load_settings
 from sdxl_worker.stops import heeding_early_stops
 
@@ -68,12 +70,26 @@ def _describe_failure(error: Exception) -> dict[str, Any]:
 
 
 def _prepare(settings: Settings) -> None:
+    """Load the models and draw with them. The weights are read while the libraries are imported.
+
+    Raises:
+        ModelError: the worker cannot draw.
+    """
     started = time.perf_counter()
+    model_dir = find_model_dir(settings)
+    half_precision = settings.dtype in (None, "float16")
+    for files in network_files(model_dir, half_precision=half_precision).values():
+        read_ahead(files)
+
+    from sdxl_worker.weights import start_reading
+
+    weights = start_reading(model_dir, settings.dtype)
+
     from sdxl_worker import check
 
     seconds = time.perf_counter() - started
     log.info("imported the libraries in %.1f s", seconds, extra={"seconds": round(seconds, 2)})
-    check.prepare(settings)
+    check.prepare(settings, weights)
 
 
 def main() -> None:
@@ -84,15 +100,17 @@ def main() -> None:
         log.warning("BUCKET_ENDPOINT_URL is not used yet: answers hold the pictures themselves")
     try:
         settings = load_settings()
+        preparation = start_on_gpu_thread(_prepare, settings)
+
+        import runpod  # which takes more than a second, meanwhile
+
         if place is not command_line.Place.QUEUE:
-            _prepare(settings)
+            preparation.result()
     except ModelError as error:
         sys.exit(f"The worker cannot start. {error}")
 
-    import runpod
-
     async def models_work() -> None:
-        await on_gpu_thread(_prepare, settings)
+        await asyncio.wrap_future(preparation)
 
     # On the platform a worker whose check fails is reported unhealthy and takes no job.
     runpod.serverless.register_fitness_check(models_work)

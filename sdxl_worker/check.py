@@ -18,6 +18,7 @@ from sdxl_worker.models import Models, load_models
 from sdxl_worker.outputs import library_versions
 from sdxl_worker.request import CHECK_INPUT, Request, parse_request
 from sdxl_worker.settings import Settings
+from sdxl_worker.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +64,17 @@ def build_report(
     }
 
 
-def prepare(settings: Settings) -> None:
+def prepare(settings: Settings, weights: Weights | None = None) -> None:
     """Load the models and draw one small picture with them, before the first job is taken.
+
+    Args:
+        weights: what began to be read for these settings, if anything did.
 
     Raises:
         ModelError: they cannot be loaded, or draw nothing: the GPU or the weights are broken.
     """
     started = time.perf_counter()
-    models = load_models(settings)
+    models = load_models(settings, weights)
     loaded = time.perf_counter()
     _log_seconds("loaded the models", loaded - started)
 

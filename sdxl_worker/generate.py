@@ -1,7 +1,7 @@
 """Pictures: a function of the request, the models and the input picture, and of nothing else."""
 
 import functools
-import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -10,7 +10,9 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
+from sdxl_worker import memory
 from sdxl_worker.errors import RequestError
+from sdxl_worker.gpu import StepsAhead
 from sdxl_worker.models import Models
 from sdxl_worker.prompts import Encoding, encode_pair
 from sdxl_worker.request import Request
@@ -112,47 +114,42 @@ def generate(
     if mode is Mode.UNCHANGED:
         return [cast(Image.Image, input_picture)] * request.num_images
 
+    size_px = picture_size_px(request, models, input_picture)
+    texts = encode_pair(request.prompt, request.negative_prompt, models)
+    plan = memory.plan(models, num_images=request.num_images, pixels=math.prod(size_px))
+    models.base.vae.use_slicing, models.base.vae.use_tiling = plan.slicing, plan.tiling
+
     # Each picture has a generator of its own, on the CPU: picture i is what a request with
     # seed + i for one picture gives, on any device. The refiner goes on where the base stopped:
     # from a fresh generator it would add the very noise that the base began with.
     generators = [
         torch.Generator("cpu").manual_seed(request.seed + i) for i in range(request.num_images)
     ]
-    texts = encode_pair(request.prompt, request.negative_prompt, models)
+    starts = range(0, request.num_images, plan.batch_size)
+    steps = _Steps(on_step, planned_steps(request, mode) * len(starts), models.device)
+    pictures: list[Image.Image] = []
+    for start in starts:
+        batch = generators[start : start + plan.batch_size]
+        run = functools.partial(_run, request, models, texts, batch, steps)
+        pictures += _to_pictures(_run_mode(mode, run, request, models, size_px, input_picture))
+    return pictures
 
-    steps_done = itertools.count(1)
-    steps_planned = planned_steps(request, mode)
 
-    def run(stage: str, pipeline: Any, **options: Any) -> Any:
-        """One stage, with what every stage takes from the request and a scheduler of its own."""
-        pipeline.scheduler = scheduler = build_scheduler(request.scheduler, models.scheduler_config)
-
-        def after_step(
-            _: Any, index: int, timestep: Any, tensors: dict[str, Any]
-        ) -> dict[str, Any]:
-            percent = 100 * next(steps_done) // steps_planned
-            # Between steps, the scheduler's input scaling is that of the step to come.
-            latents = functools.partial(scheduler.scale_model_input, tensors["latents"], timestep)
-            step = Step(stage, index + 1, pipeline.num_timesteps, min(percent, 100), latents)
-            on_step(step)
-            return {}
-
-        return pipeline(
-            **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
-            **options,
-            guidance_scale=request.guidance_scale,
-            num_images_per_prompt=request.num_images,
-            generator=generators,
-            callback_on_step_end=after_step,
-        ).images
-
-    width, height = picture_size_px(request, models, input_picture)
+def _run_mode(
+    mode: Mode,
+    run: Callable[..., torch.Tensor],
+    request: Request,
+    models: Models,
+    size_px: tuple[int, int],
+    input_picture: Image.Image | None,
+) -> torch.Tensor:
+    """The stages of one batch: RGB from 0 to 1, [n, 3, height, width]."""
     run_base = functools.partial(
         run,
         "base",
         models.base,
-        height=height,
-        width=width,
+        width=size_px[0],
+        height=size_px[1],
         num_inference_steps=request.num_inference_steps,
     )
     run_refiner = functools.partial(run, "refiner", models.refiner)
@@ -173,6 +170,62 @@ def generate(
                 num_inference_steps=request.num_inference_steps,
                 denoising_start=request.high_noise_frac,
             )
+    raise ValueError(f"no network draws in mode {mode}")
+
+
+def _run(
+    request: Request,
+    models: Models,
+    texts: tuple[Encoding, Encoding],
+    generators: list[torch.Generator],
+    steps: "_Steps",
+    stage: str,
+    pipeline: Any,
+    **options: Any,
+) -> torch.Tensor:
+    """One stage, with what every stage takes from the request and a scheduler of its own."""
+    pipeline.scheduler = build_scheduler(request.scheduler, models.scheduler_config)
+    return pipeline(
+        **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
+        **{"output_type": "pt", **options},
+        guidance_scale=request.guidance_scale,
+        num_images_per_prompt=len(generators),
+        generator=generators,
+        callback_on_step_end=functools.partial(steps.after_step, stage),
+    ).images
+
+
+class _Steps:
+    """Counts the denoising steps of a request and reports each."""
+
+    def __init__(self, on_step: Callable[[Step], None], planned: int, device: torch.device) -> None:
+        self._on_step = on_step
+        self._planned = planned
+        self._done = 0
+        self._steps_ahead = StepsAhead(device)
+
+    def after_step(
+        self, stage: str, pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the pipelines call between steps."""
+        self._steps_ahead.limit()
+        self._done += 1
+        percent = min(100 * self._done // self._planned, 100)
+        # Between steps, the scheduler's input scaling is that of the step to come.
+        scale = pipeline.scheduler.scale_model_input
+        latents = functools.partial(scale, tensors["latents"], timestep)
+        self._on_step(Step(stage, index + 1, pipeline.num_timesteps, percent, latents))
+        return {}
+
+
+def _to_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """Rounded to 8 bits where they are, so that a quarter of the bytes leaves the GPU.
+
+    Args:
+        images: RGB from 0 to 1, [n, 3, height, width].
+    """
+    pixels = images.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(array) for array in pixels.contiguous().cpu().numpy()]
 
 
 def _embeddings(

@@ -1,12 +1,15 @@
 """The one thread that uses the GPU, and what can be told of the GPU's state."""
 
 import asyncio
-import functools
+import collections
 import resource
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,8 +21,38 @@ _thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
 
 async def on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `function` on the GPU thread. Cancelled before its turn comes, it never runs."""
-    call = functools.partial(function, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_thread, call)
+    return await asyncio.wrap_future(start_on_gpu_thread(function, *args, **kwargs))
+
+
+def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """As `on_gpu_thread`, without waiting for it."""
+    return _thread.submit(function, *args, **kwargs)
+
+
+class StepsAhead:
+    """Keeps the host from queueing more than two steps of work on the GPU.
+
+    Without it, all steps of a job may be queued before the first is done: progress would tell of
+    steps to come, and a job that is stopped would hold the GPU until its end.
+    """
+
+    LIMIT = 2
+
+    def __init__(self, device: "torch.device") -> None:
+        self._cuda = device.type == "cuda"
+        self._steps: collections.deque[Any] = collections.deque()
+
+    def limit(self) -> None:
+        """To be called after each step."""
+        if not self._cuda:
+            return
+        import torch
+
+        step = torch.cuda.Event()
+        step.record()
+        self._steps.append(step)
+        if len(self._steps) > self.LIMIT:
+            self._steps.popleft().synchronize()
 
 
 def gpu_is_broken() -> bool:

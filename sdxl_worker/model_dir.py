@@ -30,6 +30,14 @@ class ModelDir:
     base: Path
     refiner: Path | None
 
+    def folder(self, network: str) -> Path:
+        """Of one network by its name in this worker's layout, as "base/unet"."""
+        half, _, name = network.partition("/")
+        folder = self.refiner if half == "refiner" else self.base
+        if folder is None:
+            raise KeyError(network)
+        return folder / name
+
     @property
     def name(self) -> str:
         """As the hub has it, where that is known; otherwise the folder's name."""
@@ -74,7 +82,7 @@ class ModelDir:
             raise ModelError(f"MODEL_DIR: {path} cannot be read: {error}") from error
 
 
-def find_model(settings: Settings) -> ModelDir:
+def find_model_dir(settings: Settings) -> ModelDir:
     """The model to serve.
 
     Raises:

@@ -4,7 +4,7 @@ import functools
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,24 +18,31 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 from transformers.utils import logging as transformers_logging
 
 from sdxl_worker.errors import ModelError
-from sdxl_worker.model_dir import find_model
+from sdxl_worker.model_dir import find_model_dir
+from sdxl_worker.optimize import optimize, steps_of
 from sdxl_worker.preview import PreviewMap, fit_preview_map
+from sdxl_worker.schedulers import timestep_to_device
 from sdxl_worker.settings import Settings
+from sdxl_worker.weights import Tensors, Weights, start_reading
 
 log = logging.getLogger(__name__)
 
-# What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
-# CUDA's own context. An estimate on the safe side; it was not measured.
-WORKING_MEMORY_BYTES = 5 * 1024**3
-
-Component = TypeVar("Component")
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 # Jobs that come while the first one loads wait for it, rather than load a second time.
 _loading = threading.Lock()
+_loaded: dict[Settings, "Models"] = {}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Models:
     """As it was loaded: the source of every job's schedulers."""
     device: torch.device
     dtype: torch.dtype
+    resident: bool
+    """Whether the networks stay on the device, or come there in turn."""
     preview_map: PreviewMap
     revision: str
     """What tells these weights from others: a commit of the hub, or a digest of the files."""
@@ -59,24 +68,34 @@ class Models:
         return self.base.default_sample_size * self.base.vae_scale_factor
 
 
-def load_models(settings: Settings) -> Models:
+def load_models(settings: Settings, weights: Weights | None = None) -> Models:
     """Load base and refiner once; later calls with the same settings return the same object.
+
+    Args:
+        weights: what `start_reading` began to read for these settings, if it did.
 
     Raises:
         ModelError: a folder, a file or a format is not as it should be; the message says which.
     """
     with _loading:
-        return _load_models(settings)
+        if settings not in _loaded:
+            _loaded.clear()
+            weights = weights or start_reading(find_model_dir(settings), settings.dtype)
+            models = load(weights)
+            optimize(models, steps_of(settings.compile, models))
+            _loaded[settings] = models
+        return _loaded[settings]
 
 
-@functools.lru_cache(maxsize=1)
-def _load_models(settings: Settings) -> Models:
-    model_dir = find_model(settings)
+def load(weights: Weights) -> Models:
+    """Build the pipelines from the weights as they come in.
+
+    Raises:
+        ModelError: as `load_models`.
+    """
+    model_dir = weights.model_dir
     base_dir, refiner_dir = model_dir.base, model_dir.refiner
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    default_dtype = "float16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, settings.dtype or default_dtype)
-    free_bytes = torch.cuda.mem_get_info()[0] if device.type == "cuda" else None
+    device, dtype = weights.placement.device, weights.placement.dtype
 
     # The libraries' own bars and advice would drown the worker's log.
     diffusers_logging.set_verbosity_error()
@@ -84,13 +103,16 @@ def _load_models(settings: Settings) -> Models:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
+    def build(kind: type[Network], network: str) -> Network:
+        return _build(kind, model_dir.folder(network), functools.partial(weights.take, network))
+
     base = StableDiffusionXLPipeline(
-        vae=_load(AutoencoderKL, base_dir / "vae", dtype),
-        text_encoder=_load(CLIPTextModel, base_dir / "text_encoder", dtype),
-        text_encoder_2=_load(CLIPTextModelWithProjection, base_dir / "text_encoder_2", dtype),
+        text_encoder=build(CLIPTextModel, "base/text_encoder"),
+        text_encoder_2=build(CLIPTextModelWithProjection, "base/text_encoder_2"),
         tokenizer=_load_tokenizer(base_dir / "tokenizer"),
         tokenizer_2=_load_tokenizer(base_dir / "tokenizer_2"),
-        unet=_load(UNet2DConditionModel, base_dir / "unet", dtype),
+        unet=build(UNet2DConditionModel, "base/unet"),
+        vae=build(AutoencoderKL, "base/vae"),
         scheduler=None,
         force_zeros_for_empty_prompt=_pipeline_option(
             base_dir, "force_zeros_for_empty_prompt", True
@@ -105,7 +127,7 @@ def _load_models(settings: Settings) -> Models:
             text_encoder_2=base.text_encoder_2,
             tokenizer=None,
             tokenizer_2=base.tokenizer_2,
-            unet=_load(UNet2DConditionModel, refiner_dir / "unet", dtype),
+            unet=build(UNet2DConditionModel, "refiner/unet"),
             scheduler=None,
             requires_aesthetics_score=_pipeline_option(
                 refiner_dir, "requires_aesthetics_score", True
@@ -116,9 +138,11 @@ def _load_models(settings: Settings) -> Models:
             add_watermarker=False,
         )
     pipelines = [base] if refiner is None else [base, refiner]
-    _place(pipelines, device, free_bytes)
     for pipeline in pipelines:
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.unet.register_forward_pre_hook(timestep_to_device, with_kwargs=True)
+        if not weights.placement.resident:
+            pipeline.enable_model_cpu_offload(device=device)
 
     log.info(
         "loaded %s from %s: base%s, %s on %s",
@@ -135,66 +159,53 @@ def _load_models(settings: Settings) -> Models:
         scheduler_config=_load_scheduler_config(base_dir / "scheduler"),
         device=device,
         dtype=dtype,
+        resident=weights.placement.resident,
         preview_map=fit_preview_map(base.vae, device),
         revision=model_dir.revision(),
     )
 
 
-def fits(weights_bytes: int, free_bytes: int) -> bool:
-    """Whether all weights can stay on the card and leave room for a picture to be made."""
-    return weights_bytes + WORKING_MEMORY_BYTES <= free_bytes
+def _build(kind: type[Network], folder: Path, tensors: Callable[[], Tensors]) -> Network:
+    """One network: made without memory of its own, then given the tensors that were read.
 
-
-def _place(pipelines: list[Any], device: torch.device, free_bytes: int | None) -> None:
-    """Put the pipelines on the device for good, or offload them where they do not fit."""
-    if free_bytes is None:
-        return
-    modules = {
-        id(module): module
-        for pipeline in pipelines
-        for module in pipeline.components.values()
-        if isinstance(module, torch.nn.Module)
-    }
-    weights_bytes = sum(
-        tensor.numel() * tensor.element_size()
-        for module in modules.values()
-        for tensor in module.parameters()
-    )
-    resident = fits(weights_bytes, free_bytes)
-    log.info(
-        "weights %.1f GB, free on the GPU %.1f GB: %s",
-        weights_bytes / 1e9,
-        free_bytes / 1e9,
-        "resident" if resident else "too small, so models are offloaded to the host in turn",
-    )
-    for pipeline in pipelines:
-        if resident:
-            pipeline.to(device)
-        else:
-            pipeline.enable_model_cpu_offload(device=device)
-    # One picture at a time through the decoder, whose activations are the peak of a batch.
-    pipelines[0].vae.enable_slicing()
-
-
-def _load(component: type[Component], folder: Path, dtype: torch.dtype) -> Component:
-    """Load one network from safetensors: the fp16 variant where that is all there is, or enough."""
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"MODEL_DIR: {folder} holds no .safetensors file, the only kind loaded")
-    fp16_files = [name for name in files if ".fp16." in name]
-    full_precision_files = [name for name in files if ".fp16." not in name]
-    use_fp16 = bool(fp16_files) and (dtype == torch.float16 or not full_precision_files)
+    Args:
+        tensors: waits for them.
+    """
     try:
-        return component.from_pretrained(  # type: ignore[attr-defined]
-            folder,
-            dtype=dtype,
-            variant="fp16" if use_fp16 else None,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        with torch.device("meta"):
+            if issubclass(kind, PreTrainedModel):
+                module = kind(CLIPTextConfig.from_pretrained(folder, local_files_only=True))
+            else:
+                config = kind.load_config(folder, local_files_only=True)  # type: ignore[attr-defined]
+                module = kind.from_config(config)  # type: ignore[attr-defined]
+        if issubclass(kind, PreTrainedModel):
+            _load_text_encoder(module, tensors())
+        else:
+            module.load_state_dict(tensors(), assign=True)
+    except ModelError:
+        raise
     except Exception as error:
-        # Whatever a damaged file or a wrong config raises, the worker cannot run.
+        # Whatever a wrong config or a file that does not fit it raises, the worker cannot run.
         raise ModelError(f"MODEL_DIR: {folder} cannot be loaded: {error}") from error
+    return module.eval()
+
+
+def _load_text_encoder(module: PreTrainedModel, tensors: Tensors) -> None:
+    """What transformers does beyond `load_state_dict` for files that older versions wrote."""
+    own_names = module.state_dict().keys()
+    module.load_state_dict(
+        {
+            name if name in own_names else name.removeprefix("text_model."): tensor
+            for name, tensor in tensors.items()
+            if not name.endswith("position_ids")
+        },
+        assign=True,
+    )
+    # The one buffer that no file holds.
+    positions = torch.arange(module.config.max_position_embeddings, device=module.device)
+    for part in module.modules():
+        if isinstance(part, CLIPTextEmbeddings):
+            part.position_ids = torch.nn.Buffer(positions.expand((1, -1)), persistent=False)
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -1,8 +1,13 @@
-"""The samplers by the names of worker-sdxl 2.1.0."""
+"""The samplers by the names of worker-sdxl 2.1.0.
+
+Their timesteps stay on the host. On the GPU, each comparison and each look into a table would make
+the host wait for all steps so far, and the GPU wait for the next.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -33,4 +38,16 @@ def build_scheduler(name: SchedulerName, config: Mapping[str, Any]) -> Scheduler
     Always from the configuration as it was loaded, never from that of a scheduler that ran: what
     one job sets would stay for the next, and some classes change their own configuration.
     """
-    return SCHEDULERS[name].from_config(dict(config))
+    scheduler = SCHEDULERS[name].from_config(dict(config))
+    set_timesteps = scheduler.set_timesteps
+    # The pipelines name the GPU as the tables' device.
+    scheduler.set_timesteps = lambda steps, device: set_timesteps(steps)  # noqa: ARG005
+    return scheduler
+
+
+def timestep_to_device(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+    """Forward pre-hook of a UNet: writes the timestep on the device, where a copy from the host
+    would wait for the steps so far."""
+    sample, timestep, *rest = inputs
+    timestep = torch.full((), timestep.item(), dtype=timestep.dtype, device=sample.device)
+    return (sample, timestep, *rest), options

@@ -11,6 +11,9 @@ from sdxl_worker.errors import ModelError
 EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes"
 
 
+CompileMode = Literal["graphs", "blocks", "full"]
+
+
 class Settings(BaseSettings):
     """Immutable and hashable. An empty string counts as unset: that is how the Hub sends it."""
 
@@ -29,6 +32,21 @@ class Settings(BaseSettings):
         Field(
             description="Number format of the weights. Not set: `float16` on a GPU, "
             "`float32` on a CPU."
+        ),
+    ] = None
+    compile: Annotated[
+        CompileMode | None,
+        Field(
+            description="Faster pictures for a slower start. `graphs` replays each UNet as a CUDA "
+            "graph, `blocks` compiles its transformer blocks as well, `full` all of it and the "
+            "decoder. Not set: none of it."
+        ),
+    ] = None
+    compile_cache_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder, on a network volume say, that keeps what `COMPILE` compiled for "
+            "workers with the same GPU and versions. It holds code: let nobody else write to it."
         ),
     ] = None
     png_metadata: Annotated[

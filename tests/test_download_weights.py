@@ -22,8 +22,10 @@ from builder.download_weights import __main__ as program
 from builder.download_weights import sources, transfer
 from sdxl_worker import models as models_module
 from sdxl_worker.generate import generate
+from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+from sdxl_worker.weights import start_reading
 from tests import original_format
 from tests.hub_server import COMMIT, Fault, Hub, serving
 
@@ -136,7 +138,7 @@ def files(folder: Path) -> list[str]:
 
 
 def model(folder: Path) -> models_module.Models:
-    return models_module._load_models.__wrapped__(Settings(model_dir=folder))
+    return models_module.load(start_reading(find_model_dir(Settings(model_dir=folder)), None))
 
 
 def picture(folder: Path, **job: Any) -> Image.Image:

@@ -16,10 +16,11 @@ from sdxl_worker import model_dir
 from sdxl_worker import models as models_module
 from sdxl_worker.errors import ModelError
 from sdxl_worker.generate import generate
-from sdxl_worker.model_dir import ModelDir, find_model
+from sdxl_worker.model_dir import ModelDir, find_model_dir
 from sdxl_worker.models import Models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings, load_settings
+from sdxl_worker.weights import start_reading
 from tests.support import difference
 
 COMMIT = "462165984030d82259a11f4367a4eed129e94a7b"
@@ -32,11 +33,15 @@ BASE_JOB = {
 
 
 def find(folder: str | Path | None = None) -> ModelDir:
-    return find_model(Settings(model_dir=None if folder is None else Path(folder)))
+    return find_model_dir(Settings(model_dir=None if folder is None else Path(folder)))
 
 
 def load(folder: Path, **settings: Any) -> Models:
-    return models_module._load_models.__wrapped__(Settings(model_dir=folder, **settings))
+    return load_from(Settings(model_dir=folder, **settings))
+
+
+def load_from(settings: Settings) -> Models:
+    return models_module.load(start_reading(find_model_dir(settings), settings.dtype))
 
 
 def refusal(folder: str | Path | None = None) -> str:
@@ -212,7 +217,7 @@ def test_the_embedded_model_comes_last_and_is_said_to_be_used(
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("MODEL_DIR", "")  # as the Hub sends what is not given
-    loaded = models_module._load_models.__wrapped__(load_settings())
+    loaded = load_from(load_settings())
     assert loaded.name == "shapes"
     assert loaded.native_size_px == 128
     assert caplog.messages[0] == (

@@ -15,9 +15,11 @@ from sdxl_worker import gpu
 from sdxl_worker import models as models_module
 from sdxl_worker.errors import ModelError
 from sdxl_worker.generate import generate
-from sdxl_worker.models import WORKING_MEMORY_BYTES, fits, load_models
+from sdxl_worker.model_dir import find_model_dir
+from sdxl_worker.models import load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings, load_settings
+from sdxl_worker.weights import WORKING_MEMORY_BYTES, fits, start_reading
 from tests.support import difference
 
 JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 4}
@@ -30,7 +32,8 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **settings: Any) -> models_module.Models:
-    return models_module._load_models.__wrapped__(Settings(model_dir=folder, **settings))
+    chosen = Settings(model_dir=folder, **settings)
+    return models_module.load(start_reading(find_model_dir(chosen), chosen.dtype))
 
 
 def refusal(folder: Path) -> str:
@@ -234,39 +237,6 @@ def test_models_stay_on_the_card_where_they_fit() -> None:
     weights = 11_460_000_000
     assert fits(weights, weights + WORKING_MEMORY_BYTES)
     assert not fits(weights, weights + WORKING_MEMORY_BYTES - 1)
-
-
-class FakePipeline:
-    """Stands for a pipeline on a machine with a GPU; records where it is put."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.components = {"unet": module, "tokenizer": object()}
-        self.vae = self
-        self.calls: list[str] = []
-
-    def to(self, device: torch.device) -> None:
-        self.calls.append(f"to {device}")
-
-    def enable_model_cpu_offload(self, device: torch.device) -> None:
-        self.calls.append(f"offload {device}")
-
-    def enable_slicing(self) -> None:
-        self.calls.append("slicing")
-
-
-@pytest.mark.parametrize(("missing_bytes", "placed"), [(0, "to"), (1, "offload")])
-def test_models_are_offloaded_only_where_the_measured_memory_is_too_small(
-    missing_bytes: int, placed: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    shared = torch.nn.Linear(10, 10, bias=False)
-    pipelines = [FakePipeline(shared), FakePipeline(shared)]
-    # The shared module counts once: 100 numbers of 4 bytes.
-    free_bytes = 400 + WORKING_MEMORY_BYTES - missing_bytes
-    models_module._place(pipelines, torch.device("cuda"), free_bytes)
-    assert [pipeline.calls[0] for pipeline in pipelines] == [f"{placed} cuda"] * 2
-    assert ("resident" in caplog.text) == (placed == "to")
-    assert ("too small" in caplog.text) == (placed == "offload")
 
 
 def test_without_a_gpu_nothing_is_broken() -> None:

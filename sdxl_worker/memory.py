@@ -1,0 +1,65 @@
+"""What fits the card: the weights, and how many pictures at once.
+
+The bytes per pixel are the peak of live tensors in one pass of the published networks, counted on
+tensors without memory: `python -m benchmarks.memory`.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from sdxl_worker.models import Models
+
+log = logging.getLogger(__name__)
+
+# Of one picture with guidance, in 16-bit numbers; the refiner needs more than the base.
+UNET_BYTES_PER_PIXEL = 379
+DECODER_BYTES_PER_PIXEL = 1536
+# What CUDA's libraries take to work in, and what is lost between blocks of memory. An estimate.
+MARGIN_BYTES = 1024**3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the pictures of a job are made."""
+
+    batch_size: int
+    """Pictures denoised together."""
+    slicing: bool
+    """Whether they are decoded one at a time."""
+    tiling: bool
+    """Whether each is decoded in tiles. Their seams are blended, so pixels change a little."""
+
+
+def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
+    """The largest batch that fits, and the decoder's lesser ways only where the full one does not.
+
+    Args:
+        pixels: of one picture.
+    """
+    free_bytes = _free_bytes(models.device)
+    if free_bytes is None:
+        return Plan(num_images, slicing=False, tiling=False)
+    wide = models.dtype.itemsize / 2
+    decoder_wide = 2 if models.base.vae.config.force_upcast else wide
+    unet_bytes = pixels * UNET_BYTES_PER_PIXEL * wide
+    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * decoder_wide
+    room = free_bytes - MARGIN_BYTES
+    batch_size = int(max(1, min(num_images, room // unet_bytes)))
+    chosen = Plan(
+        batch_size,
+        slicing=batch_size > 1 and batch_size * decoder_bytes > room,
+        tiling=decoder_bytes > room,
+    )
+    if chosen != Plan(num_images, slicing=False, tiling=False):
+        log.info("free on the GPU %.1f GB: %s", free_bytes / 1e9, chosen)
+    return chosen
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What new tensors can have: what CUDA has left, and what torch holds for reuse."""
+    if device.type != "cuda":
+        return None
+    reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + reusable
