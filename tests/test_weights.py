@@ -57,7 +57,7 @@ def test_a_part_that_cannot_be_read_fails_the_network(tmp_path: Path) -> None:
 def test_text_encoders_of_older_files_load() -> None:
     """Published SDXL repositories have the prefix that transformers 5 dropped, and position ids."""
     folder = EMBEDDED_MODEL_DIR / "base" / "text_encoder"
-    now = Weights(folder, {"n": weight_files(folder, half_precision=True)}, CPU).take("n")
+    now = Weights(EMBEDDED, {"n": weight_files(folder, half_precision=True)}, CPU).take("n")
     old = {f"text_model.{name}": tensor for name, tensor in now.items()}
     old["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     built = [
