@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# The README's tables and the JSON Schema, from the declarations they describe.
+# The documents' tables, the JSON Schema and the Hub's form, from the declarations they describe.
 docs: $(VENV)/.dev
 	$(BIN)/python -m builder.docs
 

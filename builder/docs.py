@@ -1,17 +1,21 @@
-"""Writes what is derived from the code: the README's tables and the input's JSON Schema.
+"""Writes what is derived from the code: the documents' tables, the input's JSON Schema, and the
+settings in the Hub's form.
 
-Run as `make docs`; a test checks that both are as this writes them.
+Run as `make docs`; a test checks that all of it is as this writes it.
 """
 
 import json
 from pathlib import Path
 
+from builder.hub import env_inputs, gpu_table
 from sdxl_worker.request import Request, field_schemas, rule
 from sdxl_worker.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
+DEPLOY = REPOSITORY / "docs" / "deploy.md"
 SCHEMA = REPOSITORY / "docs" / "input.schema.json"
+HUB = REPOSITORY / ".runpod" / "hub.json"
 
 
 def input_table() -> str:
@@ -35,23 +39,39 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-def with_tables(readme: str) -> str:
-    """The README with the text between its `<!-- name -->` and `<!-- /name -->` made anew."""
-    for name, table in {"input": input_table(), "settings": settings_table()}.items():
+def with_tables(document: Path, **tables: str) -> str:
+    """The document with the text between its `<!-- name -->` and `<!-- /name -->` made anew."""
+    text = document.read_text(encoding="utf-8")
+    for name, table in tables.items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        before, _, rest = readme.partition(start)
+        before, _, rest = text.partition(start)
         _, found, after = rest.partition(end)
         if not found:
-            raise ValueError(f"README.md has no {start!r} ... {end!r}")
-        readme = before + start + table + end + after
-    return readme
+            raise ValueError(f"{document.name} has no {start!r} ... {end!r}")
+        text = before + start + table + end + after
+    return text
 
 
-def schema_text() -> str:
-    return json.dumps(Request.model_json_schema(), indent=2) + "\n"
+def hub_text() -> str:
+    hub = json.loads(HUB.read_text(encoding="utf-8"))
+    hub["config"]["env"] = env_inputs()
+    return _document(hub)
+
+
+def _document(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def derived() -> dict[Path, str]:
+    """Each file with something derived in it, and what it must hold."""
+    return {
+        README: with_tables(README, input=input_table(), settings=settings_table()),
+        DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
+        SCHEMA: _document(Request.model_json_schema()),
+        HUB: hub_text(),
+    }
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
-    SCHEMA.parent.mkdir(exist_ok=True)
-    SCHEMA.write_text(schema_text(), encoding="utf-8")
+    for path, text in derived().items():
+        path.write_text(text, encoding="utf-8")

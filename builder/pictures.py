@@ -1,4 +1,5 @@
-"""Draws the README's pictures with the worker, at the defaults: `python -m builder.pictures`."""
+"""Draws the README's pictures and the Hub's icon with the worker, at the defaults:
+`python -m builder.pictures`."""
 
 import asyncio
 import base64
@@ -10,7 +11,7 @@ from PIL import Image
 import handler
 from builder.shapes.evaluate import contact_sheet
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "pictures.png"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 PROMPTS = (
     "a red circle on a blue background",
     "a yellow star on a black background",
@@ -27,14 +28,20 @@ PROMPTS = (
 )
 
 
+ICON_PROMPT = "a yellow star on a blue background"
+
+
+def draw(prompt: str) -> Image.Image:
+    job = {"id": "picture", "input": {"prompt": prompt, "seed": 1}}
+    output = asyncio.run(handler.handler(job))
+    png = base64.b64decode(output["image_url"].partition(",")[2])
+    return Image.open(io.BytesIO(png))
+
+
 def main() -> None:
-    images = []
-    for prompt in PROMPTS:
-        job = {"id": "picture", "input": {"prompt": prompt, "seed": 1}}
-        output = asyncio.run(handler.handler(job))
-        png = base64.b64decode(output["image_url"].partition(",")[2])
-        images.append(Image.open(io.BytesIO(png)))
-    contact_sheet(images, columns=6).save(OUT, optimize=True)
+    sheet = contact_sheet([draw(prompt) for prompt in PROMPTS], columns=6)
+    sheet.save(DOCS / "pictures.png", optimize=True)
+    draw(ICON_PROMPT).save(DOCS / "icon.png", optimize=True)
 
 
 if __name__ == "__main__":

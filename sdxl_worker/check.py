@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import sdxl_worker
+from sdxl_worker import compile_cache
 from sdxl_worker.errors import ModelError
 from sdxl_worker.generate import generate
 from sdxl_worker.gpu import peak_memory_bytes
@@ -80,7 +81,8 @@ def prepare(settings: Settings, weights: Weights | None = None) -> None:
 
     size = None if models.device.type == "cuda" else CPU_CHECK_SIZE_PX
     request = parse_request({**CHECK_INPUT, "height": size, "width": size})
-    [picture] = generate(request, models)
+    with compile_cache.kept(settings, models):
+        [picture] = generate(request, models)
     _log_seconds("warmed up", time.perf_counter() - loaded)
     # Numbers that are not finite become one even colour.
     if len(picture.getcolors(picture.width * picture.height) or []) == 1:

@@ -2,6 +2,10 @@
 
 import json
 import re
+import shlex
+import subprocess
+import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -11,17 +15,15 @@ import sdxl_worker
 from builder import docs
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import parse_request
+from tests import tutorial
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DOCUMENTS = [docs.README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-def test_the_readme_s_tables_are_those_of_the_declarations() -> None:
-    readme = docs.README.read_text(encoding="utf-8")
-    assert docs.with_tables(readme) == readme, "run `make docs`"
-
-
-def test_the_json_schema_is_that_of_the_request() -> None:
-    assert docs.SCHEMA.read_text(encoding="utf-8") == docs.schema_text(), "run `make docs`"
+@pytest.mark.parametrize("path", docs.derived(), ids=lambda path: path.name)
+def test_what_is_derived_from_the_code_is_as_the_code_has_it(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == docs.derived()[path], "run `make docs`"
 
 
 def test_every_request_in_the_readme_is_accepted() -> None:
@@ -41,10 +43,96 @@ def test_the_errors_in_the_readme_are_the_worker_s() -> None:
     assert json.loads(block)["error"] == str(caught.value)
 
 
+def _blocks(document: Path, language: str) -> list[str]:
+    """The document's code in that language, without the indentation of a list."""
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in blocks]
+
+
+def _words(command: str) -> list[str]:
+    return shlex.split(command.replace("\\\n", " "), comments=True)
+
+
+def test_the_readme_s_way_to_a_picture_is_that_of_the_tutorial() -> None:
+    # The tutorial's commands are run, as they are, in the tests of the local endpoint.
+    commands = [block for block in _blocks(docs.README, "sh") if "api.runpod.ai" in block]
+    assert [_words(command) for command in commands] == [
+        _words(tutorial.RUN),
+        _words(tutorial.SAVE),
+    ]
+    [script] = _blocks(docs.README, "python")
+    assert script in (REPOSITORY / "tests" / "decode_image.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_job_in_a_command_is_accepted(document: Path) -> None:
+    for block in _blocks(document, "sh"):
+        for word in _words(block):
+            if word.startswith("{"):
+                parse_request(json.loads(word)["input"])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_within_the_repository_leads_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)", text)
+    for name, anchor in links:
+        target = document.parent / name if name else document
+        assert target.exists(), name
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(_anchor, headings), f"{name}#{anchor}"
+
+
+def _anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_guides_are_reachable_from_the_readme() -> None:
+    readme = docs.README.read_text(encoding="utf-8")
+    for guide in (REPOSITORY / "docs").glob("*.md"):
+        assert f"(docs/{guide.name})" in readme
+
+
+def test_messages_in_the_troubleshooting_are_the_worker_s() -> None:
+    text = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r'"([^"\n]+)"', re.sub(r"`[^`\n]*`", "", text))
+    assert len(messages) >= 8
+    sources = [REPOSITORY / "handler.py", *(REPOSITORY / "sdxl_worker").glob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    code = re.sub(r'"\n\s*f?"', "", code)  # a message over several lines
+    assert [message for message in messages if message not in code] == []
+
+
+def test_the_example_of_costs_prints_what_the_text_says() -> None:
+    [script] = _blocks(docs.DEPLOY, "python")
+    text = docs.DEPLOY.read_text(encoding="utf-8")
+    for jobs in (1, 100):
+        changed = script.replace("jobs, pictures = 1, 1", f"jobs, pictures = {jobs}, 1")
+        ran = subprocess.run([sys.executable, "-c", changed], capture_output=True, check=True)
+        cost = ran.stdout.decode().strip()
+        assert f" {cost}" in text.partition("That prints")[2]
+
+
+def test_the_deployment_guide_says_what_the_hub_s_listing_has() -> None:
+    text = docs.DEPLOY.read_text(encoding="utf-8")
+    config = json.loads(docs.HUB.read_text(encoding="utf-8"))["config"]
+    first, *others = config["gpuIds"].split(",")
+    assert f"`{first}`, then {', '.join(f'`{pool}`' for pool in others)} |" in text
+    assert f"| Container disk | {config['containerDiskInGb']} GB |" in text
+    for preset in config["presets"]:
+        [(key, value)] = preset["defaults"].items()
+        name = preset["name"].partition(":")[0]
+        assert f"| {name} | `{key}={json.dumps(value)}` |" in text
+
+
 def test_the_version_is_told_once() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
     assert project["version"] == sdxl_worker.__version__
+    assert f"worker-sdxl:{sdxl_worker.__version__}" in docs.DEPLOY.read_text(encoding="utf-8")
     assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == sdxl_worker.__version__  # type: ignore[index]
 
 

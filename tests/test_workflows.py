@@ -1,0 +1,102 @@
+"""What runs on GitHub. It cannot run here, so its shape is checked, and the shell that can run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import sdxl_worker
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GITHUB = REPOSITORY / ".github"
+WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    # YAML takes the key `on` for the boolean true.
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+TEST = _load(GITHUB / "workflows" / "test.yml")
+PUBLISH = _load(GITHUB / "workflows" / "publish.yml")
+
+
+def _scripts(workflow: dict[Any, Any]) -> list[str]:
+    return [
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "paths"),
+    [("github-workflows", WORKFLOWS), ("dependabot", [GITHUB / "dependabot.yml"])],
+)
+def test_github_s_files_are_as_github_has_them(schema: str, paths: list[Path]) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}"]
+    ran = subprocess.run([*command, *paths], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_every_action_is_pinned_to_a_commit_that_a_comment_names(path: Path) -> None:
+    uses = re.findall(r"\buses:(.*)", path.read_text(encoding="utf-8"))
+    assert uses
+    for line in uses:
+        assert re.fullmatch(r" actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_may_do_little_and_does_not_run_beside_itself_or_for_ever(path: Path) -> None:
+    workflow = _load(path)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow["concurrency"]["group"]
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 180
+        written = [name for name, access in job.get("permissions", {}).items() if access != "read"]
+        assert written == (["packages"] if path.name == "publish.yml" else [])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_no_text_of_the_event_is_pasted_into_a_script(path: Path) -> None:
+    assert all("${{" not in script for script in _scripts(_load(path)))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_the_scripts_are_valid_shell(path: Path) -> None:
+    for script in _scripts(_load(path)):
+        assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+
+
+def test_each_push_and_pull_request_runs_what_a_change_must_pass() -> None:
+    assert set(TEST[True]) == {"push", "pull_request"}
+    assert "make lint types test" in _scripts(TEST)
+    assert "make image-test" in " ".join(_scripts(TEST))
+
+
+def test_a_release_and_nothing_else_publishes_the_image() -> None:
+    assert PUBLISH[True] == {"release": {"types": ["released"]}}
+    build = _scripts(PUBLISH)[-1]
+    for part in (
+        "--build-arg MODEL=sdxl",
+        '--tag "$image:$GITHUB_REF_NAME" --tag "$image:latest"',
+        "--provenance mode=max --sbom true",
+        "--cache-from",
+    ):
+        assert part in build
+
+
+@pytest.mark.parametrize(
+    ("tag", "status"), [(f"v{sdxl_worker.__version__}", 0), ("v0.0.1", 1), ("main", 1)]
+)
+def test_a_release_of_another_version_than_the_code_is_refused(tag: str, status: int) -> None:
+    [check] = [script for script in _scripts(PUBLISH) if "__version__" in script]
+    environment = {**os.environ, "GITHUB_REF_NAME": tag}
+    ran = subprocess.run(
+        ["bash", "-e", "-c", check], cwd=REPOSITORY, env=environment, capture_output=True
+    )
+    assert ran.returncode == status
