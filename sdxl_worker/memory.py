@@ -6,13 +6,18 @@ tensors without memory: `python -m benchmarks.memory`.
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from sdxl_worker.models import Models
+if TYPE_CHECKING:
+    from sdxl_worker.models import Models
 
 log = logging.getLogger(__name__)
 
+# What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
+# CUDA's own context and libraries. On the safe side; it was not measured.
+WORKING_MEMORY_BYTES = 5 * 1024**3
 # Of one picture with guidance, in 16-bit numbers; the refiner needs more than the base.
 UNET_BYTES_PER_PIXEL = 379
 DECODER_BYTES_PER_PIXEL = 1536
@@ -32,7 +37,12 @@ class Plan:
     """Whether each is decoded in tiles. Their seams are blended, so pixels change a little."""
 
 
-def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
+def fits(weights_bytes: int, free_bytes: int) -> bool:
+    """Whether all weights can stay on the card and leave room for a picture to be made."""
+    return weights_bytes + WORKING_MEMORY_BYTES <= free_bytes
+
+
+def plan(models: "Models", *, num_images: int, pixels: int) -> Plan:
     """The largest batch that fits, and the decoder's lesser ways only where the full one does not.
 
     Args:

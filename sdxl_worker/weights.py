@@ -15,14 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.memory import fits
 from sdxl_worker.model_dir import ModelDir
 from sdxl_worker.model_files import network_files
 
 log = logging.getLogger(__name__)
-
-# What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
-# CUDA's own context. An estimate on the safe side; it was not measured.
-WORKING_MEMORY_BYTES = 5 * 1024**3
 
 THREADS = 8
 # Large enough that opening the file again costs nothing beside it, small enough to spread a UNet.
@@ -95,21 +92,16 @@ def start_reading(model_dir: ModelDir, dtype_name: str | None) -> Weights:
         placement = Placement(torch.device("cpu"), dtype, resident=True)
     else:
         numbers = sum(_numbers(path) for paths in files.values() for path in paths)
-        resident = fits(numbers * dtype.itemsize, torch.cuda.mem_get_info()[0])
+        weights_bytes, free_bytes = numbers * dtype.itemsize, torch.cuda.mem_get_info()[0]
+        resident = fits(weights_bytes, free_bytes)
+        log.info(
+            "weights %.1f GB, free on the GPU %.1f GB: %s",
+            weights_bytes / 1e9,
+            free_bytes / 1e9,
+            "resident" if resident else "too small, so models are offloaded to the host in turn",
+        )
         placement = Placement(torch.device("cuda"), dtype, resident)
     return Weights(model_dir, files, placement)
-
-
-def fits(weights_bytes: int, free_bytes: int) -> bool:
-    """Whether all weights can stay on the card and leave room for a picture to be made."""
-    resident = weights_bytes + WORKING_MEMORY_BYTES <= free_bytes
-    log.info(
-        "weights %.1f GB, free on the GPU %.1f GB: %s",
-        weights_bytes / 1e9,
-        free_bytes / 1e9,
-        "resident" if resident else "too small, so models are offloaded to the host in turn",
-    )
-    return resident
 
 
 def _read(path: Path, names: list[str], device: torch.device, dtype: torch.dtype) -> Tensors:

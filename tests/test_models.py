@@ -15,11 +15,12 @@ from sdxl_worker import gpu
 from sdxl_worker import models as models_module
 from sdxl_worker.errors import ModelError
 from sdxl_worker.generate import generate
+from sdxl_worker.memory import WORKING_MEMORY_BYTES, fits
 from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.models import load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings, load_settings
-from sdxl_worker.weights import WORKING_MEMORY_BYTES, fits, start_reading
+from sdxl_worker.weights import start_reading
 from tests.support import difference
 
 JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 4}

@@ -14,10 +14,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdxl_worker import models as models_module
 from sdxl_worker import weights as weights_module
 from sdxl_worker.errors import ModelError
+from sdxl_worker.memory import WORKING_MEMORY_BYTES, fits
 from sdxl_worker.model_dir import ModelDir
 from sdxl_worker.model_files import network_files, read_ahead, weight_files
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
-from sdxl_worker.weights import WORKING_MEMORY_BYTES, Placement, Weights, fits, start_reading
+from sdxl_worker.weights import Placement, Weights, start_reading
 
 EMBEDDED = ModelDir(EMBEDDED_MODEL_DIR, EMBEDDED_MODEL_DIR / "base", EMBEDDED_MODEL_DIR / "refiner")
 CPU = Placement(torch.device("cpu"), torch.float32, resident=True)
