@@ -93,8 +93,8 @@ def _file_name(mode: CompileMode, weights: Weights) -> str:
         "mode": mode,
         "dtype": str(weights.placement.dtype),
         "networks": {
-            network: (weights.model_dir / network / "config.json").read_text(encoding="utf-8")
-            for network in weights.networks
+            name: (weights.model_dir.folder(name) / "config.json").read_text(encoding="utf-8")
+            for name in weights.networks
         },
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,10 +1,8 @@
-"""Loading: the folders of `MODEL_DIR` become two pipelines that share what they have in common."""
+"""Loading: the folders of a model become two pipelines that share what they have in common."""
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,8 +37,6 @@ from sdxl_worker.settings import CompileMode, Settings
 from sdxl_worker.weights import Placement, Tensors, Weights, start_reading
 
 log = logging.getLogger(__name__)
-
-DIGEST_BYTES = 2**20
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
@@ -124,20 +120,20 @@ def load(
         name=model_dir.name,
         base=base,
         refiner=None,
-        scheduler_config=_load_scheduler_config(model_dir / "base" / "scheduler"),
+        scheduler_config=_load_scheduler_config(model_dir.base / "scheduler"),
         placement=placement,
         preview_map=fit_preview_map(base.vae, placement.device),
-        revision=_revision(model_dir),
+        revision=model_dir.revision(),
     )
-    if (model_dir / "refiner").is_dir():
+    if model_dir.refiner is not None:
         on_base(models)
-        refiner = _load_refiner(weights, base)
+        refiner = _load_refiner(weights, base, model_dir.refiner)
         optimize(steps, refiner.unet)
         models = dataclasses.replace(models, refiner=refiner)
     log.info(
         "loaded %s from %s: base%s, %s on %s",
         model_dir.name,
-        model_dir,
+        model_dir.root,
         " and refiner" if models.refiner else " alone, there is no refiner/",
         str(placement.dtype).removeprefix("torch."),
         placement.device,
@@ -146,7 +142,7 @@ def load(
 
 
 def _load_base(weights: Weights) -> StableDiffusionXLPipeline:
-    folder = weights.model_dir / "base"
+    folder = weights.model_dir.base
     pipeline = StableDiffusionXLPipeline(
         text_encoder=_build(CLIPTextModel, weights, "base/text_encoder"),
         text_encoder_2=_build(CLIPTextModelWithProjection, weights, "base/text_encoder_2"),
@@ -163,10 +159,9 @@ def _load_base(weights: Weights) -> StableDiffusionXLPipeline:
 
 
 def _load_refiner(
-    weights: Weights, base: StableDiffusionXLPipeline
+    weights: Weights, base: StableDiffusionXLPipeline, folder: Path
 ) -> StableDiffusionXLImg2ImgPipeline:
     """Its own UNet; the rest is the base's."""
-    folder = weights.model_dir / "refiner"
     pipeline = StableDiffusionXLImg2ImgPipeline(
         vae=base.vae,
         text_encoder=None,
@@ -194,7 +189,7 @@ def _set_up(pipeline: Any, placement: Placement) -> None:
 
 def _build(kind: type[Network], weights: Weights, network: str) -> Network:
     """One network: made without memory of its own, then given the tensors that were read."""
-    folder = weights.model_dir / network
+    folder = weights.model_dir.folder(network)
     try:
         with torch.device("meta"):
             if issubclass(kind, PreTrainedModel):
@@ -205,7 +200,10 @@ def _build(kind: type[Network], weights: Weights, network: str) -> Network:
         if issubclass(kind, PreTrainedModel):
             _load_text_encoder(module, weights.take(network))
         else:
-            module.load_state_dict(weights.take(network), assign=True)
+            tensors = weights.take(network)
+            # Files of early versions have other names for the parts of attention.
+            module._fix_state_dict_keys_on_load(tensors)  # type: ignore[operator]
+            module.load_state_dict(tensors, assign=True)
     except ModelError:
         raise
     except Exception as error:
@@ -230,25 +228,6 @@ def _load_text_encoder(module: PreTrainedModel, tensors: Tensors) -> None:
     for part in module.modules():
         if isinstance(part, CLIPTextEmbeddings):
             part.position_ids = torch.nn.Buffer(positions.expand((1, -1)), persistent=False)
-
-
-def _revision(model_dir: Path) -> str:
-    """The commit, where the folder is a snapshot of the hub's cache; otherwise a digest.
-
-    The digest is over the size, head and tail of each weight file: reading all of them would take
-    longer than loading.
-    """
-    for folder in (model_dir, *model_dir.resolve().parents):
-        if folder.parent.name == "snapshots":
-            return folder.name
-    digest = hashlib.sha256()
-    for path in sorted(model_dir.rglob("*.safetensors")):
-        digest.update(f"{path.relative_to(model_dir)} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(DIGEST_BYTES))
-            file.seek(-min(DIGEST_BYTES, path.stat().st_size), os.SEEK_END)
-            digest.update(file.read())
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from sdxl_worker.errors import ModelError
 from sdxl_worker.memory import fits
+from sdxl_worker.model_dir import ModelDir
 from sdxl_worker.model_files import network_files
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Weights:
     """The tensors of several networks while they are being read, in the order they were given."""
 
     def __init__(
-        self, model_dir: Path, files: Mapping[str, list[Path]], placement: Placement
+        self, model_dir: ModelDir, files: Mapping[str, list[Path]], placement: Placement
     ) -> None:
         """
         Args:
@@ -74,7 +75,7 @@ class Weights:
         return tensors
 
 
-def start_reading(model_dir: Path, dtype_name: str | None) -> Weights:
+def start_reading(model_dir: ModelDir, dtype_name: str | None) -> Weights:
     """Begin to read the weights of a model, and do not wait for them.
 
     On the GPU if there is one, and to stay there if they leave room to work.

@@ -47,22 +47,6 @@ def first_picture(loaded: models_module.Models) -> Image.Image:
     return generate(parse_request(JOB), loaded)[0]
 
 
-def test_without_model_dir_the_embedded_model_is_used_and_said_to_be(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(models_module, "_loaded", {})
-    loaded = load_models(Settings())
-    assert loaded.name == "shapes"
-    assert loaded.native_size_px == 128
-    lines = [
-        record.message for record in caplog.records if "MODEL_DIR is not set" in record.message
-    ]
-    assert lines == [
-        f"MODEL_DIR is not set: using the embedded miniature model, {EMBEDDED_MODEL_DIR}"
-    ]
-
-
 def test_base_and_refiner_share_what_they_have_in_common() -> None:
     loaded = load(EMBEDDED_MODEL_DIR)
     base, refiner = loaded.base, loaded.refiner

@@ -26,6 +26,7 @@ from sdxl_worker import weights as weights_module
 from sdxl_worker.generate import generate
 from sdxl_worker.gpu import StepsAhead
 from sdxl_worker.memory import Plan
+from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.model_files import network_files
 from sdxl_worker.models import Models
 from sdxl_worker.optimize import MODES, STEPS, optimize, steps_of
@@ -42,11 +43,19 @@ REQUESTS = {
 }
 
 
+def reading(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, *, without: str = ""
+) -> Weights:
+    """The embedded model's weights, begun to be read, but for a network."""
+    model_dir = find_model_dir(Settings(model_dir=EMBEDDED_MODEL_DIR))
+    files = network_files(model_dir, half_precision=True)
+    files.pop(without, None)
+    return Weights(model_dir, files, Placement(torch.device(device), dtype, resident=True))
+
+
 def fresh(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
     """Models of its own, which a test may change."""
-    files = network_files(EMBEDDED_MODEL_DIR, half_precision=True)
-    placement = Placement(torch.device(device), dtype, resident=True)
-    return models_module.load(Weights(EMBEDDED_MODEL_DIR, files, placement))
+    return models_module.load(reading(device, dtype))
 
 
 def optimize_both(some_models: Models, steps: list[str]) -> None:
@@ -337,6 +346,7 @@ from pathlib import Path
 import torch
 from sdxl_worker import check
 from sdxl_worker.generate import generate
+from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.models import load_models
 from sdxl_worker.weights import start_reading
 from sdxl_worker.request import parse_request
@@ -344,7 +354,7 @@ from sdxl_worker.settings import Settings
 
 settings = Settings(model_dir=sys.argv[1], compile="blocks", compile_cache_dir=sys.argv[2])
 started = time.perf_counter()
-check.prepare(settings, start_reading(settings.model_dir, None))
+check.prepare(settings, start_reading(find_model_dir(settings), None))
 seconds = time.perf_counter() - started
 [picture] = generate(parse_request(json.loads(sys.argv[3])), load_models(settings))
 counters = torch._dynamo.utils.counters["inductor"]
@@ -395,11 +405,6 @@ def test_compiled_blocks_draw_the_same_and_the_next_worker_compiles_nothing(
     assert psnr([picture], [plain]) > 45
 
 
-def reading(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Weights:
-    files = network_files(EMBEDDED_MODEL_DIR, half_precision=True)
-    return Weights(EMBEDDED_MODEL_DIR, files, Placement(torch.device(device), dtype, True))
-
-
 def other_versions(patch: pytest.MonkeyPatch) -> Weights:
     patch.setattr(compile_cache, "library_versions", lambda: {"torch": "2.14.0"})
     return reading()
@@ -427,10 +432,7 @@ def other_dtype(_: pytest.MonkeyPatch) -> Weights:
 
 
 def other_networks(_: pytest.MonkeyPatch) -> Weights:
-    files = {
-        "base/unet": [EMBEDDED_MODEL_DIR / "base/unet/diffusion_pytorch_model.fp16.safetensors"]
-    }
-    return Weights(EMBEDDED_MODEL_DIR, files, reading().placement)
+    return reading(without="refiner/unet")
 
 
 @pytest.mark.parametrize(
