@@ -6,12 +6,8 @@ tensors without memory: `python -m benchmarks.memory`.
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from sdxl_worker.models import Models
 
 log = logging.getLogger(__name__)
 
@@ -42,21 +38,27 @@ def fits(weights_bytes: int, free_bytes: int) -> bool:
     return weights_bytes + WORKING_MEMORY_BYTES <= free_bytes
 
 
-def plan(models: "Models", *, num_images: int, pixels: int) -> Plan:
+def plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_images: int,
+    pixels: int,
+    decoder_dtype: torch.dtype,
+) -> Plan:
     """The largest batch that fits, and the decoder's lesser ways only where the full one does not.
 
     Args:
         pixels: of one picture.
+        decoder_dtype: what the decoder computes in.
     """
-    free_bytes = _free_bytes(models.device)
+    free_bytes = _free_bytes(device)
     if free_bytes is None:
         return Plan(num_images, slicing=False, tiling=False)
-    wide = models.dtype.itemsize / 2
-    decoder_wide = 2 if models.base.vae.config.force_upcast else wide
-    unet_bytes = pixels * UNET_BYTES_PER_PIXEL * wide
-    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * decoder_wide
+    unet_bytes = pixels * UNET_BYTES_PER_PIXEL * dtype.itemsize // 2
+    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * decoder_dtype.itemsize // 2
     room = free_bytes - MARGIN_BYTES
-    batch_size = int(max(1, min(num_images, room // unet_bytes)))
+    batch_size = max(1, min(num_images, room // unet_bytes))
     chosen = Plan(
         batch_size,
         slicing=batch_size > 1 and batch_size * decoder_bytes > room,

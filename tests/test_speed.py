@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -288,15 +287,25 @@ def test_pictures_are_the_same_in_batches_that_fit(
     assert percents[len(percents) // 2] < 70
 
 
-def gpu_with(free_bytes: float, monkeypatch: pytest.MonkeyPatch, *, force_upcast: bool) -> Models:
-    """Models said to be on a GPU with so much to spare, in float16."""
+def plan_on_gpu(
+    free_bytes: float,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    num_images: int,
+    pixels: int,
+    decoder_dtype: torch.dtype = torch.float16,
+) -> Plan:
+    """What is planned in float16 for a GPU with so much to spare."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free_bytes) - 100, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 400)
-    vae = SimpleNamespace(config=SimpleNamespace(force_upcast=force_upcast))
-    base: Any = SimpleNamespace(vae=vae)
-    placement = Placement(torch.device("cuda"), torch.float16, resident=True)
-    return dataclasses.replace(models(), placement=placement, base=base)
+    return memory.plan(
+        torch.device("cuda"),
+        torch.float16,
+        num_images=num_images,
+        pixels=pixels,
+        decoder_dtype=decoder_dtype,
+    )
 
 
 MEGAPIXEL = 1024 * 1024
@@ -320,21 +329,29 @@ def test_a_job_takes_the_largest_batch_that_fits_and_tiles_only_where_it_must(
     expected: Plan,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    on_gpu = gpu_with(free_gb * 1e9, monkeypatch, force_upcast=False)
-    assert memory.plan(on_gpu, num_images=num_images, pixels=pixels) == expected
+    planned = plan_on_gpu(free_gb * 1e9, monkeypatch, num_images=num_images, pixels=pixels)
+    assert planned == expected
 
 
 def test_a_decoder_that_runs_in_32_bits_needs_twice_the_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    on_gpu = gpu_with(20e9, monkeypatch, force_upcast=True)
-    assert memory.plan(on_gpu, num_images=8, pixels=MEGAPIXEL).slicing
-    on_gpu = gpu_with(20e9, monkeypatch, force_upcast=False)
-    assert not memory.plan(on_gpu, num_images=8, pixels=MEGAPIXEL).slicing
+    for dtype, slicing in ((torch.float32, True), (torch.float16, False)):
+        planned = plan_on_gpu(
+            20e9, monkeypatch, num_images=8, pixels=MEGAPIXEL, decoder_dtype=dtype
+        )
+        assert planned.slicing is slicing
 
 
 def test_on_a_cpu_all_pictures_are_one_batch() -> None:
-    assert memory.plan(models(), num_images=8, pixels=MEGAPIXEL) == Plan(8, False, False)
+    planned = memory.plan(
+        torch.device("cpu"),
+        torch.float32,
+        num_images=8,
+        pixels=MEGAPIXEL,
+        decoder_dtype=torch.float32,
+    )
+    assert planned == Plan(8, slicing=False, tiling=False)
 
 
 # --- compiled ------------------------------------------------------------------------------------
