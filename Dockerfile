@@ -44,7 +44,7 @@ ARG REFINER
 RUN --mount=type=bind,source=models,target=/build/models \
     --mount=type=secret,id=hf_token \
     HF_TOKEN_PATH=/run/secrets/hf_token python -m builder.download_weights --to /weights/rest \
-        ${BASE:+--base "$BASE"} ${REFINER:+--refiner "$REFINER"} \
+        --base "$BASE" --refiner "$REFINER" \
     && mkdir -p /weights/base-unet/base /weights/refiner \
     && mv /weights/rest/base/unet /weights/base-unet/base \
     && if [ -d /weights/rest/refiner ]; then mv /weights/rest/refiner /weights/refiner; fi
