@@ -176,8 +176,7 @@ def containers(keep: bool) -> Iterator[Path]:
     (work_dir / "containers.conf").write_text(
         '[containers]\ndefault_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]\n'
         f'[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "none"\n'
-        f'lock_type = "file"\nstatic_dir = "{work_dir}/libpod"\ntmp_dir = "{work_dir}/libpod-tmp"\n'
-        f'volume_path = "{work_dir}/volumes"\n'
+        f'lock_type = "file"\ntmp_dir = "{work_dir}/libpod-tmp"\n'
     )
     os.environ["CONTAINERS_STORAGE_CONF"] = str(work_dir / "storage.conf")
     os.environ["CONTAINERS_CONF"] = str(work_dir / "containers.conf")
