@@ -163,8 +163,13 @@ def containers(keep: bool) -> Iterator[Path]:
     if missing:
         with step(f"install {', '.join(missing)}, which stay on this machine"):
             run(["apt-get", "update"], seconds=120)
-            apt = ["apt-get", "install", "--yes", "--no-install-recommends"]
-            run(["env", "DEBIAN_FRONTEND=noninteractive", *apt, *missing], seconds=300)
+            apt = [
+                "apt-get",
+                "--option=DPkg::Lock::Timeout=120",
+                "--yes",
+                "--no-install-recommends",
+            ]
+            run(["env", "DEBIAN_FRONTEND=noninteractive", *apt, "install", *missing], seconds=300)
 
     work_dir = Path(tempfile.mkdtemp(prefix="image-test-", dir="/var/tmp"))
     (work_dir / "tmp").mkdir()
