@@ -7,6 +7,7 @@ Importing this module loads and starts nothing. `main` prepares the models; wher
 import asyncio
 import logging
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -94,6 +95,8 @@ def _prepare(settings: Settings) -> None:
 
 def main() -> None:
     """Prepare the models and hand over to the SDK: for one local job, its server, or the queue."""
+    # The kernel drops what process 1, as in a container, does not handle; later the SDK does.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     set_up_logging()
     sys.argv[1:], place = command_line.prepare(sys.argv[1:])
     if os.environ.get("BUCKET_ENDPOINT_URL"):
