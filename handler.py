@@ -16,6 +16,7 @@ from typing import Any
 from sdxl_worker import command_line
 from sdxl_worker.errors import ModelError, RequestError
 from sdxl_worker.gpu import on_gpu_thread, start_on_gpu_thread
+from sdxl_worker.imports import sparing_imports
 from sdxl_worker.jobs import run_job
 from sdxl_worker.logs import set_up_logging
 from sdxl_worker.model_dir import find_model_dir
@@ -83,11 +84,12 @@ def _prepare(settings: Settings) -> None:
     for files in network_files(model_dir, half_precision=half_precision).values():
         read_ahead(files)
 
-    from sdxl_worker.weights import start_reading
+    with sparing_imports():
+        from sdxl_worker.weights import start_reading
 
-    weights = start_reading(model_dir, settings.dtype)
+        weights = start_reading(model_dir, settings.dtype)
 
-    from sdxl_worker import check
+        from sdxl_worker import check
 
     seconds = time.perf_counter() - started
     log.info("imported the libraries in %.1f s", seconds, extra={"seconds": round(seconds, 2)})
