@@ -1,0 +1,173 @@
+"""From the start of a worker's process to its first request for a job, and where the time goes.
+
+Two workers in turn, on the local endpoint and the same model: this one, and a straightforward one
+(`straightforward_worker.py`). MODEL_DIR, DTYPE, COMPILE and COMPILE_CACHE_DIR count. The files are
+in the page cache: the first pair of starts is not counted.
+
+    python -m benchmarks.coldstart --repeats 5
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from benchmarks import common
+from local_endpoint.local import LocalEndpoint
+
+COMMANDS = {
+    "sdxl-worker": [sys.executable, "handler.py"],
+    "straightforward": [sys.executable, "-m", "benchmarks.straightforward_worker"],
+}
+TARGET_RATIO = 0.7
+
+
+@dataclass(frozen=True)
+class Start:
+    """Seconds of one start. What the log does not tell is 0."""
+
+    ready_s: float
+    """From the process's start to its first request for a job."""
+    cpu_s: float
+    """Of all its threads until then, which tells less of what else the machine did."""
+    imported_s: float = 0.0
+    loaded_s: float = 0.0
+    warmed_up_s: float = 0.0
+
+    @property
+    def rest_s(self) -> float:
+        """Python, settings, the SDK."""
+        return self.ready_s - self.imported_s - self.loaded_s - self.warmed_up_s
+
+
+STAGES = {
+    "imported the libraries": "imported_s",
+    "loaded the models": "loaded_s",
+    "warmed up": "warmed_up_s",
+}
+
+
+def stages(log: str) -> dict[str, float]:
+    """What the worker's log, in its form for the platform, says of the start's stages."""
+    seconds = {}
+    for text in log.splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the SDK's banner, a library's warning
+        if not isinstance(line, dict):
+            continue
+        for words, name in STAGES.items():
+            if str(line.get("message")).startswith(words):
+                seconds[name] = float(line["seconds"])
+    return seconds
+
+
+def measure(command: Sequence[str]) -> Start:
+    """Start one worker, wait until it asks for a job, and end it."""
+    with LocalEndpoint(worker_command=command, start_timeout_seconds=600) as endpoint:
+        while not (
+            takes := [
+                request.came_at
+                for request in list(endpoint.record.requests)
+                if request.route.startswith("job-take")
+            ]
+        ):
+            time.sleep(0.01)
+        [worker] = endpoint.workers
+        process = psutil.Process(worker.pid)
+        times = process.cpu_times()
+        started = process.create_time() - time.time() + time.monotonic()
+        return Start(
+            ready_s=takes[0] - started, cpu_s=times.user + times.system, **stages(worker.log())
+        )
+
+
+def medians(starts: Sequence[Start]) -> Start:
+    """Of each figure."""
+    return Start(
+        **{
+            field.name: statistics.median(getattr(start, field.name) for start in starts)
+            for field in fields(Start)
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="of each worker (default: 5)")
+    parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
+    arguments = parser.parse_args()
+
+    import torch
+
+    machine = common.machine("cuda" if torch.cuda.is_available() else "cpu")
+    machine["COMPILE"] = os.environ.get("COMPILE", "")
+    columns = [*machine, "worker", *(field.name for field in fields(Start))]
+    name = "coldstart-" + ("gpu" if torch.cuda.is_available() else "cpu")
+    results = common.CsvFile(arguments.out / f"{name}.csv", columns)
+    starts: dict[str, list[Start]] = {worker: [] for worker in COMMANDS}
+    pairs = range(arguments.repeats + 1)
+    for pair, worker in tqdm([(pair, worker) for pair in pairs for worker in COMMANDS]):
+        start = measure(COMMANDS[worker])
+        if pair > 0:
+            starts[worker].append(start)
+            seconds = {name: round(value, 2) for name, value in asdict(start).items()}
+            results.add({**machine, "worker": worker, **seconds})
+
+    ours, other = (medians(starts[worker]) for worker in COMMANDS)
+    print(
+        common.markdown_table(
+            [
+                ("median of", "ready", "CPU time", "imports", "loading", "warm-up", "the rest"),
+                *(
+                    (
+                        worker,
+                        f"{start.ready_s:.1f} s",
+                        f"{start.cpu_s:.1f} s",
+                        *(
+                            f"{value:.1f} s" if worker == "sdxl-worker" else "-"
+                            for value in (
+                                start.imported_s,
+                                start.loaded_s,
+                                start.warmed_up_s,
+                                start.rest_s,
+                            )
+                        ),
+                    )
+                    for worker, start in zip(COMMANDS, (ours, other), strict=True)
+                ),
+            ]
+        )
+    )
+    print(
+        f"ratio {ours.ready_s / other.ready_s:.2f} (target: at most {TARGET_RATIO}), "
+        f"of CPU time {ours.cpu_s / other.cpu_s:.2f}"
+    )
+    common.bar_chart(
+        results.path.with_suffix(".png"),
+        f"Process start to ready for jobs, median of {arguments.repeats}",
+        "seconds",
+        list(COMMANDS),
+        {
+            "imports": [ours.imported_s, 0.0],
+            "loading": [ours.loaded_s, 0.0],
+            "warm-up": [ours.warmed_up_s, 0.0],
+            "the rest, or not told": [ours.rest_s, other.rest_s],
+        },
+        target=TARGET_RATIO * other.ready_s,
+    )
+
+
+if __name__ == "__main__":
+    main()
