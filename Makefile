@@ -38,6 +38,6 @@ $(VENV)/.run: requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+$(VENV)/.dev: requirements-dev.txt builder/requirements.txt $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	@touch $@

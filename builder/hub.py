@@ -62,7 +62,7 @@ LOG_LEVEL = {
 
 def is_resident(memory_gb: int) -> bool:
     """Whether the models stay on a card of that size; otherwise they move there in turn."""
-    from sdxl_worker.models import fits
+    from sdxl_worker.memory import fits
 
     return fits(WEIGHTS_BYTES, memory_gb * GB)
 

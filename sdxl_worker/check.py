@@ -65,28 +65,32 @@ def build_report(
     }
 
 
-def prepare(settings: Settings, weights: Weights | None = None) -> None:
+def prepare(settings: Settings, weights: Weights) -> None:
     """Load the models and draw one small picture with them, before the first job is taken.
 
     Args:
-        weights: what began to be read for these settings, if anything did.
+        weights: what began to be read for these settings.
 
     Raises:
         ModelError: they cannot be loaded, or draw nothing: the GPU or the weights are broken.
     """
     started = time.perf_counter()
-    models = load_models(settings, weights)
-    loaded = time.perf_counter()
-    _log_seconds("loaded the models", loaded - started)
-
-    size = None if models.device.type == "cuda" else CPU_CHECK_SIZE_PX
-    request = parse_request({**CHECK_INPUT, "height": size, "width": size})
-    with compile_cache.kept(settings, models):
-        [picture] = generate(request, models)
+    # The first picture costs more than later ones. The base's is drawn while the weights of the
+    # refiner are still being read.
+    with compile_cache.kept(settings, weights):
+        models = load_models(settings, weights, on_base=_draw)
+        loaded = time.perf_counter()
+        _log_seconds("loaded the models", loaded - started)
+        picture = _draw(models)
     _log_seconds("warmed up", time.perf_counter() - loaded)
     # Numbers that are not finite become one even colour.
     if len(picture.getcolors(picture.width * picture.height) or []) == 1:
         raise ModelError("the models draw an empty picture: the GPU or the weights are broken")
+
+
+def _draw(models: Models) -> Image.Image:
+    size = None if models.device.type == "cuda" else CPU_CHECK_SIZE_PX
+    return generate(parse_request({**CHECK_INPUT, "height": size, "width": size}), models)[0]
 
 
 def _log_seconds(what: str, seconds: float) -> None:

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 import sdxl_worker
-from sdxl_worker.models import Models
 from sdxl_worker.outputs import library_versions
 from sdxl_worker.settings import CompileMode, Settings
+from sdxl_worker.weights import Weights
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def kept(settings: Settings, models: Models) -> Iterator[None]:
+def kept(settings: Settings, weights: Weights) -> Iterator[None]:
     """Around what compiles: hand torch what an earlier worker compiled, or keep what this one does.
 
     Does nothing where the settings ask for nothing to be compiled, or name no folder.
@@ -34,7 +34,7 @@ def kept(settings: Settings, models: Models) -> Iterator[None]:
     if folder is None or settings.compile not in ("blocks", "full"):
         yield
         return
-    path = folder / _file_name(models, settings.compile)
+    path = folder / _file_name(settings.compile, weights)
     loaded = _load(path)
     yield
     if not loaded:
@@ -78,9 +78,9 @@ def _save(path: Path) -> None:
     log.info("kept what was compiled in %s, %.1f MB", path, len(artifacts[0]) / 1e6)
 
 
-def _file_name(models: Models, mode: CompileMode) -> str:
+def _file_name(mode: CompileMode, weights: Weights) -> str:
     """One file for each combination of what decides the compiled code."""
-    gpu = models.device.type == "cuda"
+    gpu = weights.placement.device.type == "cuda"
     device = torch.cuda.get_device_name() if gpu else platform.machine()
     key = {
         "device": device,
@@ -91,12 +91,11 @@ def _file_name(models: Models, mode: CompileMode) -> str:
         "versions": library_versions(),
         "worker": sdxl_worker.__version__,
         "mode": mode,
-        "dtype": str(models.dtype),
-        "networks": [
-            dict(pipeline.unet.config)
-            for pipeline in (models.base, models.refiner)
-            if pipeline is not None
-        ],
+        "dtype": str(weights.placement.dtype),
+        "networks": {
+            name: (weights.model_dir.folder(name) / "config.json").read_text(encoding="utf-8")
+            for name in weights.networks
+        },
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     name = "".join(letter if letter.isalnum() else "-" for letter in device)

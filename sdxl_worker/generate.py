@@ -116,8 +116,15 @@ def generate(
 
     size_px = picture_size_px(request, models, input_picture)
     texts = encode_pair(request.prompt, request.negative_prompt, models)
-    plan = memory.plan(models, num_images=request.num_images, pixels=math.prod(size_px))
-    models.base.vae.use_slicing, models.base.vae.use_tiling = plan.slicing, plan.tiling
+    vae = models.base.vae
+    plan = memory.plan(
+        models.device,
+        models.dtype,
+        num_images=request.num_images,
+        pixels=math.prod(size_px),
+        decoder_dtype=torch.float32 if vae.config.force_upcast else models.dtype,
+    )
+    vae.use_slicing, vae.use_tiling = plan.slicing, plan.tiling
 
     # Each picture has a generator of its own, on the CPU: picture i is what a request with
     # seed + i for one picture gives, on any device. The refiner goes on where the base stopped:

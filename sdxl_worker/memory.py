@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from sdxl_worker.models import Models
-
 log = logging.getLogger(__name__)
 
+# What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
+# CUDA's own context and libraries. On the safe side; it was not measured.
+WORKING_MEMORY_BYTES = 5 * 1024**3
 # Of one picture with guidance, in 16-bit numbers; the refiner needs more than the base.
 UNET_BYTES_PER_PIXEL = 379
 DECODER_BYTES_PER_PIXEL = 1536
@@ -32,21 +33,32 @@ class Plan:
     """Whether each is decoded in tiles. Their seams are blended, so pixels change a little."""
 
 
-def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
+def fits(weights_bytes: int, free_bytes: int) -> bool:
+    """Whether all weights can stay on the card and leave room for a picture to be made."""
+    return weights_bytes + WORKING_MEMORY_BYTES <= free_bytes
+
+
+def plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_images: int,
+    pixels: int,
+    decoder_dtype: torch.dtype,
+) -> Plan:
     """The largest batch that fits, and the decoder's lesser ways only where the full one does not.
 
     Args:
         pixels: of one picture.
+        decoder_dtype: what the decoder computes in.
     """
-    free_bytes = _free_bytes(models.device)
+    free_bytes = _free_bytes(device)
     if free_bytes is None:
         return Plan(num_images, slicing=False, tiling=False)
-    wide = models.dtype.itemsize / 2
-    decoder_wide = 2 if models.base.vae.config.force_upcast else wide
-    unet_bytes = pixels * UNET_BYTES_PER_PIXEL * wide
-    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * decoder_wide
+    unet_bytes = pixels * UNET_BYTES_PER_PIXEL * dtype.itemsize // 2
+    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * decoder_dtype.itemsize // 2
     room = free_bytes - MARGIN_BYTES
-    batch_size = int(max(1, min(num_images, room // unet_bytes)))
+    batch_size = max(1, min(num_images, room // unet_bytes))
     chosen = Plan(
         batch_size,
         slicing=batch_size > 1 and batch_size * decoder_bytes > room,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.model_dir import ModelDir
 
 # Networks in the order they are read: what draws the first latents comes first, the refiner last.
 NETWORKS = ("base/text_encoder", "base/text_encoder_2", "base/unet", "base/vae", "refiner/unet")
@@ -29,17 +30,16 @@ def weight_files(folder: Path, *, half_precision: bool) -> list[Path]:
     return fp16_files if use_fp16 else full_precision_files
 
 
-def network_files(model_dir: Path, *, half_precision: bool) -> dict[str, list[Path]]:
+def network_files(model_dir: ModelDir, *, half_precision: bool) -> dict[str, list[Path]]:
     """The weight files of each network that the model has.
 
     Raises:
         ModelError: a network has none.
     """
-    refiner = (model_dir / "refiner").is_dir()
     return {
-        name: weight_files(model_dir / name, half_precision=half_precision)
+        name: weight_files(model_dir.folder(name), half_precision=half_precision)
         for name in NETWORKS
-        if refiner or not name.startswith("refiner/")
+        if model_dir.refiner is not None or not name.startswith("refiner/")
     }
 
 

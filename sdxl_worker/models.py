@@ -1,10 +1,8 @@
-"""Loading: the folders of `MODEL_DIR` become two pipelines that share what they have in common."""
+"""Loading: the folders of a model become two pipelines that share what they have in common."""
 
-import functools
-import hashlib
+import dataclasses
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,12 +33,10 @@ from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.optimize import optimize, steps_of
 from sdxl_worker.preview import PreviewMap, fit_preview_map
 from sdxl_worker.schedulers import timestep_to_device
-from sdxl_worker.settings import Settings
-from sdxl_worker.weights import Tensors, Weights, start_reading
+from sdxl_worker.settings import CompileMode, Settings
+from sdxl_worker.weights import Placement, Tensors, Weights, start_reading
 
 log = logging.getLogger(__name__)
-
-DIGEST_BYTES = 2**20
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
@@ -59,24 +55,34 @@ class Models:
     refiner: StableDiffusionXLImg2ImgPipeline | None
     scheduler_config: Mapping[str, Any]
     """As it was loaded: the source of every job's schedulers."""
-    device: torch.device
-    dtype: torch.dtype
-    resident: bool
-    """Whether the networks stay on the device, or come there in turn."""
+    placement: Placement
     preview_map: PreviewMap
     revision: str
     """What tells these weights from others: a commit of the hub, or a digest of the files."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.placement.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.placement.dtype
 
     @property
     def native_size_px(self) -> int:
         return self.base.default_sample_size * self.base.vae_scale_factor
 
 
-def load_models(settings: Settings, weights: Weights | None = None) -> Models:
+def load_models(
+    settings: Settings,
+    weights: Weights | None = None,
+    on_base: Callable[[Models], object] = lambda _: None,
+) -> Models:
     """Load base and refiner once; later calls with the same settings return the same object.
 
     Args:
         weights: what `start_reading` began to read for these settings, if it did.
+        on_base: called with the base alone, while the weights of a refiner are still being read.
 
     Raises:
         ModelError: a folder, a file or a format is not as it should be; the message says which.
@@ -85,96 +91,105 @@ def load_models(settings: Settings, weights: Weights | None = None) -> Models:
         if settings not in _loaded:
             _loaded.clear()
             weights = weights or start_reading(find_model_dir(settings), settings.dtype)
-            models = load(weights)
-            optimize(models, steps_of(settings.compile, models))
-            _loaded[settings] = models
+            _loaded[settings] = load(weights, settings.compile, on_base)
         return _loaded[settings]
 
 
-def load(weights: Weights) -> Models:
+def load(
+    weights: Weights,
+    compile_mode: CompileMode | None = None,
+    on_base: Callable[[Models], object] = lambda _: None,
+) -> Models:
     """Build the pipelines from the weights as they come in.
 
     Raises:
         ModelError: as `load_models`.
     """
-    model_dir = weights.model_dir
-    base_dir, refiner_dir = model_dir / "base", model_dir / "refiner"
-    device, dtype = weights.placement.device, weights.placement.dtype
-
     # The libraries' own bars and advice would drown the worker's log.
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
-    def build(kind: type[Network], network: str) -> Network:
-        return _build(kind, model_dir / network, functools.partial(weights.take, network))
-
-    base = StableDiffusionXLPipeline(
-        text_encoder=build(CLIPTextModel, "base/text_encoder"),
-        text_encoder_2=build(CLIPTextModelWithProjection, "base/text_encoder_2"),
-        tokenizer=_load_tokenizer(base_dir / "tokenizer"),
-        tokenizer_2=_load_tokenizer(base_dir / "tokenizer_2"),
-        unet=build(UNet2DConditionModel, "base/unet"),
-        vae=build(AutoencoderKL, "base/vae"),
-        scheduler=None,
-        force_zeros_for_empty_prompt=_pipeline_option(
-            base_dir, "force_zeros_for_empty_prompt", True
-        ),
-        add_watermarker=False,
+    placement = weights.placement
+    steps = steps_of(compile_mode, placement)
+    base = _load_base(weights)
+    optimize(steps, base.unet, base.vae)
+    model_dir = weights.model_dir
+    models = Models(
+        name=model_dir.name,
+        base=base,
+        refiner=None,
+        scheduler_config=_load_scheduler_config(model_dir.base / "scheduler"),
+        placement=placement,
+        preview_map=fit_preview_map(base.vae, placement.device),
+        revision=model_dir.revision(),
     )
-    refiner = None
-    if refiner_dir.is_dir():
-        refiner = StableDiffusionXLImg2ImgPipeline(
-            vae=base.vae,
-            text_encoder=None,
-            text_encoder_2=base.text_encoder_2,
-            tokenizer=None,
-            tokenizer_2=base.tokenizer_2,
-            unet=build(UNet2DConditionModel, "refiner/unet"),
-            scheduler=None,
-            requires_aesthetics_score=_pipeline_option(
-                refiner_dir, "requires_aesthetics_score", True
-            ),
-            force_zeros_for_empty_prompt=_pipeline_option(
-                refiner_dir, "force_zeros_for_empty_prompt", False
-            ),
-            add_watermarker=False,
-        )
-    pipelines = [base] if refiner is None else [base, refiner]
-    for pipeline in pipelines:
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.unet.register_forward_pre_hook(timestep_to_device, with_kwargs=True)
-        if not weights.placement.resident:
-            pipeline.enable_model_cpu_offload(device=device)
-
+    if model_dir.refiner is not None:
+        on_base(models)
+        refiner = _load_refiner(weights, base, model_dir.refiner)
+        optimize(steps, refiner.unet)
+        models = dataclasses.replace(models, refiner=refiner)
     log.info(
         "loaded %s from %s: base%s, %s on %s",
         model_dir.name,
-        model_dir,
-        " and refiner" if refiner else " alone, there is no refiner/",
-        str(dtype).removeprefix("torch."),
-        device,
+        model_dir.root,
+        " and refiner" if models.refiner else " alone, there is no refiner/",
+        str(placement.dtype).removeprefix("torch."),
+        placement.device,
     )
-    return Models(
-        name=model_dir.name,
-        base=base,
-        refiner=refiner,
-        scheduler_config=_load_scheduler_config(base_dir / "scheduler"),
-        device=device,
-        dtype=dtype,
-        resident=weights.placement.resident,
-        preview_map=fit_preview_map(base.vae, device),
-        revision=_revision(model_dir),
+    return models
+
+
+def _load_base(weights: Weights) -> StableDiffusionXLPipeline:
+    folder = weights.model_dir.base
+    pipeline = StableDiffusionXLPipeline(
+        text_encoder=_build(CLIPTextModel, weights, "base/text_encoder"),
+        text_encoder_2=_build(CLIPTextModelWithProjection, weights, "base/text_encoder_2"),
+        tokenizer=_load_tokenizer(folder / "tokenizer"),
+        tokenizer_2=_load_tokenizer(folder / "tokenizer_2"),
+        unet=_build(UNet2DConditionModel, weights, "base/unet"),
+        vae=_build(AutoencoderKL, weights, "base/vae"),
+        scheduler=None,
+        force_zeros_for_empty_prompt=_pipeline_option(folder, "force_zeros_for_empty_prompt", True),
+        add_watermarker=False,
     )
+    _set_up(pipeline, weights.placement)
+    return pipeline
 
 
-def _build(kind: type[Network], folder: Path, tensors: Callable[[], Tensors]) -> Network:
-    """One network: made without memory of its own, then given the tensors that were read.
+def _load_refiner(
+    weights: Weights, base: StableDiffusionXLPipeline, folder: Path
+) -> StableDiffusionXLImg2ImgPipeline:
+    """Its own UNet; the rest is the base's."""
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        vae=base.vae,
+        text_encoder=None,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer=None,
+        tokenizer_2=base.tokenizer_2,
+        unet=_build(UNet2DConditionModel, weights, "refiner/unet"),
+        scheduler=None,
+        requires_aesthetics_score=_pipeline_option(folder, "requires_aesthetics_score", True),
+        force_zeros_for_empty_prompt=_pipeline_option(
+            folder, "force_zeros_for_empty_prompt", False
+        ),
+        add_watermarker=False,
+    )
+    _set_up(pipeline, weights.placement)
+    return pipeline
 
-    Args:
-        tensors: waits for them.
-    """
+
+def _set_up(pipeline: Any, placement: Placement) -> None:
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.register_forward_pre_hook(timestep_to_device, with_kwargs=True)
+    if not placement.resident:
+        pipeline.enable_model_cpu_offload(device=placement.device)
+
+
+def _build(kind: type[Network], weights: Weights, network: str) -> Network:
+    """One network: made without memory of its own, then given the tensors that were read."""
+    folder = weights.model_dir.folder(network)
     try:
         with torch.device("meta"):
             if issubclass(kind, PreTrainedModel):
@@ -183,9 +198,12 @@ def _build(kind: type[Network], folder: Path, tensors: Callable[[], Tensors]) ->
                 config = kind.load_config(folder, local_files_only=True)  # type: ignore[attr-defined]
                 module = kind.from_config(config)  # type: ignore[attr-defined]
         if issubclass(kind, PreTrainedModel):
-            _load_text_encoder(module, tensors())
+            _load_text_encoder(module, weights.take(network))
         else:
-            module.load_state_dict(tensors(), assign=True)
+            tensors = weights.take(network)
+            # Files of early versions have other names for the parts of attention.
+            module._fix_state_dict_keys_on_load(tensors)  # type: ignore[operator]
+            module.load_state_dict(tensors, assign=True)
     except ModelError:
         raise
     except Exception as error:
@@ -210,25 +228,6 @@ def _load_text_encoder(module: PreTrainedModel, tensors: Tensors) -> None:
     for part in module.modules():
         if isinstance(part, CLIPTextEmbeddings):
             part.position_ids = torch.nn.Buffer(positions.expand((1, -1)), persistent=False)
-
-
-def _revision(model_dir: Path) -> str:
-    """The commit, where the folder is a snapshot of the hub's cache; otherwise a digest.
-
-    The digest is over the size, head and tail of each weight file: reading all of them would take
-    longer than loading.
-    """
-    for folder in (model_dir, *model_dir.resolve().parents):
-        if folder.parent.name == "snapshots":
-            return folder.name
-    digest = hashlib.sha256()
-    for path in sorted(model_dir.rglob("*.safetensors")):
-        digest.update(f"{path.relative_to(model_dir)} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(DIGEST_BYTES))
-            file.seek(-min(DIGEST_BYTES, path.stat().st_size), os.SEEK_END)
-            digest.update(file.read())
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

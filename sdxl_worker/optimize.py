@@ -6,78 +6,78 @@ host in `schedulers.py`, rounding on the GPU and batches in `generate.py`.
 """
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdxl_worker.cuda_graphs import GraphedForward
 from sdxl_worker.settings import CompileMode
-
-if TYPE_CHECKING:
-    from sdxl_worker.models import Models
+from sdxl_worker.weights import Placement
 
 
-def optimize(models: "Models", steps: Collection[str]) -> None:
-    """Apply the named steps to the networks, in place and in the order of `STEPS`."""
+def optimize(steps: Collection[str], unet: Any, vae: Any = None) -> None:
+    """Apply the named steps to a UNet, and to the decoder if it is given, in the order of `STEPS`.
+
+    In place. Nothing that is compiled or recorded is so before the first picture of its size.
+    """
     for name, step in STEPS.items():
         if name in steps:
-            step(models)
+            step(unet, vae)
 
 
-def steps_of(mode: CompileMode | None, models: "Models") -> Collection[str]:
+def steps_of(mode: CompileMode | None, placement: Placement) -> Collection[str]:
     """What a worker takes: nothing on a CPU, unless COMPILE asks for it.
 
     Networks that are offloaded come to the GPU as they are: a CUDA graph would hold on to where
     their weights were.
     """
     steps = set(MODES[mode])
-    if models.device.type == "cpu":
+    if placement.device.type == "cpu":
         steps -= {"channels_last", "cuda_graphs"}
-    if not models.resident:
+    if not placement.resident:
         steps -= {"cuda_graphs"}
     return steps
 
 
-def _channels_last(models: "Models") -> None:
-    for network in (*_unets(models), models.base.vae):
-        network.to(memory_format=torch.channels_last)
+def _channels_last(unet: Any, vae: Any) -> None:
+    unet.to(memory_format=torch.channels_last)
+    if vae is not None:
+        vae.to(memory_format=torch.channels_last)
 
 
-def _fuse_qkv(models: "Models") -> None:
-    for network in (*_unets(models), models.base.vae):
-        network.fuse_qkv_projections()
+def _fuse_qkv(unet: Any, vae: Any) -> None:
+    unet.fuse_qkv_projections()
+    if vae is not None:
+        vae.fuse_qkv_projections()
 
 
-def _cudnn_attention(models: "Models") -> None:
+def _cudnn_attention(unet: Any, _: Any) -> None:
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    for unet in _unets(models):
-        unet.forward = sdpa_kernel(order, set_priority=True)(unet.forward)
+    unet.forward = sdpa_kernel(order, set_priority=True)(unet.forward)
 
 
-def _compile_blocks(models: "Models") -> None:
+def _compile_blocks(unet: Any, _: Any) -> None:
     _allow_many_shapes()
-    for unet in _unets(models):
-        unet.compile_repeated_blocks(fullgraph=True)
+    unet.compile_repeated_blocks(fullgraph=True)
 
 
-def _compile_unets(models: "Models") -> None:
+def _compile_unet(unet: Any, _: Any) -> None:
     _allow_many_shapes()
-    for unet in _unets(models):
-        unet.forward = torch.compile(unet.forward, fullgraph=True)
+    unet.forward = torch.compile(unet.forward, fullgraph=True)
 
 
-def _compile_decoder(models: "Models") -> None:
-    models.base.vae.decoder.compile(fullgraph=True)
+def _compile_decoder(_: Any, vae: Any) -> None:
+    if vae is not None:
+        vae.decoder.compile(fullgraph=True)
 
 
-def _cuda_graphs(models: "Models") -> None:
-    for unet in _unets(models):
-        unet.forward = GraphedForward(unet.forward, models.device)
+def _cuda_graphs(unet: Any, _: Any) -> None:
+    unet.forward = GraphedForward(unet.forward, unet.device)
 
 
-STEPS: dict[str, Callable[["Models"], None]] = {
+STEPS: dict[str, Callable[[Any, Any], None]] = {
     # The order that tensor cores take: in the other one, each convolution turns its input round.
     "channels_last": _channels_last,
     # One product in place of three. Not with LoRA, whose weights would be left out.
@@ -87,7 +87,7 @@ STEPS: dict[str, Callable[["Models"], None]] = {
     # The 70 and 44 transformer blocks, three quarters of the work, from a handful of compilations.
     "compile_blocks": _compile_blocks,
     # Normalisations and activations melt into what stands beside them, convolutions included.
-    "compile_unets": _compile_unets,
+    "compile_unet": _compile_unet,
     "compile_decoder": _compile_decoder,
     # A step is thousands of short kernels, which the host launches slower than the GPU runs them.
     "cuda_graphs": _cuda_graphs,
@@ -97,13 +97,8 @@ MODES: dict[CompileMode | None, frozenset[str]] = {
     None: frozenset({"channels_last"}),
     "graphs": frozenset({"channels_last", "cuda_graphs"}),
     "blocks": frozenset({"channels_last", "compile_blocks", "cuda_graphs"}),
-    "full": frozenset({"channels_last", "compile_unets", "compile_decoder", "cuda_graphs"}),
+    "full": frozenset({"channels_last", "compile_unet", "compile_decoder", "cuda_graphs"}),
 }
-
-
-def _unets(models: "Models") -> list[Any]:
-    pipelines = [models.base, models.refiner]
-    return [pipeline.unet for pipeline in pipelines if pipeline is not None]
 
 
 def _allow_many_shapes() -> None:

@@ -22,8 +22,9 @@ class Settings(BaseSettings):
     model_dir: Annotated[
         Path | None,
         Field(
-            description="Folder with `base/` and, if there is one, `refiner/`, in diffusers "
-            "layout. Not set: the miniature model of the repository."
+            description="The model: a folder with `base/` and, if there is one, `refiner/`, in "
+            "diffusers layout; a folder as diffusers or the hub's cache has it; or the `org/name` "
+            "of the endpoint's cached model. Not set: the first one found."
         ),
     ] = None
     dtype: Annotated[

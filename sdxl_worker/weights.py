@@ -15,13 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.memory import fits
+from sdxl_worker.model_dir import ModelDir
 from sdxl_worker.model_files import network_files
 
 log = logging.getLogger(__name__)
-
-# What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
-# CUDA's own context. An estimate on the safe side; it was not measured.
-WORKING_MEMORY_BYTES = 5 * 1024**3
 
 THREADS = 8
 # Large enough that opening the file again costs nothing beside it, small enough to spread a UNet.
@@ -44,7 +42,7 @@ class Weights:
     """The tensors of several networks while they are being read, in the order they were given."""
 
     def __init__(
-        self, model_dir: Path, files: Mapping[str, list[Path]], placement: Placement
+        self, model_dir: ModelDir, files: Mapping[str, list[Path]], placement: Placement
     ) -> None:
         """
         Args:
@@ -52,6 +50,7 @@ class Weights:
         """
         self.model_dir = model_dir
         self.placement = placement
+        self.networks = tuple(files)
         target = placement.device if placement.resident else torch.device("cpu")
         with_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
         self._parts: dict[str, list[Future[Tensors]]] = {
@@ -76,7 +75,7 @@ class Weights:
         return tensors
 
 
-def start_reading(model_dir: Path, dtype_name: str | None) -> Weights:
+def start_reading(model_dir: ModelDir, dtype_name: str | None) -> Weights:
     """Begin to read the weights of a model, and do not wait for them.
 
     On the GPU if there is one, and to stay there if they leave room to work.
@@ -94,21 +93,16 @@ def start_reading(model_dir: Path, dtype_name: str | None) -> Weights:
         placement = Placement(torch.device("cpu"), dtype, resident=True)
     else:
         numbers = sum(_numbers(path) for paths in files.values() for path in paths)
-        resident = fits(numbers * dtype.itemsize, torch.cuda.mem_get_info()[0])
+        weights_bytes, free_bytes = numbers * dtype.itemsize, torch.cuda.mem_get_info()[0]
+        resident = fits(weights_bytes, free_bytes)
+        log.info(
+            "weights %.1f GB, free on the GPU %.1f GB: %s",
+            weights_bytes / 1e9,
+            free_bytes / 1e9,
+            "resident" if resident else "too small, so models are offloaded to the host in turn",
+        )
         placement = Placement(torch.device("cuda"), dtype, resident)
     return Weights(model_dir, files, placement)
-
-
-def fits(weights_bytes: int, free_bytes: int) -> bool:
-    """Whether all weights can stay on the card and leave room for a picture to be made."""
-    resident = weights_bytes + WORKING_MEMORY_BYTES <= free_bytes
-    log.info(
-        "weights %.1f GB, free on the GPU %.1f GB: %s",
-        weights_bytes / 1e9,
-        free_bytes / 1e9,
-        "resident" if resident else "too small, so models are offloaded to the host in turn",
-    )
-    return resident
 
 
 def _read(path: Path, names: list[str], device: torch.device, dtype: torch.dtype) -> Tensors:

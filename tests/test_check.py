@@ -12,7 +12,9 @@ import sdxl_worker
 from sdxl_worker import check
 from sdxl_worker import generate as generate_module
 from sdxl_worker.errors import ModelError
+from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.settings import Settings
+from sdxl_worker.weights import start_reading
 from tests.support import PROMPT, error, models, picture, run
 
 
@@ -67,25 +69,9 @@ def test_a_check_is_in_under_2_kb_for_eight_pictures() -> None:
     assert len(json.dumps(report)) < 2000
 
 
-def test_the_revision_tells_weights_apart(tmp_path: Any) -> None:
-    from sdxl_worker.models import _revision
-
-    def folder(name: str, content: bytes) -> Any:
-        (tmp_path / name / "base").mkdir(parents=True)
-        (tmp_path / name / "base" / "a.safetensors").write_bytes(content)
-        return tmp_path / name
-
-    one = _revision(folder("one", b"1" * 100))
-    assert one.startswith("sha256:")
-    assert one == _revision(folder("same", b"1" * 100))
-    assert one != _revision(folder("other", b"1" * 99 + b"2"))
-    commit = "462165984030d82259a11f4367a4eed129e94a7b"
-    assert _revision(folder(f"models--a--b/snapshots/{commit}", b"1")) == commit
-
-
 def test_start_up_draws_a_picture(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    check.prepare(Settings())
+    check.prepare(Settings(), start_reading(find_model_dir(Settings()), None))
     seconds = [vars(record).get("seconds") for record in caplog.records]
     assert [line.partition(" in ")[0] for line in caplog.messages if " s" in line][-2:] == [
         "loaded the models",
@@ -98,7 +84,7 @@ def test_an_empty_picture_at_start_up_ends_the_worker(monkeypatch: pytest.Monkey
     empty = Image.new("RGB", (64, 64))
     monkeypatch.setattr(check, "generate", lambda *_: [empty])
     with pytest.raises(ModelError, match="draw an empty picture"):
-        check.prepare(Settings())
+        check.prepare(Settings(), start_reading(find_model_dir(Settings()), None))
 
 
 def test_weights_that_are_not_numbers_end_the_worker() -> None:
@@ -107,6 +93,6 @@ def test_weights_that_are_not_numbers_end_the_worker() -> None:
     try:
         bias.data.fill_(torch.nan)
         with pytest.raises(ModelError, match="draw an empty picture"):
-            check.prepare(Settings())
+            check.prepare(Settings(), start_reading(find_model_dir(Settings()), None))
     finally:
         bias.data.copy_(kept)

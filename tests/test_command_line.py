@@ -69,7 +69,7 @@ def test_the_file_in_the_folder_is_the_default_job(arguments: list[str], tmp_pat
     write_job(tmp_path / "test_input.json", seed=21)
     done = handler_process(*arguments, folder=tmp_path)
     assert_saved_one_picture(done, tmp_path, seed=21)
-    assert "MODEL_DIR is not set: using the embedded miniature model" in done.stdout
+    assert "MODEL_DIR is not set: serving the embedded miniature model" in done.stdout
     assert "Local testing complete" in done.stdout
 
 

@@ -15,11 +15,12 @@ from sdxl_worker import gpu
 from sdxl_worker import models as models_module
 from sdxl_worker.errors import ModelError
 from sdxl_worker.generate import generate
+from sdxl_worker.memory import WORKING_MEMORY_BYTES, fits
 from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.models import load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings, load_settings
-from sdxl_worker.weights import WORKING_MEMORY_BYTES, fits, start_reading
+from sdxl_worker.weights import start_reading
 from tests.support import difference
 
 JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 4}
@@ -44,22 +45,6 @@ def refusal(folder: Path) -> str:
 
 def first_picture(loaded: models_module.Models) -> Image.Image:
     return generate(parse_request(JOB), loaded)[0]
-
-
-def test_without_model_dir_the_embedded_model_is_used_and_said_to_be(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(models_module, "_loaded", {})
-    loaded = load_models(Settings())
-    assert loaded.name == "shapes"
-    assert loaded.native_size_px == 128
-    lines = [
-        record.message for record in caplog.records if "MODEL_DIR is not set" in record.message
-    ]
-    assert lines == [
-        f"MODEL_DIR is not set: using the embedded miniature model, {EMBEDDED_MODEL_DIR}"
-    ]
 
 
 def test_base_and_refiner_share_what_they_have_in_common() -> None:

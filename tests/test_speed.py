@@ -8,9 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdxl_worker import compile_cache, cuda_graphs, memory
 from sdxl_worker import generate as generate_module
 from sdxl_worker import models as models_module
+from sdxl_worker import weights as weights_module
 from sdxl_worker.generate import generate
 from sdxl_worker.gpu import StepsAhead
 from sdxl_worker.memory import Plan
+from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.model_files import network_files
 from sdxl_worker.models import Models
 from sdxl_worker.optimize import MODES, STEPS, optimize, steps_of
@@ -41,11 +42,25 @@ REQUESTS = {
 }
 
 
+def reading(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, *, without: str = ""
+) -> Weights:
+    """The embedded model's weights, begun to be read, but for a network."""
+    model_dir = find_model_dir(Settings(model_dir=EMBEDDED_MODEL_DIR))
+    files = network_files(model_dir, half_precision=True)
+    files.pop(without, None)
+    return Weights(model_dir, files, Placement(torch.device(device), dtype, resident=True))
+
+
 def fresh(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
     """Models of its own, which a test may change."""
-    files = network_files(EMBEDDED_MODEL_DIR, half_precision=True)
-    placement = Placement(torch.device(device), dtype, resident=True)
-    return models_module.load(Weights(EMBEDDED_MODEL_DIR, files, placement))
+    return models_module.load(reading(device, dtype))
+
+
+def optimize_both(some_models: Models, steps: list[str]) -> None:
+    assert some_models.refiner is not None
+    optimize(steps, some_models.base.unet, some_models.base.vae)
+    optimize(steps, some_models.refiner.unet)
 
 
 def psnr(pictures: list[Image.Image], others: list[Image.Image]) -> float:
@@ -71,12 +86,17 @@ class CopiesFromHost(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def without_memory() -> Iterator[Models]:
+def on_meta() -> Models:
     """Models on the meta device, which raises at any attempt to read a number from it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models_module, "fit_preview_map", lambda *_: None)
-        patch.setattr(generate_module, "_to_pictures", lambda images: [tuple(images.shape)])
-        yield fresh("meta", torch.float16)
+        return fresh("meta", torch.float16)
+
+
+@pytest.fixture
+def without_memory(on_meta: Models, monkeypatch: pytest.MonkeyPatch) -> Models:
+    monkeypatch.setattr(generate_module, "_to_pictures", lambda images: [tuple(images.shape)])
+    return on_meta
 
 
 @pytest.mark.filterwarnings("ignore:`upcast_vae`")
@@ -136,7 +156,7 @@ def test_every_step_of_the_modes_exists() -> None:
 
 @pytest.mark.parametrize("mode", [None, "graphs", "blocks", "full"])
 def test_a_worker_takes_only_what_its_machine_can_do(mode: Any) -> None:
-    on_cpu = models()
+    on_cpu = Placement(torch.device("cpu"), torch.float32, resident=True)
     on_gpu = dataclasses.replace(on_cpu, device=torch.device("cuda"))
     offloaded = dataclasses.replace(on_gpu, resident=False)
     assert not {"channels_last", "cuda_graphs"} & set(steps_of(mode, on_cpu))
@@ -150,7 +170,7 @@ def test_a_worker_takes_only_what_its_machine_can_do(mode: Any) -> None:
 def test_a_step_leaves_the_picture_the_same(step: str, mode: str) -> None:
     request = parse_request({**REQUESTS[mode], "num_images": 2})
     optimized = fresh()
-    optimize(optimized, [step])
+    optimize_both(optimized, [step])
     changed = generate(request, optimized)
     assert psnr(changed, generate(request, models())) > 45
 
@@ -158,7 +178,7 @@ def test_a_step_leaves_the_picture_the_same(step: str, mode: str) -> None:
 def test_steps_change_the_networks() -> None:
     """So that the comparison above is one."""
     optimized = fresh()
-    optimize(optimized, ["channels_last", "fuse_qkv"])
+    optimize_both(optimized, ["channels_last", "fuse_qkv"])
     convolution = optimized.base.unet.conv_in.weight
     assert convolution.is_contiguous(memory_format=torch.channels_last)
     assert not models().base.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -195,7 +215,7 @@ def test_replayed_graphs_make_the_same_picture(
     recorder = Recorder()
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorder)
     graphed = fresh()
-    optimize(graphed, ["cuda_graphs"])
+    optimize_both(graphed, ["cuda_graphs"])
     for guidance_scale in (7.5, 1.0):
         request = parse_request(
             {**REQUESTS["refined"], "scheduler": scheduler, "guidance_scale": guidance_scale}
@@ -267,15 +287,25 @@ def test_pictures_are_the_same_in_batches_that_fit(
     assert percents[len(percents) // 2] < 70
 
 
-def gpu_with(free_bytes: float, monkeypatch: pytest.MonkeyPatch, *, force_upcast: bool) -> Models:
-    """Models said to be on a GPU with so much to spare, in float16."""
+def plan_on_gpu(
+    free_bytes: float,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    num_images: int,
+    pixels: int,
+    decoder_dtype: torch.dtype = torch.float16,
+) -> Plan:
+    """What is planned in float16 for a GPU with so much to spare."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free_bytes) - 100, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 400)
-    vae = SimpleNamespace(config=SimpleNamespace(force_upcast=force_upcast))
-    base: Any = SimpleNamespace(vae=vae)
-    cuda = torch.device("cuda")
-    return dataclasses.replace(models(), device=cuda, dtype=torch.float16, base=base)
+    return memory.plan(
+        torch.device("cuda"),
+        torch.float16,
+        num_images=num_images,
+        pixels=pixels,
+        decoder_dtype=decoder_dtype,
+    )
 
 
 MEGAPIXEL = 1024 * 1024
@@ -299,21 +329,29 @@ def test_a_job_takes_the_largest_batch_that_fits_and_tiles_only_where_it_must(
     expected: Plan,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    on_gpu = gpu_with(free_gb * 1e9, monkeypatch, force_upcast=False)
-    assert memory.plan(on_gpu, num_images=num_images, pixels=pixels) == expected
+    planned = plan_on_gpu(free_gb * 1e9, monkeypatch, num_images=num_images, pixels=pixels)
+    assert planned == expected
 
 
 def test_a_decoder_that_runs_in_32_bits_needs_twice_the_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    on_gpu = gpu_with(20e9, monkeypatch, force_upcast=True)
-    assert memory.plan(on_gpu, num_images=8, pixels=MEGAPIXEL).slicing
-    on_gpu = gpu_with(20e9, monkeypatch, force_upcast=False)
-    assert not memory.plan(on_gpu, num_images=8, pixels=MEGAPIXEL).slicing
+    for dtype, slicing in ((torch.float32, True), (torch.float16, False)):
+        planned = plan_on_gpu(
+            20e9, monkeypatch, num_images=8, pixels=MEGAPIXEL, decoder_dtype=dtype
+        )
+        assert planned.slicing is slicing
 
 
 def test_on_a_cpu_all_pictures_are_one_batch() -> None:
-    assert memory.plan(models(), num_images=8, pixels=MEGAPIXEL) == Plan(8, False, False)
+    planned = memory.plan(
+        torch.device("cpu"),
+        torch.float32,
+        num_images=8,
+        pixels=MEGAPIXEL,
+        decoder_dtype=torch.float32,
+    )
+    assert planned == Plan(8, slicing=False, tiling=False)
 
 
 # --- compiled ------------------------------------------------------------------------------------
@@ -325,13 +363,15 @@ from pathlib import Path
 import torch
 from sdxl_worker import check
 from sdxl_worker.generate import generate
+from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.models import load_models
+from sdxl_worker.weights import start_reading
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import Settings
 
 settings = Settings(model_dir=sys.argv[1], compile="blocks", compile_cache_dir=sys.argv[2])
 started = time.perf_counter()
-check.prepare(settings)
+check.prepare(settings, start_reading(find_model_dir(settings), None))
 seconds = time.perf_counter() - started
 [picture] = generate(parse_request(json.loads(sys.argv[3])), load_models(settings))
 counters = torch._dynamo.utils.counters["inductor"]
@@ -382,47 +422,47 @@ def test_compiled_blocks_draw_the_same_and_the_next_worker_compiles_nothing(
     assert psnr([picture], [plain]) > 45
 
 
-def changed_keys() -> dict[str, Callable[[pytest.MonkeyPatch], Models]]:
-    def versions(patch: pytest.MonkeyPatch) -> Models:
-        patch.setattr(compile_cache, "library_versions", lambda: {"torch": "2.14.0"})
-        return models()
-
-    def cuda(patch: pytest.MonkeyPatch) -> Models:
-        patch.setattr(torch.version, "cuda", "12.6")
-        return models()
-
-    def processor(patch: pytest.MonkeyPatch) -> Models:
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other")
-        return models()
-
-    def gpu(patch: pytest.MonkeyPatch) -> Models:
-        patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-        patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-        return dataclasses.replace(models(), device=torch.device("cuda"))
-
-    def dtype(_: pytest.MonkeyPatch) -> Models:
-        return dataclasses.replace(models(), dtype=torch.float16)
-
-    def networks(_: pytest.MonkeyPatch) -> Models:
-        return dataclasses.replace(models(), refiner=None)
-
-    return {
-        "versions": versions,
-        "cuda": cuda,
-        "processor": processor,
-        "gpu": gpu,
-        "dtype": dtype,
-        "networks": networks,
-    }
+def other_versions(patch: pytest.MonkeyPatch) -> Weights:
+    patch.setattr(compile_cache, "library_versions", lambda: {"torch": "2.14.0"})
+    return reading()
 
 
-@pytest.mark.parametrize("change", changed_keys())
+def other_cuda(patch: pytest.MonkeyPatch) -> Weights:
+    patch.setattr(torch.version, "cuda", "12.6")
+    return reading()
+
+
+def other_processor(patch: pytest.MonkeyPatch) -> Weights:
+    patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "other")
+    return reading()
+
+
+def a_gpu(patch: pytest.MonkeyPatch) -> Weights:
+    patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    patch.setattr(weights_module, "_read", lambda *_: {})
+    return reading("cuda")
+
+
+def other_dtype(_: pytest.MonkeyPatch) -> Weights:
+    return reading(dtype=torch.float16)
+
+
+def other_networks(_: pytest.MonkeyPatch) -> Weights:
+    return reading(without="refiner/unet")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_versions, other_cuda, other_processor, a_gpu, other_dtype, other_networks],
+)
 def test_what_was_compiled_elsewhere_is_never_taken(
-    change: str, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[pytest.MonkeyPatch], Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = compile_cache._file_name(models(), "blocks")
-    assert here == compile_cache._file_name(models(), "blocks")
-    assert compile_cache._file_name(changed_keys()[change](monkeypatch), "blocks") != here
+    here = compile_cache._file_name("blocks", reading())
+    assert here == compile_cache._file_name("blocks", reading())
+    assert here != compile_cache._file_name("full", reading())
+    assert here != compile_cache._file_name("blocks", change(monkeypatch))
 
 
 def test_a_cache_that_cannot_be_read_or_written_costs_the_start_not_the_worker(
@@ -430,18 +470,17 @@ def test_a_cache_that_cannot_be_read_or_written_costs_the_start_not_the_worker(
 ) -> None:
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"artifacts", None))
     settings = Settings(compile="blocks", compile_cache_dir=tmp_path)
-    path = tmp_path / compile_cache._file_name(models(), "blocks")
+    path = tmp_path / compile_cache._file_name("blocks", reading())
     path.write_bytes(b"damaged")
-    with compile_cache.kept(settings, models()):
+    with compile_cache.kept(settings, reading()):
         pass
     assert "is damaged, compiling anew" in caplog.text
     assert path.read_bytes() == b"artifacts", "replaced by a whole one"
     assert list(tmp_path.iterdir()) == [path]
 
     (tmp_path / "file").touch()
-    with compile_cache.kept(
-        Settings(compile="full", compile_cache_dir=tmp_path / "file"), models()
-    ):
+    no_folder = Settings(compile="full", compile_cache_dir=tmp_path / "file")
+    with compile_cache.kept(no_folder, reading()):
         pass
     assert "could not be kept" in caplog.text
 
@@ -453,6 +492,6 @@ def test_nothing_is_kept_where_nothing_is_compiled(
         torch.compiler, "save_cache_artifacts", lambda: pytest.fail("nothing was compiled")
     )
     for settings in (Settings(compile_cache_dir=tmp_path), Settings(compile="full")):
-        with compile_cache.kept(settings, models()):
+        with compile_cache.kept(settings, reading()):
             pass
     assert list(tmp_path.iterdir()) == []
