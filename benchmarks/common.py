@@ -23,11 +23,13 @@ def machine(device: str = "cpu") -> dict[str, object]:
         device: "cuda" or "cpu".
     """
     on_gpu = device == "cuda"
+    cores = os.cpu_count()
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": _gpu("name") if on_gpu else cpu_name(),
         "driver": _gpu("driver_version") if on_gpu else "",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "",
+        "cores": cores,
+        "threads": os.environ.get("OMP_NUM_THREADS") or cores,
         "python": platform.python_version(),
         **{library: _version(library) for library in LIBRARIES},
     }
