@@ -1,4 +1,4 @@
-"""Speed of pictures: steps of `optimize`, plain diffusers and worker-sdxl 2.1.0's way, side by side.
+"""Speed of pictures: steps of `optimize`, plain diffusers and worker-sdxl 2.1.0's way.
 
 On a GPU with the full-size SDXL and random weights, which are as fast as others; on a CPU with the
 embedded model. The request is 2.1.0's default, 25 steps of the base and 15 of the refiner. The
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import gc
 import itertools
+import math
 import shutil
 import statistics
 import tempfile
@@ -62,11 +63,11 @@ REFERENCE = "worker"
 NEEDS_GPU = frozenset({"cudnn_attention", "cuda_graphs"})
 
 COLUMNS = (
-    "dtype model row width height batch base_steps refiner_steps offload".split()
-    + list(STEPS)
-    + """first_picture_s picture_ms step_ms base_step_ms refiner_step_ms encode_ms tflop
-    tflop_per_s limit_tflop_per_s share_of_limit peak_memory_gb reserved_memory_gb psnr_db
-    note""".split()
+    *("dtype", "model", "row", "width", "height", "batch", "base_steps", "refiner_steps"),
+    *("offload", *STEPS),
+    *("first_picture_s", "picture_ms", "step_ms", "base_step_ms", "refiner_step_ms", "encode_ms"),
+    *("tflop", "tflop_per_s", "limit_tflop_per_s", "share_of_limit"),
+    *("peak_memory_gb", "reserved_memory_gb", "psnr_db", "note"),
 )
 
 
@@ -180,8 +181,8 @@ def measure(way: Way, request: Request, device: torch.device, repeats: int) -> M
     return Measured(
         first_picture_s=first_picture_s,
         picture_ms=1000 * statistics.median(batches_s) / batch,
-        base_step_ms=statistics.median(steps_ms["base"]) / batch,
-        refiner_step_ms=statistics.median(steps_ms["refiner"]) / batch,
+        base_step_ms=statistics.median(steps_ms["base"] or [math.nan]) / batch,
+        refiner_step_ms=statistics.median(steps_ms["refiner"] or [math.nan]) / batch,
         encode_ms=1000 * encode_s,
         pictures=pictures,
     )
@@ -234,27 +235,30 @@ def run(options: Options) -> Path:
         bar = tqdm(total=len(options.rows) * len(requests), unit="row")
         for row in options.rows:
             bar.set_description(row)
-            refused = why_not(row, options.device)
-            with contextlib.nullcontext() if refused else _way(row, model_dir, options) as way:
+            with contextlib.ExitStack() as stack:
+                reason = why_not(row, options.device)
+                if not reason:
+                    try:
+                        way = stack.enter_context(_way(row, model_dir, options))
+                    except Exception as error:
+                        # Whatever goes wrong in one row must not cost the others.
+                        reason = _shortened(error)
                 for request in requests:
-                    size = (request.width or 0, request.height or 0)
-                    values = {
-                        **machine,
-                        "dtype": str(options.dtype).removeprefix("torch."),
-                        "model": options.model,
-                        "row": row,
-                        "width": size[0],
-                        "height": size[1],
-                        "batch": request.num_images,
-                        "base_steps": request.num_inference_steps,
-                        "refiner_steps": request.refiner_steps_run,
-                        "offload": int(row == "2.1.0" and on == "cuda"),
-                        **{step: int(step in WORKER_ROWS.get(row, ())) for step in STEPS},
-                    }
-                    tflop = flops[size].of_picture(
+                    values = machine | _described(row, request, options)
+                    tflop = flops[request.width or 0, request.height or 0].of_picture(
                         request.num_inference_steps, request.refiner_steps_run
                     )
-                    values |= _figures(refused, way, request, options, tflop, limit, references)
+                    failed = reason
+                    if not reason:
+                        try:
+                            measured = measure(way, request, options.device, options.repeats)
+                            values |= _figures(measured, request, options, tflop, limit)
+                            psnr = psnr_db(measured.pictures, references[request])
+                            values["psnr_db"] = round(psnr, 1)
+                        except Exception as error:
+                            failed = _shortened(error)
+                    if failed:
+                        values["note"] = f"not measured: {failed}"
                     results.add(values)
                     bar.update()
         bar.close()
@@ -262,24 +266,31 @@ def run(options: Options) -> Path:
     return results.path
 
 
+def _described(row: str, request: Request, options: Options) -> dict[str, object]:
+    """The columns of one row that are known before it is measured."""
+    return {
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "model": options.model,
+        "row": row,
+        "width": request.width,
+        "height": request.height,
+        "batch": request.num_images,
+        "base_steps": request.num_inference_steps,
+        "refiner_steps": request.refiner_steps_run,
+        "offload": int(row == "2.1.0" and options.device.type == "cuda"),
+        **{step: int(step in WORKER_ROWS.get(row, ())) for step in STEPS},
+    }
+
+
 def _figures(
-    refused: str,
-    way: Way | None,
-    request: Request,
-    options: Options,
-    tflop: float,
-    limit: float,
-    references: dict[Request, list[Image.Image]],
+    measured: Measured, request: Request, options: Options, tflop: float, limit: float
 ) -> dict[str, object]:
-    """The measured columns of one row, or why there are none."""
-    if refused or way is None:
-        return {"note": f"not measured: {refused}"}
-    try:
-        measured = measure(way, request, options.device, options.repeats)
-    except Exception as error:
-        # Whatever goes wrong in one row must not cost the others.
-        reason = str(error).strip().split("\n")[0][:200]
-        return {"note": f"not measured: {type(error).__name__}: {reason}"}
+    """The measured columns of one row.
+
+    Args:
+        tflop: of one picture.
+        limit: of the hardware, in TFLOP/s.
+    """
     reached = tflop / measured.picture_ms * 1000
     steps = request.num_inference_steps + request.refiner_steps_run
     figures: dict[str, object] = {
@@ -293,12 +304,16 @@ def _figures(
         "tflop_per_s": round(reached, 3),
         "limit_tflop_per_s": round(limit, 3),
         "share_of_limit": round(reached / limit, 3),
-        "psnr_db": round(psnr_db(measured.pictures, references[request]), 1),
     }
     if options.device.type == "cuda":
         figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         figures["reserved_memory_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     return figures
+
+
+def _shortened(error: Exception) -> str:
+    first, *_ = str(error).strip().split("\n")
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 @contextlib.contextmanager
