@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PORT ?= 8000
 WORKERS ?= 1
 
-.PHONY: run endpoint test lint types docs clean
+.PHONY: run endpoint test image-test lint types docs clean
 
 run: $(VENV)/.run
 	$(BIN)/python handler.py --test_input
@@ -19,7 +19,12 @@ endpoint: $(VENV)/.run
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Builds the image with Debian's buildah and tries it out; as root, some minutes.
+image-test: $(VENV)/.run
+	$(BIN)/python -m builder.image_test
+
 lint: $(VENV)/.dev
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -101,7 +101,7 @@ def _input(key: str, schema: dict[str, Any]) -> dict[str, Any]:
     }
     if "enum" in given:
         values = [*([""] if default is None else []), *given["enum"]]
-        field["options"] = [{"label": value or "automatic", "value": value} for value in values]
+        field["options"] = [{"label": value or "default", "value": value} for value in values]
         field["default"] = default or ""
     elif given["type"] == "boolean":
         field |= {"type": "boolean", "default": default, "trueValue": "true", "falseValue": "false"}

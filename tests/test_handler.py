@@ -1,6 +1,7 @@
 """One job through `handler.handler`: every kind of failure, and what must not happen."""
 
 import asyncio
+import gc
 import inspect
 import json
 import logging
@@ -18,7 +19,7 @@ import handler
 from sdxl_worker import generate as generate_module
 from sdxl_worker import gpu, jobs
 from sdxl_worker import models as models_module
-from sdxl_worker.settings import EMBEDDED_MODEL_DIR
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from tests.support import PROMPT, data_uri, error, picture, pictures, run
 
 QUICK = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 0}
@@ -261,3 +262,14 @@ def test_outputs_are_json() -> None:
     for job_input in (QUICK, {**QUICK, "height": 65}, None):
         output = run(job_input)
         assert json.loads(json.dumps(output, allow_nan=False)) == output
+
+
+def test_garbage_is_collected_again_once_the_worker_is_ready() -> None:
+    gc.disable()
+    try:
+        handler._prepare(Settings())
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        gc.enable()
