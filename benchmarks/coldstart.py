@@ -76,6 +76,8 @@ def stages(log: str) -> dict[str, float]:
 
 def measure(command: Sequence[str]) -> Start:
     """Start one worker, wait until it asks for a job, and end it."""
+    # The process's own start time is known to a second only. The endpoint takes some ms to listen.
+    started_at = time.monotonic()
     with LocalEndpoint(
         worker_command=command,
         start_timeout_seconds=600,
@@ -89,9 +91,7 @@ def measure(command: Sequence[str]) -> Start:
                 break
             time.sleep(POLL_SECONDS)
         [worker] = endpoint.workers
-        process = psutil.Process(worker.pid)
-        times = process.cpu_times()
-        started_at = process.create_time() - time.time() + time.monotonic()
+        times = psutil.Process(worker.pid).cpu_times()
         return Start(
             ready_s=asked_at[0] - started_at,
             cpu_s=times.user + times.system,
