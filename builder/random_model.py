@@ -27,15 +27,22 @@ NETWORKS = {
 }
 
 
-def random_network(kind: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """The network of a configuration, with numbers that keep activations near unit size."""
+def meta_network(kind: type, folder: Path) -> torch.nn.Module:
+    """The network of a configuration, its tensors without memory."""
     with torch.device("meta"):
         if kind in (CLIPTextModel, CLIPTextModelWithProjection):
             network = kind(CLIPTextConfig.from_pretrained(folder))
         else:
             network = kind.from_config(kind.load_config(folder))  # type: ignore[attr-defined]
+    return network.eval()
+
+
+def random_network(
+    kind: type, folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> torch.nn.Module:
+    """The network of a configuration, with numbers that keep activations near unit size."""
     # Made on the meta device and then given memory: a 5 GB network never exists twice.
-    network = network.to(dtype).to_empty(device="cpu")
+    network = meta_network(kind, folder).to(dtype).to_empty(device=device)
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
             fan_in = parameter[0].numel()

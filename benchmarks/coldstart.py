@@ -1,0 +1,164 @@
+"""From the start of a worker's process to its first request for a job, and where the time goes.
+
+Two workers in turn, on the local endpoint and the same model: this one, and a straightforward one
+(`straightforward_worker.py`). MODEL_DIR, DTYPE, COMPILE and COMPILE_CACHE_DIR count. The files are
+in the page cache: the first pair of starts is not counted.
+
+    python -m benchmarks.coldstart --repeats 5
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from benchmarks import common
+from local_endpoint.jobs import Rules
+from local_endpoint.local import LocalEndpoint
+
+COMMANDS = {
+    "sdxl-worker": [sys.executable, "handler.py"],
+    "straightforward": [sys.executable, "-m", "benchmarks.straightforward_worker"],
+}
+TARGET_RATIO = 0.7
+# Requests for jobs are recorded when they are answered.
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Start:
+    """Seconds of one start. What the log does not tell is 0."""
+
+    ready_s: float
+    """From the process's start to its first request for a job."""
+    cpu_s: float
+    """Of all its threads until then, which tells less of what else the machine did."""
+    imported_s: float = 0.0
+    loaded_s: float = 0.0
+    warmed_up_s: float = 0.0
+
+    @property
+    def rest_s(self) -> float:
+        """Python, settings, the SDK."""
+        return self.ready_s - self.imported_s - self.loaded_s - self.warmed_up_s
+
+
+STAGES = {
+    "imported the libraries": "imported_s",
+    "loaded the models": "loaded_s",
+    "warmed up": "warmed_up_s",
+}
+
+
+def stages(log: str) -> dict[str, float]:
+    """What the worker's log, in its form for the platform, says of the start's stages."""
+    seconds = {}
+    for text in log.splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the SDK's banner, a library's warning
+        if not isinstance(line, dict):
+            continue
+        for words, name in STAGES.items():
+            if str(line.get("message")).startswith(words):
+                seconds[name] = float(line["seconds"])
+    return seconds
+
+
+def measure(command: Sequence[str]) -> Start:
+    """Start one worker, wait until it asks for a job, and end it."""
+    # The process's own start time is known to a second only. The endpoint takes some ms to listen.
+    started_at = time.monotonic()
+    with LocalEndpoint(
+        worker_command=command,
+        start_timeout_seconds=600,
+        stop_grace_seconds=0,
+        rules=Rules(poll_seconds=POLL_SECONDS),
+    ) as endpoint:
+        while True:  # the endpoint is entered at the worker's first ping, which may be earlier
+            requests = list(endpoint.record.requests)
+            asked_at = [one.came_at for one in requests if one.route.startswith("job-take")]
+            if asked_at:
+                break
+            time.sleep(POLL_SECONDS)
+        [worker] = endpoint.workers
+        times = psutil.Process(worker.pid).cpu_times()
+        return Start(
+            ready_s=asked_at[0] - started_at,
+            cpu_s=times.user + times.system,
+            **stages(worker.log()),
+        )
+
+
+def medians(starts: Sequence[Start]) -> Start:
+    """Of each figure."""
+    return Start(
+        **{
+            field.name: statistics.median(getattr(start, field.name) for start in starts)
+            for field in fields(Start)
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="of each worker (default: 5)")
+    parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
+    arguments = parser.parse_args()
+
+    import torch
+
+    machine = common.machine("cuda" if torch.cuda.is_available() else "cpu")
+    machine["COMPILE"] = os.environ.get("COMPILE", "")
+    columns = [*machine, "worker", *(field.name for field in fields(Start))]
+    name = "coldstart-" + ("gpu" if torch.cuda.is_available() else "cpu")
+    results = common.CsvFile(arguments.out / f"{name}.csv", columns)
+    starts: dict[str, list[Start]] = {worker: [] for worker in COMMANDS}
+    pairs = range(arguments.repeats + 1)
+    for pair, worker in tqdm([(pair, worker) for pair in pairs for worker in COMMANDS]):
+        start = measure(COMMANDS[worker])
+        if pair > 0:
+            starts[worker].append(start)
+            seconds = {name: round(value, 2) for name, value in asdict(start).items()}
+            results.add({**machine, "worker": worker, **seconds})
+
+    ours, other = (medians(starts[worker]) for worker in COMMANDS)
+    stages_s = (ours.imported_s, ours.loaded_s, ours.warmed_up_s, ours.rest_s)
+    table = [
+        ("median of", "ready", "CPU time", "imports", "loading", "warm-up", "the rest"),
+        ("sdxl-worker", *(f"{value:.1f} s" for value in (ours.ready_s, ours.cpu_s, *stages_s))),
+        ("straightforward", f"{other.ready_s:.1f} s", f"{other.cpu_s:.1f} s", *"----"),
+    ]
+    print(common.markdown_table(table))
+    print(
+        f"ratio {ours.ready_s / other.ready_s:.2f} (target: at most {TARGET_RATIO}), "
+        f"of CPU time {ours.cpu_s / other.cpu_s:.2f}"
+    )
+    common.bar_chart(
+        results.path.with_suffix(".png"),
+        f"Process start to ready for jobs, median of {arguments.repeats}",
+        "seconds",
+        list(COMMANDS),
+        {
+            "imports": [ours.imported_s, 0.0],
+            "loading": [ours.loaded_s, 0.0],
+            "warm-up": [ours.warmed_up_s, 0.0],
+            "the rest, or not told": [ours.rest_s, other.rest_s],
+        },
+        target=TARGET_RATIO * other.ready_s,
+    )
+
+
+if __name__ == "__main__":
+    main()

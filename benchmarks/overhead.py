@@ -1,0 +1,153 @@
+"""What a job costs on the host: everything but the networks, for one picture, on one core.
+
+The picture is smooth with grain, as a photograph: its PNG takes about as many bytes as SDXL's do.
+With a GPU there is its 3 MB copy to the host in addition, which is not measured here.
+
+    python -m benchmarks.overhead
+"""
+
+import argparse
+import base64
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks import common
+
+JOB_ID = "sync-benchmark"
+JOB_INPUT = {
+    "prompt": "A cute fluffy white dog in the style of a Pixar animation 3D drawing.",
+    "negative_prompt": "blurry, low quality",
+    "seed": 3,
+    "height": 1024,
+    "width": 1024,
+}
+TARGET_MS = 40
+TARGET_PNG_MS = 20
+COMPARED = ("Pillow PNG, level 1", "Pillow PNG, level 6")
+
+
+def sample_picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture to encode: colours that change slowly, edges, and grain."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (height // 64, width // 64, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    edges = np.asarray(Image.fromarray(coarse[::2, ::2]).resize((width, height), 0), np.float32)
+    grain = random.normal(0, 3, (height, width, 1)) + random.normal(0, 1.5, (height, width, 3))
+    return Image.fromarray((0.8 * smooth + 0.2 * edges + grain).clip(0, 255).astype(np.uint8))
+
+
+def host_stages() -> dict[str, Callable[[], Any]]:
+    """The stages of a job in their order, each ready to be called again and again."""
+    import torch
+
+    from sdxl_worker.models import load_models
+    from sdxl_worker.outputs import build_output, check_size, describe
+    from sdxl_worker.png import encode_png
+    from sdxl_worker.request import parse_request
+    from sdxl_worker.schedulers import build_scheduler
+    from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+
+    torch.set_num_threads(1)
+    models = load_models(Settings(model_dir=EMBEDDED_MODEL_DIR))
+    request = parse_request(JOB_INPUT)
+    picture = sample_picture(1024, 1024)
+    pixels = torch.from_numpy(np.array(picture))[None]
+    text = describe(request, 0, models.name)
+    png = encode_png(np.asarray(picture), text)
+    output = build_output([picture], request, model_name=models.name, metadata=True)
+    result = json.dumps({"output": output}, ensure_ascii=False)
+
+    def tokenise() -> None:
+        for words in (request.prompt, request.negative_prompt):
+            for tokenizer in (models.base.tokenizer, models.base.tokenizer_2):
+                tokenizer(words, add_special_tokens=False, verbose=False)
+
+    def schedules() -> None:
+        for steps in (request.num_inference_steps, request.refiner_inference_steps):
+            build_scheduler(request.scheduler, models.scheduler_config).set_timesteps(
+                steps, device="cpu"
+            )
+
+    def latents() -> None:
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        for _ in ("base", "refiner"):
+            torch.randn(1, 4, 128, 128, generator=generator, dtype=torch.float16)
+
+    return {
+        "validation": lambda: parse_request(JOB_INPUT),
+        "tokenising": tokenise,
+        "schedules": schedules,
+        "latents": latents,
+        "to pictures": lambda: [Image.fromarray(array) for array in pixels.numpy()],
+        "text chunks": lambda: describe(request, 0, models.name),
+        "PNG": lambda: encode_png(np.asarray(picture), text),
+        "base64": lambda: "data:image/png;base64," + base64.b64encode(png).decode("ascii"),
+        "size check": lambda: check_size(output, JOB_ID),
+        "JSON of the SDK": lambda: json.dumps({"output": output}, ensure_ascii=False),
+        "UTF-8 of the SDK": lambda: result.encode(),
+    }
+
+
+def compared_stages() -> dict[str, Callable[[], Any]]:
+    """The PNG as Pillow makes it."""
+    picture = sample_picture(1024, 1024)
+    return {
+        name: lambda level=level: picture.save(io.BytesIO(), "png", compress_level=level)  # type: ignore[misc]
+        for name, level in zip(COMPARED, (1, 6), strict=True)
+    }
+
+
+def median_ms(call: Callable[[], object], repeats: int) -> float:
+    """CPU time of this thread, which other processes do not add to; after one call not counted."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        started = time.thread_time()
+        call()
+        seconds.append(time.thread_time() - started)
+    return 1000 * statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="of each stage (default: 20)")
+    parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
+    arguments = parser.parse_args()
+
+    machine = common.machine()
+    stages = host_stages()
+    figures = {
+        name: median_ms(call, arguments.repeats)
+        for name, call in tqdm((stages | compared_stages()).items(), unit="stage")
+    }
+    total = sum(figures[name] for name in stages)
+
+    results = common.CsvFile(arguments.out / "overhead.csv", [*machine, "stage", "ms"])
+    lines: list[tuple[str, str]] = [("stage", "ms")]
+    for name, ms in [*figures.items(), ("total", total)]:
+        results.add({**machine, "stage": name, "ms": round(ms, 3)})
+        lines.append((name, f"{ms:.2f}"))
+    print(common.markdown_table(lines))
+    print(f"targets: total at most {TARGET_MS} ms, PNG at most {TARGET_PNG_MS} ms")
+    common.bar_chart(
+        results.path.with_suffix(".png"),
+        "One 1024 x 1024 picture on the host, one core",
+        "ms",
+        [*stages, "total", COMPARED[0]],
+        {"ms": [figures[name] for name in stages] + [total, figures[COMPARED[0]]]},
+    )
+
+
+if __name__ == "__main__":
+    main()

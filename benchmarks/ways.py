@@ -1,0 +1,184 @@
+"""Ways to draw the same request: the worker's, plain diffusers, and that of worker-sdxl 2.1.0."""
+
+import base64
+import copy
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+
+from sdxl_worker.generate import generate
+from sdxl_worker.models import Models
+from sdxl_worker.optimize import optimize
+from sdxl_worker.outputs import build_output
+from sdxl_worker.request import Request
+from sdxl_worker.schedulers import SCHEDULERS
+
+OnStep = Callable[[str], None]
+"""Called after each denoising step with "base" or "refiner"."""
+
+
+class Way(ABC):
+    @abstractmethod
+    def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
+        """From the request to pictures on the host."""
+
+    @abstractmethod
+    def encode(self, pictures: list[Image.Image], request: Request) -> list[str]:
+        """The pictures as base64, as the answer holds them."""
+
+
+class Worker(Way):
+    """This worker, with some steps of `optimize`."""
+
+    def __init__(self, models: Models, steps: Collection[str]) -> None:
+        self._models = models
+        for unet, vae in ((models.base.unet, models.base.vae), (_refiner(models).unet, None)):
+            optimize(steps, unet, vae)
+
+    def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
+        return generate(request, self._models, on_step=lambda step: on_step(step.stage))
+
+    def encode(self, pictures: list[Image.Image], request: Request) -> list[str]:
+        return build_output(pictures, request, model_name="benchmark", metadata=True)["images"]
+
+
+class Diffusers(Way):
+    """As its documentation has it: all on the device, one text encoder and VAE for both."""
+
+    def __init__(self, models: Models) -> None:
+        base, refiner = models.base, _refiner(models)
+        for unet in (base.unet, refiner.unet):
+            unet._forward_pre_hooks.clear()  # the worker's, which keeps timesteps on the host
+        self._config = dict(models.scheduler_config)
+        self.base = StableDiffusionXLPipeline(**base.components, add_watermarker=False)
+        self.refiner = StableDiffusionXLImg2ImgPipeline(
+            **self._refiner_components(refiner.components),
+            requires_aesthetics_score=True,
+            force_zeros_for_empty_prompt=False,
+            add_watermarker=False,
+        )
+        for pipeline in (self.base, self.refiner):
+            pipeline.set_progress_bar_config(disable=True)
+
+    def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
+        # With the worker's seeds, so that the pictures can be compared.
+        generators = [
+            torch.Generator("cpu").manual_seed(request.seed + i) for i in range(request.num_images)
+        ]
+        for pipeline in (self.base, self.refiner):
+            pipeline.scheduler = SCHEDULERS[request.scheduler].from_config(self._config)
+        both = {
+            "prompt": request.prompt,
+            "guidance_scale": request.guidance_scale,
+            "num_images_per_prompt": request.num_images,
+            "generator": generators,
+        }
+        return self._draw(request, on_step, for_base=both, for_refiner=both)
+
+    def encode(self, pictures: list[Image.Image], request: Request) -> list[str]:  # noqa: ARG002
+        """With Pillow at its own level, 6, by way of a file."""
+        texts = []
+        with tempfile.TemporaryDirectory() as folder:
+            for i, picture in enumerate(pictures):
+                path = Path(folder, f"{i}.png")
+                picture.save(path)
+                texts.append(base64.b64encode(path.read_bytes()).decode())
+        return texts
+
+    def _refiner_components(self, components: dict[str, Any]) -> dict[str, Any]:
+        return components
+
+    def _draw(
+        self,
+        request: Request,
+        on_step: OnStep,
+        *,
+        for_base: dict[str, Any],
+        for_refiner: dict[str, Any],
+    ) -> list[Image.Image]:
+        def after(stage: str) -> Callable[..., dict[str, Any]]:
+            def after_step(*_: Any) -> dict[str, Any]:
+                on_step(stage)
+                return {}
+
+            return after_step
+
+        latents = self.base(
+            **for_base,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.num_inference_steps,
+            output_type="latent",
+            callback_on_step_end=after("base"),
+        ).images
+        return self.refiner(
+            **for_refiner,
+            image=latents,
+            num_inference_steps=request.refiner_inference_steps,
+            strength=request.strength,
+            callback_on_step_end=after("refiner"),
+        ).images
+
+
+class Version210(Diffusers):
+    """worker-sdxl 2.1.0's settings, re-created: both pipelines moved to the GPU network by network
+    and back in each job, the VAE and the second text encoder loaded twice, one generator for all,
+    the refiner with an Euler scheduler of its own and without guidance scale or negative prompt.
+
+    Not its xFormers attention, which is not at hand: torch's own, which was measured elsewhere to
+    be 3% slower.
+    """
+
+    def __init__(self, models: Models) -> None:
+        super().__init__(models)
+        self._device = models.device
+        if self._device.type == "cuda":
+            for pipeline in (self.base, self.refiner):
+                pipeline.enable_model_cpu_offload()
+
+    def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
+        schedulers = {
+            name: scheduler.from_config(self._config) for name, scheduler in SCHEDULERS.items()
+        }
+        self.base.scheduler = schedulers[request.scheduler]
+        self.refiner.scheduler = EulerDiscreteScheduler.from_config(self._config)
+        both = {
+            "prompt": request.prompt,
+            "num_images_per_prompt": request.num_images,
+            "generator": torch.Generator(self._device).manual_seed(request.seed),
+        }
+        for_base = {
+            **both,
+            "negative_prompt": request.negative_prompt or None,
+            "guidance_scale": request.guidance_scale,
+        }
+        return self._draw(request, on_step, for_base=for_base, for_refiner=both)
+
+    def _refiner_components(self, components: dict[str, Any]) -> dict[str, Any]:
+        own = {name: copy.deepcopy(components[name]) for name in ("vae", "text_encoder_2")}
+        return components | own
+
+
+def psnr_db(pictures: list[Image.Image], others: list[Image.Image]) -> float:
+    """Peak signal-to-noise ratio; 99 for pictures that are the same."""
+    error = np.stack([np.asarray(picture, np.float64) for picture in pictures])
+    error -= np.stack([np.asarray(picture) for picture in others])
+    mean_square = float((error**2).mean())
+    return 99.0 if mean_square == 0 else min(99.0, float(10 * np.log10(255**2 / mean_square)))
+
+
+def _refiner(models: Models) -> Any:
+    if models.refiner is None:
+        raise ValueError("the model has no refiner")
+    return models.refiner
