@@ -22,7 +22,7 @@ from sdxl_worker.models import Models
 from sdxl_worker.optimize import optimize
 from sdxl_worker.outputs import build_output
 from sdxl_worker.request import Request
-from sdxl_worker.schedulers import SCHEDULERS
+from sdxl_worker.schedulers import SCHEDULERS, scheduler_class
 
 OnStep = Callable[[str], None]
 """Called after each denoising step with "base" or "refiner"."""
@@ -77,7 +77,7 @@ class Diffusers(Way):
             torch.Generator("cpu").manual_seed(request.seed + i) for i in range(request.num_images)
         ]
         for pipeline in (self.base, self.refiner):
-            pipeline.scheduler = SCHEDULERS[request.scheduler].from_config(self._config)
+            pipeline.scheduler = scheduler_class(request.scheduler).from_config(self._config)
         both = {
             "prompt": request.prompt,
             "guidance_scale": request.guidance_scale,
@@ -148,9 +148,7 @@ class Version210(Diffusers):
                 pipeline.enable_model_cpu_offload()
 
     def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
-        schedulers = {
-            name: scheduler.from_config(self._config) for name, scheduler in SCHEDULERS.items()
-        }
+        schedulers = {name: scheduler_class(name).from_config(self._config) for name in SCHEDULERS}
         self.base.scheduler = schedulers[request.scheduler]
         self.refiner.scheduler = EulerDiscreteScheduler.from_config(self._config)
         both = {

@@ -31,16 +31,20 @@ def build_scheduler(name: SchedulerName, config: Mapping[str, Any]) -> Scheduler
     Always from the configuration as it was loaded, never from that of a scheduler that ran: what
     one job sets would stay for the next, and some classes change their own configuration.
     """
+    scheduler = scheduler_class(name).from_config(dict(config))
+    set_timesteps = scheduler.set_timesteps
+    # The pipelines name the GPU as the tables' device.
+    scheduler.set_timesteps = lambda steps, device: set_timesteps(steps)  # noqa: ARG005
+    return scheduler
+
+
+def scheduler_class(name: SchedulerName) -> type[SchedulerMixin]:
     module_name, _, class_name = SCHEDULERS[name].partition(".")
     module = importlib.import_module(f"diffusers.schedulers.{module_name}")
     if name == "KLMS":
         # The module did without it where `sparing_imports` had hidden it.
         vars(module)["integrate"] = importlib.import_module("scipy.integrate")
-    scheduler = getattr(module, class_name).from_config(dict(config))
-    set_timesteps = scheduler.set_timesteps
-    # The pipelines name the GPU as the tables' device.
-    scheduler.set_timesteps = lambda steps, device: set_timesteps(steps)  # noqa: ARG005
-    return scheduler
+    return getattr(module, class_name)
 
 
 def timestep_to_device(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
