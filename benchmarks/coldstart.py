@@ -109,6 +109,22 @@ def medians(starts: Sequence[Start]) -> Start:
     )
 
 
+def chart(ours: Start, other: Start, path: Path) -> None:
+    common.bar_chart(
+        path,
+        "Process start to ready for jobs, medians",
+        "seconds",
+        list(COMMANDS),
+        {
+            "imports": [ours.imported_s, 0.0],
+            "loading": [ours.loaded_s, 0.0],
+            "warm-up": [ours.warmed_up_s, 0.0],
+            "the rest, or not told": [ours.rest_s, other.rest_s],
+        },
+        target=TARGET_RATIO * other.ready_s,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,19 +161,7 @@ def main() -> None:
         f"ratio {ours.ready_s / other.ready_s:.2f} (target: at most {TARGET_RATIO}), "
         f"of CPU time {ours.cpu_s / other.cpu_s:.2f}"
     )
-    common.bar_chart(
-        results.path.with_suffix(".png"),
-        f"Process start to ready for jobs, median of {arguments.repeats}",
-        "seconds",
-        list(COMMANDS),
-        {
-            "imports": [ours.imported_s, 0.0],
-            "loading": [ours.loaded_s, 0.0],
-            "warm-up": [ours.warmed_up_s, 0.0],
-            "the rest, or not told": [ours.rest_s, other.rest_s],
-        },
-        target=TARGET_RATIO * other.ready_s,
-    )
+    chart(ours, other, results.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -83,21 +83,21 @@ def bar_chart(
     except ImportError:
         print("no chart: matplotlib is not installed")
         return
-    figure = Figure(figsize=(7, 1.1 + 0.3 * len(labels)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(7, 1.4 + 0.3 * len(labels)), dpi=100, layout="constrained")
     axes = figure.subplots()
     ends = [0.0] * len(labels)
     for name, values in parts.items():
         axes.barh(labels, values, left=ends, label=name)
         ends = [end + value for end, value in zip(ends, values, strict=True)]
     for row, end in enumerate(ends):
-        axes.text(end, row, f" {end:.3g}", va="center", fontsize=8)
+        axes.text(end, row, f" {end:.0f}" if end >= 100 else f" {end:.3g}", va="center", fontsize=8)
     if target is not None:
         axes.axvline(target, color="black", linestyle="--", linewidth=1, label="target")
     axes.set(title=title, xlabel=unit)
-    axes.margins(x=0.12)
+    axes.set_xlim(0, 1.12 * max(ends))
     axes.invert_yaxis()
     if len(parts) > 1 or target is not None:
-        axes.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=len(parts) + 1, fontsize=8)
     figure.savefig(path, metadata={"Software": None})
 
 
