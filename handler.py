@@ -84,11 +84,11 @@ def _prepare(settings: Settings) -> None:
     for files in network_files(model_dir, half_precision=half_precision).values():
         read_ahead(files)
 
+    from sdxl_worker.weights import start_reading
+
+    weights = start_reading(model_dir, settings.dtype)
+
     with sparing_imports():
-        from sdxl_worker.weights import start_reading
-
-        weights = start_reading(model_dir, settings.dtype)
-
         from sdxl_worker import check
 
     seconds = time.perf_counter() - started

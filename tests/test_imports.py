@@ -12,8 +12,17 @@ JOB = {"prompt": "a red circle", "seed": 5, "num_inference_steps": 3, "scheduler
 PROGRAM = """
 import asyncio, json, sys
 import handler
+from sdxl_worker import weights
 from sdxl_worker.settings import Settings
 
+start_reading = weights.start_reading
+imported_at_reading = []
+
+def recorded(*arguments):
+    imported_at_reading.extend({"diffusers", "transformers"} & set(sys.modules))
+    return start_reading(*arguments)
+
+weights.start_reading = recorded
 handler._prepare(Settings())
 unused = ("scipy", "diffusers.models.transformers.auraflow_transformer_2d")
 imported = [name for name in unused if name in sys.modules]
@@ -21,7 +30,8 @@ output = asyncio.run(handler.handler({"id": "1", "input": json.loads(sys.argv[1]
 import transformers.models
 from diffusers.models.transformers import SD3Transformer2DModel
 asked_for = [transformers.models.bert.__name__, SD3Transformer2DModel.__name__]
-print(json.dumps({"imported": imported, "asked_for": asked_for, "output": output}))
+print(json.dumps({"imported": imported, "asked_for": asked_for, "output": output,
+    "imported_at_reading": imported_at_reading}))
 """
 
 
@@ -41,6 +51,7 @@ def started() -> dict[str, Any]:
 def test_the_start_leaves_out_what_sdxl_does_not_use_and_nothing_misses_it() -> None:
     result = started()
     assert result["imported"] == []
+    assert result["imported_at_reading"] == [], "the weights are read while these are imported"
     # Whoever asks gets it: the sampler that needs scipy, and the packages that were postponed.
     assert result["asked_for"] == ["transformers.models.bert", "SD3Transformer2DModel"]
     drawn = decoded(result["output"]["image_url"])

@@ -20,7 +20,7 @@ from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.models import load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings, load_settings
-from sdxl_worker.weights import start_reading
+from sdxl_worker.weights import Weights, start_reading
 from tests.support import difference
 
 JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 4}
@@ -85,6 +85,27 @@ def test_no_refiner_folder_means_no_refiner(
     shutil.rmtree(model_dir / "refiner")
     assert load(model_dir).refiner is None
     assert "there is no refiner/" in caplog.text
+
+
+def test_the_base_can_draw_while_the_refiner_s_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    take = Weights.take
+
+    def recorded(weights: Weights, network: str) -> Any:
+        order.append(network)
+        return take(weights, network)
+
+    def on_base(alone: models_module.Models) -> None:
+        assert alone.refiner is None
+        generate(parse_request({**JOB, "refiner_inference_steps": 0}), alone)
+        order.append("drawn")
+
+    monkeypatch.setattr(Weights, "take", recorded)
+    weights = start_reading(find_model_dir(Settings()), None)
+    assert models_module.load(weights, on_base=on_base).refiner is not None
+    assert order.index("drawn") == order.index("refiner/unet") - 1
 
 
 def test_models_are_loaded_once() -> None:
