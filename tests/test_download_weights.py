@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -671,3 +672,23 @@ def test_a_failure_is_one_line_and_an_exit_status(hub: Hub, to: Path) -> None:
     assert run.returncode == 1
     [line] = run.stderr.splitlines()
     assert line.startswith("The weights cannot be fetched. org/none: not found, or access denied")
+
+
+def test_progress_is_told_while_files_are_being_completed(tmp_path: Path) -> None:
+    """At any moment a file is where it comes in or where it belongs."""
+    files = [
+        transfer.Download(f"https://example.com/{i}", f"{i}", 3, None, stored_as=f"{i}")
+        for i in range(2000)
+    ]
+    for file in files:
+        (tmp_path / f"{file.path}.incomplete").write_bytes(b"abc")
+
+    def complete() -> None:
+        for file in files:
+            (tmp_path / f"{file.path}.incomplete").rename(tmp_path / file.path)
+
+    thread = threading.Thread(target=complete)
+    thread.start()
+    while thread.is_alive():
+        assert sum(file.bytes_in(tmp_path) for file in files) == 3 * len(files)
+    thread.join()

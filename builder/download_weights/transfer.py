@@ -5,6 +5,7 @@ removes what it has of a file when it fails, and so cannot resume in a later run
 protocol, Xet, can be verified only after the fact as well. Plain HTTP with ranges does both.
 """
 
+import contextlib
 import errno
 import hashlib
 import sys
@@ -66,12 +67,12 @@ class Download:
         }
 
     def bytes_in(self, folder: Path) -> int:
-        if (folder / self.stored_as).exists():
-            return self.size_bytes or 0
-        for path in (folder / self.path, _incomplete(folder / self.path)):
-            if path.exists():
+        """How much of it is there, also while another thread is completing it."""
+        target = folder / self.path
+        for path in (_incomplete(target), target):  # in the order in which it moves
+            with contextlib.suppress(FileNotFoundError):
                 return path.stat().st_size
-        return 0
+        return (self.size_bytes or 0) if (folder / self.stored_as).exists() else 0
 
 
 class Progress:
