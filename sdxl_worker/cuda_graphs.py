@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-# Each recording keeps the memory of its activations: about what one picture of its size takes.
+# Of each UNet. To record one costs as much as four of its steps.
 MAX_SHAPES = 4
+# What libraries set up at first use, and what compiles, must not end up in a recording.
+WARM_UP_RUNS = 3
 
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -54,8 +56,30 @@ class GraphedForward:
         return (self._graph(key)(*inputs).clone(),)
 
     def _record(self, key: Key) -> Callable[..., torch.Tensor]:
-        inputs = tuple(torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in key)
-        return cast(Any, torch.cuda.make_graphed_callables(self._flat, inputs))
+        """
+        Returns:
+            The forward pass for inputs of these shapes; what it gives is overwritten by the next.
+        """
+        inputs = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in key]
+        stream, memory = _stream_and_memory()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                self._flat(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on meanwhile: at the start they bring the refiner's weights to the GPU,
+        # which they may not during a recording of the usual, "global" kind.
+        with torch.cuda.graph(graph, memory, stream, capture_error_mode="thread_local"):
+            output = self._flat(*inputs)
+
+        def replay(*values: torch.Tensor) -> torch.Tensor:
+            for place, value in zip(inputs, values, strict=True):
+                place.copy_(value)
+            graph.replay()
+            return output
+
+        return replay
 
     def _flat(
         self,
@@ -72,3 +96,10 @@ class GraphedForward:
             added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
             return_dict=False,
         )[0]
+
+
+@functools.cache
+def _stream_and_memory() -> tuple[torch.cuda.Stream, Any]:
+    """Of all recordings: one is replayed at a time and its output copied before the next is, so
+    that they can share their activations' memory."""
+    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()

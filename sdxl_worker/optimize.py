@@ -29,14 +29,14 @@ def optimize(steps: Collection[str], unet: Any, vae: Any = None) -> None:
 def steps_of(mode: CompileMode | None, placement: Placement) -> Collection[str]:
     """What a worker takes: nothing on a CPU, unless COMPILE asks for it.
 
-    Networks that are offloaded come to the GPU as they are: a CUDA graph would hold on to where
-    their weights were.
+    What is done to a whole UNet does not go with offloading: a CUDA graph holds on to where the
+    weights were, and diffusers puts back the UNet's own `forward` after each picture.
     """
     steps = set(MODES[mode])
     if placement.device.type == "cpu":
         steps -= {"channels_last", "cuda_graphs"}
     if not placement.resident:
-        steps -= {"cuda_graphs"}
+        steps -= {"cuda_graphs", "compile_unet"}
     return steps
 
 

@@ -1,5 +1,6 @@
 """Fast, and the same picture: each optimization against the plain path, where a CPU can tell."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sdxl_worker import compile_cache, cuda_graphs, memory
 from sdxl_worker import generate as generate_module
@@ -161,8 +164,36 @@ def test_a_worker_takes_only_what_its_machine_can_do(mode: Any) -> None:
     offloaded = dataclasses.replace(on_gpu, resident=False)
     assert not {"channels_last", "cuda_graphs"} & set(steps_of(mode, on_cpu))
     assert set(steps_of(mode, on_gpu)) == MODES[mode]
-    assert "cuda_graphs" not in steps_of(mode, offloaded)
+    assert not {"cuda_graphs", "compile_unet"} & set(steps_of(mode, offloaded))
     assert "fuse_qkv" not in MODES[mode], "LoRA would be left out"
+
+
+@pytest.mark.parametrize("mode", REQUESTS)
+def test_offloaded_networks_draw_the_same_job_after_job(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here from the host to the host: what is seen is that each network comes before its turn."""
+    weights = reading()
+    weights.placement = dataclasses.replace(weights.placement, resident=False)
+    offloaded = models_module.load(weights)
+    assert offloaded.refiner is not None
+    came: list[Any] = []
+    come = CpuOffload.pre_forward
+
+    def noted(self: CpuOffload, module: Any, *args: Any, **kwargs: Any) -> Any:
+        came.append(module)
+        return come(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", noted)
+    request = parse_request(REQUESTS[mode])
+    for _ in range(2):
+        came.clear()
+        [picture] = generate(request, offloaded)
+        assert largest_difference(picture, generate(request, models())[0]) == 0
+        base = offloaded.base
+        expected = [base.text_encoder, base.text_encoder_2, base.unet, base.vae]
+        expected += [offloaded.refiner.unet] * (mode != "base")
+        assert {id(module) for module in came} == {id(module) for module in expected}
 
 
 @pytest.mark.parametrize("step", ["channels_last", "fuse_qkv", "cudnn_attention"])
@@ -188,32 +219,57 @@ def test_steps_change_the_networks() -> None:
 # --- CUDA graphs: recorded by a stand-in ---------------------------------------------------------
 
 
-class Recorder:
-    """Stands for `torch.cuda.make_graphed_callables`: the output is in memory that is reused."""
+class Recording(TorchDispatchMode):
+    """Stands for `torch.cuda.CUDAGraph`: the kernels that ran, which always read from and write to
+    the memory that they had. No Python code is run again."""
 
     def __init__(self) -> None:
-        self.recorded = 0
+        super().__init__()
+        self._kernels: list[tuple[Any, Any, Any, Any]] = []
         self.replayed = 0
 
-    def __call__(self, function: Callable[..., torch.Tensor], sample: Any) -> Any:
-        self.recorded += 1
-        static = function(*sample).clone()
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._kernels.append((func, args, kwargs or {}, out))
+        return out
 
-        def replay(*inputs: torch.Tensor) -> torch.Tensor:
-            self.replayed += 1
-            assert [t.shape for t in inputs] == [t.shape for t in sample]
-            return static.copy_(function(*inputs))
+    def replay(self) -> None:
+        self.replayed += 1
+        for func, args, kwargs, out in self._kernels:
+            for place, value in zip(
+                tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True
+            ):
+                if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
 
-        return replay
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """All that is recorded during a test."""
+    made: list[Recording] = []
+
+    class Stream:
+        def wait_stream(self, other: "Stream") -> None:
+            pass
+
+    @contextlib.contextmanager
+    def record(graph: Recording, _pool: object, _stream: Stream, capture_error_mode: str) -> Any:
+        assert capture_error_mode == "thread_local", "other threads bring weights meanwhile"
+        made.append(graph)
+        with graph:
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(cuda_graphs, "_stream_and_memory", lambda: (Stream(), object()))
+    return made
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_replayed_graphs_make_the_same_picture(
-    scheduler: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replayed_graphs_make_the_same_picture(scheduler: str, recordings: list[Recording]) -> None:
     """PNDM, without guidance, remembers outputs that the next replay overwrites."""
-    recorder = Recorder()
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorder)
     graphed = fresh()
     optimize_both(graphed, ["cuda_graphs"])
     for guidance_scale in (7.5, 1.0):
@@ -222,18 +278,15 @@ def test_replayed_graphs_make_the_same_picture(
         )
         [picture] = generate(request, graphed)
         assert largest_difference(picture, generate(request, models())[0]) == 0
-    assert recorder.recorded == 4, "base and refiner, with and without guidance"
-    assert recorder.replayed > 12
+    assert len(recordings) == 4, "base and refiner, with and without guidance"
+    assert sum(recording.replayed for recording in recordings) > 12
 
 
 def test_each_shape_is_recorded_once_and_the_least_used_is_forgotten(
-    monkeypatch: pytest.MonkeyPatch,
+    recordings: list[Recording],
 ) -> None:
-    recorder = Recorder()
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorder)
-
     def forward(sample: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
-        return (sample,)
+        return (2 * sample,)
 
     graphed = cuda_graphs.GraphedForward(forward, torch.device("cpu"))
 
@@ -249,12 +302,12 @@ def test_each_shape_is_recorded_once_and_the_least_used_is_forgotten(
         )[0]
 
     for size in (1, 2, 1, 2):
-        assert call(size).shape == (size,)
-    assert recorder.recorded == 2
+        assert call(size).tolist() == [2] * size
+    assert len(recordings) == 2
     for size in range(3, 3 + cuda_graphs.MAX_SHAPES):
         call(size)
     call(1)
-    assert recorder.recorded == 2 + cuda_graphs.MAX_SHAPES + 1
+    assert len(recordings) == 2 + cuda_graphs.MAX_SHAPES + 1
 
 
 # --- batches that fit ----------------------------------------------------------------------------
