@@ -4,6 +4,8 @@ import asyncio
 import base64
 import functools
 import io
+import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,12 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 import handler
-from sdxl_worker.models import Models, load_models
+from sdxl_worker.model_dir import find_model_dir
+from sdxl_worker.model_files import network_files
+from sdxl_worker.models import Models, load, load_models
+from sdxl_worker.optimize import optimize
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+from sdxl_worker.weights import Placement, Weights
 
 PROMPT = "a red circle on a blue background"
 # The names of 2.1.0 and the classes of diffusers that they stood for.
@@ -25,6 +31,13 @@ SCHEDULERS = {
     "K_EULER_ANCESTRAL": "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistep": "DPMSolverMultistepScheduler",
     "DPMSolverSinglestep": "DPMSolverSinglestepScheduler",
+}
+
+JOB = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 4, "refiner_inference_steps": 8}
+REQUESTS = {
+    "base": {**JOB, "refiner_inference_steps": 0},
+    "refined": {**JOB, "strength": 0.5},
+    "ensemble": {**JOB, "high_noise_frac": 0.5},
 }
 
 
@@ -107,3 +120,31 @@ def plain_refiner() -> StableDiffusionXLImg2ImgPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def weights_being_read(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, *, without: str = ""
+) -> Weights:
+    """The embedded model's weights, begun to be read, but for a network."""
+    model_dir = find_model_dir(Settings(model_dir=EMBEDDED_MODEL_DIR))
+    files = network_files(model_dir, half_precision=True)
+    files.pop(without, None)
+    return Weights(model_dir, files, Placement(torch.device(device), dtype, resident=True))
+
+
+def fresh_models(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
+    """Models of its own, which a test may change."""
+    return load(weights_being_read(device, dtype))
+
+
+def optimize_models(some_models: Models, steps: Collection[str]) -> None:
+    assert some_models.refiner is not None
+    optimize(steps, some_models.base.unet, some_models.base.vae)
+    optimize(steps, some_models.refiner.unet)
+
+
+def psnr(pictures: list[Image.Image], others: list[Image.Image]) -> float:
+    """Peak signal-to-noise ratio in dB."""
+    error = np.stack([np.asarray(picture, np.float64) for picture in pictures])
+    error -= np.stack([np.asarray(picture) for picture in others])
+    return 10 * math.log10(255**2 / max(float((error**2).mean()), 1e-9))
