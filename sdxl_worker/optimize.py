@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdxl_worker.cuda_graphs import GraphedForward
 from sdxl_worker.settings import CompileMode
+from sdxl_worker.step_cache import WHOLE_UNET_STEPS
 from sdxl_worker.weights import Placement
 
 
@@ -26,7 +27,9 @@ def optimize(steps: Collection[str], unet: Any, vae: Any = None) -> None:
             step(unet, vae)
 
 
-def steps_of(mode: CompileMode | None, placement: Placement) -> Collection[str]:
+def steps_of(
+    mode: CompileMode | None, placement: Placement, *, step_cache: int | None = None
+) -> Collection[str]:
     """What a worker takes: nothing on a CPU, unless COMPILE asks for it.
 
     Networks that are offloaded come to the GPU as they are: a CUDA graph would hold on to where
@@ -37,6 +40,8 @@ def steps_of(mode: CompileMode | None, placement: Placement) -> Collection[str]:
         steps -= {"channels_last", "cuda_graphs"}
     if not placement.resident:
         steps -= {"cuda_graphs"}
+    if step_cache is not None:
+        steps -= WHOLE_UNET_STEPS
     return steps
 
 
