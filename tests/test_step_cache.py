@@ -13,20 +13,19 @@ import torch
 from PIL import Image
 
 from benchmarks import memory as counted_memory
-from benchmarks.flops import count_flops, meta_networks, unet_inputs
+from benchmarks.flops import meta_networks, unet_inputs
 from benchmarks.sdxl_architecture import write_configs
 from benchmarks.ways import psnr_db
 from builder.shapes.judge import judge
 from sdxl_worker import check, compile_cache, memory
 from sdxl_worker import step_cache as step_cache_module
-from sdxl_worker.errors import ModelError
 from sdxl_worker.generate import Step, generate
 from sdxl_worker.memory import Plan
 from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.models import Models, load
 from sdxl_worker.optimize import MODES, steps_of
 from sdxl_worker.request import parse_request
-from sdxl_worker.settings import Settings, load_settings
+from sdxl_worker.settings import Settings
 from sdxl_worker.step_cache import step_cache
 from sdxl_worker.weights import Placement, start_reading
 from tests.support import PROMPT, SCHEDULERS, largest_difference, models, picture
@@ -201,21 +200,13 @@ def test_sizes_that_the_networks_cannot_halve_are_drawn_too() -> None:
     assert draw(cached(), height=72, width=104)[0].size == (104, 72)
 
 
-# --- what it spares, at full size ----------------------------------------------------------------
+# --- at full size --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """SDXL's networks, on the meta device."""
     return meta_networks(write_configs(tmp_path_factory.mktemp("sdxl") / "model"))
-
-
-def test_a_step_between_takes_a_fifteenth_of_the_operations(full_size: dict[str, Any]) -> None:
-    flops = count_flops(full_size, 1024, 1024)
-    assert flops.base_between / flops.base == pytest.approx(0.066, abs=0.001)
-    assert flops.refiner_between / flops.refiner == pytest.approx(0.088, abs=0.001)
-    shares = [flops.of_picture(25, 15, n) / flops.of_picture(25, 15) for n in (1, 2, 3, 5)]
-    assert shares == pytest.approx([1, 0.569, 0.410, 0.274], abs=0.001)
 
 
 @pytest.mark.parametrize("name", ["base/unet", "refiner/unet"])
@@ -283,10 +274,3 @@ def test_the_log_says_what_of_compile_does_not_go_with_it(
     caplog.set_level("INFO")
     load(start_reading(find_model_dir(Settings()), None), "graphs", step_cache=2)
     assert "of COMPILE, that leaves out: cuda_graphs" in caplog.text
-
-
-@pytest.mark.parametrize("value", ["1", "6", "two"])
-def test_an_interval_out_of_bounds_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STEP_CACHE", value)
-    with pytest.raises(ModelError, match="wrong environment variable: STEP_CACHE"):
-        load_settings()
