@@ -5,9 +5,10 @@ first row, whose steps are all whole, picture by picture.
 
     python -m benchmarks.step_cache
     python -m benchmarks.step_cache --model full --count 1 --size 256 --steps 10
+    python -m benchmarks.step_cache --model /models/sdxl --count 20 --size 1024
 
-The full-size model has random weights, and no refiner, so that it fits a laptop. Its pictures are
-noise: they tell how far errors spread through networks of that size, not how a picture looks.
+The model "full" has SDXL's size, random weights and no refiner, so that it fits a laptop. Its
+pictures are noise: they tell how far errors spread through such networks, not how a picture looks.
 """
 
 import argparse
@@ -102,11 +103,6 @@ def measure(
 
 
 @contextlib.contextmanager
-def embedded() -> Iterator[Models]:
-    yield load(start_reading(find_model_dir(Settings(model_dir=EMBEDDED_MODEL_DIR)), "float32"))
-
-
-@contextlib.contextmanager
 def full_size_base() -> Iterator[Models]:
     """About 7 GB, in bfloat16."""
     with tempfile.TemporaryDirectory() as folder:
@@ -116,14 +112,25 @@ def full_size_base() -> Iterator[Models]:
         yield load(RandomWeights(find_model_dir(Settings(model_dir=root)), placement))
 
 
-MODELS = {"embedded": embedded, "full": full_size_base}
+@contextlib.contextmanager
+def models_of(name: str) -> Iterator[Models]:
+    """
+    Args:
+        name: "embedded", "full", or a MODEL_DIR.
+    """
+    if name == "full":
+        with full_size_base() as models:
+            yield models
+    else:
+        path = EMBEDDED_MODEL_DIR if name == "embedded" else Path(name)
+        yield load(start_reading(find_model_dir(Settings(model_dir=path)), None))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=MODELS, default="embedded")
+    parser.add_argument("--model", default="embedded", help="embedded, full or a MODEL_DIR")
     parser.add_argument("--count", type=int, default=200, help="prompts (default: %(default)s)")
     parser.add_argument("--size", type=int, default=128, help="px (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="of the base (default: %(default)s)")
@@ -133,7 +140,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         flops = count_flops(meta_networks(write_configs(Path(folder) / "model")), 1024, 1024)
     tflop = {row: flops.of_picture(25, 15, row or 1) for row in ROWS}
-    with MODELS[arguments.model]() as models:
+    with models_of(arguments.model) as models:
         drawn = measure(
             models,
             count=arguments.count,
@@ -142,9 +149,9 @@ def main() -> None:
             judged=arguments.model == "embedded",
         )
 
-    results = common.CsvFile(
-        arguments.out / f"step-cache-{arguments.model}.csv", [*common.machine(), *COLUMNS]
-    )
+    machine = common.machine(models.device.type)
+    name = f"step-cache-{common.slug(arguments.model)}"
+    results = common.CsvFile(arguments.out / f"{name}.csv", [*machine, *COLUMNS])
     table: list[tuple[object, ...]] = [COLUMNS[2:]]
     for row, of_row in drawn.items():
         seconds = [statistics.median(one.seconds) for one in (of_row, drawn[None])]
@@ -169,7 +176,7 @@ def main() -> None:
             "tflop_full_size": round(tflop[row], 1),
             "share_of_tflop": round(tflop[row] / tflop[None], 3),
         }
-        results.add({**common.machine(), **values})
+        results.add({**machine, **values})
         table.append(tuple(values.get(name, "") for name in COLUMNS[2:]))
     print(common.markdown_table(table))
 

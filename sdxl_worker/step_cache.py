@@ -52,7 +52,7 @@ def _below_the_outermost_level(unet: Any) -> list[torch.nn.Module]:
     outermost, *down = unet.down_blocks
     *up, _ = unet.up_blocks
     blocks = [*outermost.downsamplers, *down, unet.mid_block, *up]
-    return [block for block in blocks if block is not None]  # some small SDXL have no mid block
+    return [block for block in blocks if block is not None]  # a mid block may be missing
 
 
 def _kept_forward(
