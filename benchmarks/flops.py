@@ -1,13 +1,16 @@
 """Floating-point operations of a picture, counted on tensors without memory."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from builder.random_model import NETWORKS, meta_network
+from sdxl_worker.step_cache import step_cache
 
 TOKENS = 77
 TIME_IDS = 5  # or 6, and the text's vector is shorter by as much
@@ -18,15 +21,28 @@ class Flops:
     """TFLOP of one pass with one picture; a step with guidance is two passes."""
 
     base: float
+    base_between: float
+    """Of a step between whole ones, with a step cache."""
     refiner: float
+    refiner_between: float
     decode: float
     text: float
     """Both encoders, one prompt."""
 
-    def of_picture(self, base_steps: int, refiner_steps: int) -> float:
-        """With guidance: both texts, all steps, decoding."""
-        steps = 2 * (base_steps * self.base + refiner_steps * self.refiner)
-        return steps + self.decode + 2 * self.text
+    def of_picture(self, base_steps: int, refiner_steps: int, interval: int = 1) -> float:
+        """With guidance: both texts, all steps, decoding.
+
+        Args:
+            interval: of a step cache; at 1, all steps are whole.
+        """
+
+        def of_steps(steps: int, whole: float, between: float) -> float:
+            whole_steps = math.ceil(steps / interval)
+            return whole_steps * whole + (steps - whole_steps) * between
+
+        base = of_steps(base_steps, self.base, self.base_between)
+        refiner = of_steps(refiner_steps, self.refiner, self.refiner_between)
+        return 2 * (base + refiner) + self.decode + 2 * self.text
 
 
 def meta_networks(model_dir: Path) -> dict[str, Any]:
@@ -45,11 +61,13 @@ def count_flops(networks: dict[str, Any], width: int, height: int) -> Flops:
     """
     vae = networks["base/vae"]
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    base, base_between = _unet_tflop(networks["base/unet"], width, height)
+    refiner, refiner_between = _unet_tflop(networks["refiner/unet"], width, height)
     return Flops(
-        base=_tflop(networks["base/unet"], **unet_inputs(networks["base/unet"], 1, width, height)),
-        refiner=_tflop(
-            networks["refiner/unet"], **unet_inputs(networks["refiner/unet"], 1, width, height)
-        ),
+        base=base,
+        base_between=base_between,
+        refiner=refiner,
+        refiner_between=refiner_between,
         decode=_tflop(vae.decode, *decoder_inputs(vae, 1, width, height)),
         text=sum(
             _tflop(networks[name], ids) for name in ("base/text_encoder", "base/text_encoder_2")
@@ -78,6 +96,13 @@ def unet_inputs(unet: Any, batch: int, width: int, height: int) -> dict[str, Any
 def decoder_inputs(vae: Any, batch: int, width: int, height: int) -> tuple[torch.Tensor]:
     shape = (batch, vae.config.latent_channels, height // 8, width // 8)
     return (torch.empty(shape, device="meta", dtype=vae.dtype),)
+
+
+def _unet_tflop(unet: Any, width: int, height: int) -> tuple[float, float]:
+    """Of a whole step, and of one between."""
+    inputs = unet_inputs(unet, 1, width, height)
+    with step_cache(SimpleNamespace(unet=unet, num_timesteps=2), 2):
+        return _tflop(unet, **inputs), _tflop(unet, **inputs)
 
 
 @torch.no_grad()

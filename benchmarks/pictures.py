@@ -11,6 +11,7 @@ measured.
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import itertools
 import math
@@ -57,6 +58,9 @@ WORKER_ROWS: dict[str, frozenset[str]] = {
     "full": MODES["full"],
     "full+cudnn": MODES["full"] | {"cudnn_attention"},
 }
+# These draw another picture: their PSNR is what they cost.
+STEP_CACHE_ROWS = {"step_cache_2": 2, "step_cache_3": 3}
+WORKER_ROWS |= dict.fromkeys(STEP_CACHE_ROWS, CHANNELS_LAST)
 OTHER_ROWS: dict[str, type[Diffusers]] = {"2.1.0": Version210, "diffusers": Diffusers}
 ROWS = (*OTHER_ROWS, *WORKER_ROWS)
 REFERENCE = "worker"
@@ -64,7 +68,7 @@ NEEDS_GPU = frozenset({"cudnn_attention", "cuda_graphs"})
 
 COLUMNS = (
     *("dtype", "model", "row", "width", "height", "batch", "base_steps", "refiner_steps"),
-    *("offload", *STEPS),
+    *("offload", *STEPS, "step_cache"),
     *("first_picture_s", "picture_ms", "step_ms", "base_step_ms", "refiner_step_ms", "encode_ms"),
     *("tflop", "tflop_per_s", "limit_tflop_per_s", "share_of_limit"),
     *("peak_memory_gb", "reserved_memory_gb", "psnr_db", "note"),
@@ -246,7 +250,9 @@ def run(options: Options) -> Path:
                 for request in requests:
                     values = machine | _described(row, request, options)
                     tflop = flops[request.width or 0, request.height or 0].of_picture(
-                        request.num_inference_steps, request.refiner_steps_run
+                        request.num_inference_steps,
+                        request.refiner_steps_run,
+                        STEP_CACHE_ROWS.get(row, 1),
                     )
                     failed = reason
                     if not reason:
@@ -279,6 +285,7 @@ def _described(row: str, request: Request, options: Options) -> dict[str, object
         "refiner_steps": request.refiner_steps_run,
         "offload": int(row == "2.1.0" and options.device.type == "cuda"),
         **{step: int(step in WORKER_ROWS.get(row, ())) for step in STEPS},
+        "step_cache": STEP_CACHE_ROWS.get(row, 0),
     }
 
 
@@ -330,7 +337,8 @@ def _way(row: str, model_dir: ModelDir, options: Options) -> Iterator[Way]:
     if row in OTHER_ROWS:
         yield OTHER_ROWS[row](models)
     else:
-        yield Worker(models, WORKER_ROWS[row])
+        cached = dataclasses.replace(models, step_cache=STEP_CACHE_ROWS.get(row))
+        yield Worker(cached, WORKER_ROWS[row])
     del models
     torch._dynamo.reset()
     gc.collect()

@@ -17,6 +17,7 @@ from sdxl_worker.models import Models
 from sdxl_worker.prompts import Encoding, encode_pair
 from sdxl_worker.request import Request
 from sdxl_worker.schedulers import build_scheduler
+from sdxl_worker.step_cache import step_cache
 
 
 class Mode(Enum):
@@ -192,14 +193,15 @@ def _run(
 ) -> torch.Tensor:
     """One stage, with what every stage takes from the request and a scheduler of its own."""
     pipeline.scheduler = build_scheduler(request.scheduler, models.scheduler_config)
-    return pipeline(
-        **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
-        **{"output_type": "pt", **options},
-        guidance_scale=request.guidance_scale,
-        num_images_per_prompt=len(generators),
-        generator=generators,
-        callback_on_step_end=functools.partial(steps.after_step, stage),
-    ).images
+    with step_cache(pipeline, models.step_cache):
+        return pipeline(
+            **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
+            **{"output_type": "pt", **options},
+            guidance_scale=request.guidance_scale,
+            num_images_per_prompt=len(generators),
+            generator=generators,
+            callback_on_step_end=functools.partial(steps.after_step, stage),
+        ).images
 
 
 class _Steps:

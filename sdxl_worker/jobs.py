@@ -73,6 +73,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 pictures,
                 request,
                 model_name=models.name,
+                lossy=settings.lossy,
                 metadata=settings.png_metadata,
             )
             check_size(output, job_id)

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from sdxl_worker.errors import ModelError
 from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.optimize import optimize, steps_of
+from sdxl_worker.optimize import MODES, WHOLE_UNET_STEPS, optimize, steps_of
 from sdxl_worker.preview import PreviewMap, fit_preview_map
 from sdxl_worker.schedulers import timestep_to_device
 from sdxl_worker.settings import CompileMode, Settings
@@ -59,6 +59,8 @@ class Models:
     preview_map: PreviewMap
     revision: str
     """What tells these weights from others: a commit of the hub, or a digest of the files."""
+    step_cache: int | None = None
+    """Steps from one whole step to the next. None: all steps are whole."""
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +93,9 @@ def load_models(
         if settings not in _loaded:
             _loaded.clear()
             weights = weights or start_reading(find_model_dir(settings), settings.dtype)
-            _loaded[settings] = load(weights, settings.compile, on_base)
+            _loaded[settings] = load(
+                weights, settings.compile, on_base, step_cache=settings.step_cache
+            )
         return _loaded[settings]
 
 
@@ -99,6 +103,8 @@ def load(
     weights: Weights,
     compile_mode: CompileMode | None = None,
     on_base: Callable[[Models], object] = lambda _: None,
+    *,
+    step_cache: int | None = None,
 ) -> Models:
     """Build the pipelines from the weights as they come in.
 
@@ -112,7 +118,7 @@ def load(
     transformers_logging.disable_progress_bar()
 
     placement = weights.placement
-    steps = steps_of(compile_mode, placement)
+    steps = steps_of(compile_mode, placement, step_cache=step_cache)
     base = _load_base(weights)
     optimize(steps, base.unet, base.vae)
     model_dir = weights.model_dir
@@ -124,6 +130,7 @@ def load(
         placement=placement,
         preview_map=fit_preview_map(base.vae, placement.device),
         revision=model_dir.revision(),
+        step_cache=step_cache,
     )
     if model_dir.refiner is not None:
         on_base(models)
@@ -138,6 +145,12 @@ def load(
         str(placement.dtype).removeprefix("torch."),
         placement.device,
     )
+    if step_cache is not None:
+        log.info(
+            "STEP_CACHE: one step in %d is a whole one; of COMPILE, that leaves out: %s",
+            step_cache,
+            ", ".join(sorted(MODES[compile_mode] & WHOLE_UNET_STEPS)) or "nothing",
+        )
     return models
 
 

@@ -26,17 +26,20 @@ def optimize(steps: Collection[str], unet: Any, vae: Any = None) -> None:
             step(unet, vae)
 
 
-def steps_of(mode: CompileMode | None, placement: Placement) -> Collection[str]:
+def steps_of(
+    mode: CompileMode | None, placement: Placement, *, step_cache: int | None = None
+) -> Collection[str]:
     """What a worker takes: nothing on a CPU, unless COMPILE asks for it.
 
-    What is done to a whole UNet does not go with offloading: a CUDA graph holds on to where the
-    weights were, and diffusers puts back the UNet's own `forward` after each picture.
+    What is done to a whole UNet goes neither with a step cache, for it would repeat one way for
+    both kinds of steps, nor with offloading: a CUDA graph holds on to where the weights were, and
+    diffusers puts back the UNet's own `forward` after each picture.
     """
     steps = set(MODES[mode])
     if placement.device.type == "cpu":
         steps -= {"channels_last", "cuda_graphs"}
-    if not placement.resident:
-        steps -= {"cuda_graphs", "compile_unet"}
+    if step_cache is not None or not placement.resident:
+        steps -= WHOLE_UNET_STEPS
     return steps
 
 
@@ -99,6 +102,9 @@ MODES: dict[CompileMode | None, frozenset[str]] = {
     "blocks": frozenset({"channels_last", "compile_blocks", "cuda_graphs"}),
     "full": frozenset({"channels_last", "compile_unet", "compile_decoder", "cuda_graphs"}),
 }
+
+
+WHOLE_UNET_STEPS = frozenset({"compile_unet", "cuda_graphs"})
 
 
 def _allow_many_shapes() -> None:

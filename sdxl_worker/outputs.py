@@ -3,7 +3,9 @@
 import base64
 import functools
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,19 +23,27 @@ RUNSYNC_LIMIT_BYTES = 20_000_000
 # refused before it is made.
 LEAST_PNG_BYTES_PER_PIXEL = 0.5
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 def build_output(
-    pictures: list[Image.Image], request: Request, *, model_name: str, metadata: bool
+    pictures: list[Image.Image],
+    request: Request,
+    *,
+    model_name: str,
+    lossy: Mapping[str, Any] = NOTHING,
+    metadata: bool,
 ) -> dict[str, Any]:
     """The output of worker-sdxl 2.1.0: `images`, the first of them as `image_url`, the first seed.
 
     Args:
         pictures: RGB; picture i was made from seed `request.seed + i`.
+        lossy: `Settings.lossy` of the worker.
         metadata: whether the PNGs carry `describe(...)` as text chunks.
     """
     images = []
     for i, picture in enumerate(pictures):
-        text = describe(request, i, model_name) if metadata else {}
+        text = describe(request, i, model_name, lossy) if metadata else {}
         png = encode_png(np.asarray(picture), text)
         images.append("data:image/png;base64," + base64.b64encode(png).decode("ascii"))
     return {"images": images, "image_url": images[0], "seed": request.seed}
@@ -81,8 +91,11 @@ def _check_size(size: int, job_id: str, how: str) -> None:
         )
 
 
-def describe(request: Request, index: int, model_name: str) -> dict[str, str]:
-    """What made picture `index`: `request` is an input that makes it again, alone."""
+def describe(
+    request: Request, index: int, model_name: str, lossy: Mapping[str, Any] = NOTHING
+) -> dict[str, str]:
+    """What made picture `index`: `request` is an input that makes it again, alone, on a worker with
+    the same `settings`."""
     again = request.model_copy(update={"seed": request.seed + index, "num_images": 1})
     job_input = again.model_dump(exclude_none=True, exclude={"preview", "check"})
     if request.image_url is not None:
@@ -92,6 +105,7 @@ def describe(request: Request, index: int, model_name: str) -> dict[str, str]:
         "model": model_name,
         "request": json.dumps(job_input, ensure_ascii=False),
         "versions": json.dumps(library_versions()),
+        **({"settings": json.dumps(dict(lossy))} if lossy else {}),
     }
 
 

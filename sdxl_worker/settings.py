@@ -1,7 +1,7 @@
 """The worker's settings: one declaration each, read from the environment."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -49,11 +49,21 @@ class Settings(BaseSettings):
             "workers with the same GPU and versions. It holds code: let nobody else write to it."
         ),
     ] = None
+    step_cache: Annotated[
+        int | None,
+        Field(
+            ge=2,
+            le=5,
+            description="Faster pictures of a lower quality: one step in so many, 2 to 5, runs the "
+            "whole UNet, the others its outermost level alone. Of `COMPILE`, it leaves out what "
+            "takes a UNet as a whole: the CUDA graphs, and in `full` the UNet. Not set: off.",
+        ),
+    ] = None
     png_metadata: Annotated[
         bool,
         Field(
-            description="Write the request, the seed, the model's name and the versions into "
-            "each PNG as text chunks."
+            description="Write the request, the seed, the model's name, the versions and "
+            "lossy settings into each PNG as text chunks."
         ),
     ] = True
     worker_concurrency: Annotated[
@@ -65,6 +75,11 @@ class Settings(BaseSettings):
             "time; a second job fetches, encodes and posts meanwhile.",
         ),
     ] = 1
+
+    @property
+    def lossy(self) -> dict[str, Any]:
+        """The settings that trade quality for speed, by variable, as far as they are set."""
+        return {"STEP_CACHE": self.step_cache} if self.step_cache is not None else {}
 
 
 def load_settings() -> Settings:

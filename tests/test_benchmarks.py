@@ -13,17 +13,18 @@ import pytest
 import torch
 from transformers import CLIPTextConfig
 
-from benchmarks import coldstart, common, memory, overhead, pictures
-from benchmarks.flops import count_flops, meta_networks
+from benchmarks import coldstart, common, memory, overhead, pictures, step_cache
+from benchmarks.flops import Flops, count_flops, meta_networks
 from benchmarks.sdxl_architecture import CONFIGS, write_configs
 from sdxl_worker import check
 from sdxl_worker import memory as worker_memory
 from sdxl_worker.logs import JsonFormatter
 from sdxl_worker.optimize import STEPS
+from tests.support import models
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = REPOSITORY.parent / "shared" / "sdxl-1.0"
-PROGRAMS = ("coldstart", "memory", "overhead", "pictures", "throughput")
+PROGRAMS = ("coldstart", "memory", "overhead", "pictures", "step_cache", "throughput")
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +87,26 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def test_operations_are_counted_as_they_are_known(networks: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def flops(networks: dict[str, Any]) -> Flops:
+    return count_flops(networks, 1024, 1024)
+
+
+def test_operations_are_counted_as_they_are_known(flops: Flops) -> None:
     """T-GATE's authors count 2.989 TMAC for a pass of the base without attention's products."""
-    flops = count_flops(networks, 1024, 1024)
     assert flops.base == pytest.approx(6.761, abs=0.001)
     assert flops.base * (1 - 0.116) == pytest.approx(2 * 2.989, rel=0.01)
     assert flops.refiner == pytest.approx(7.286, abs=0.001)
     assert flops.decode == pytest.approx(10.47, abs=0.01)
     assert flops.text == pytest.approx(0.110, abs=0.002)
     assert flops.of_picture(25, 15) == pytest.approx(567.1, rel=0.001)
+
+
+def test_a_step_between_whole_ones_takes_a_fifteenth_of_the_operations(flops: Flops) -> None:
+    assert flops.base_between / flops.base == pytest.approx(0.066, abs=0.001)
+    assert flops.refiner_between / flops.refiner == pytest.approx(0.088, abs=0.001)
+    shares = [flops.of_picture(25, 15, n) / flops.of_picture(25, 15) for n in (1, 2, 3, 5)]
+    assert shares == pytest.approx([1, 0.569, 0.410, 0.274], abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +215,35 @@ def test_a_row_that_fails_does_not_cost_the_others(
     broken, fine = common.read_csv(pictures.run(options))
     assert broken["note"] == "not measured: RuntimeError: CUDA out of memory."
     assert float(fine["picture_ms"]) > 0
+
+
+# --- the step cache ------------------------------------------------------------------------------
+
+
+def test_a_step_cache_is_compared_with_whole_steps(tmp_path: Path) -> None:
+    drawn = step_cache.measure(models(), count=1, size_px=64, base_steps=2, judged=True)
+    assert drawn[None].psnr_db == [99.0]
+    for interval in (2, 3, 5):
+        assert 10 < drawn[interval].psnr_db[0] < 99
+        assert drawn[interval].seconds[0] > 0
+        assert len(drawn[interval].iou) == 1
+
+    options = pictures.Options(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        model="embedded",
+        rows=("channels_last", "step_cache_2"),
+        sizes=[(64, 64)],
+        batches=[1],
+        base_steps=2,
+        refiner_steps=7,
+        repeats=1,
+        out=tmp_path,
+    )
+    whole, cached = common.read_csv(pictures.run(options))
+    assert (whole["step_cache"], cached["step_cache"]) == ("0", "2")
+    assert float(cached["tflop"]) < float(whole["tflop"])
+    assert float(cached["psnr_db"]) < float(whole["psnr_db"])
 
 
 # --- the cold start ------------------------------------------------------------------------------

@@ -237,6 +237,8 @@ def test_weights_that_do_not_fit_their_config_are_refused(model_dir: Path) -> No
         ("WORKER_CONCURRENCY", "0"),
         ("WORKER_CONCURRENCY", "9"),
         ("WORKER_CONCURRENCY", "two"),
+        ("STEP_CACHE", "1"),
+        ("STEP_CACHE", "6"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(
@@ -247,7 +249,9 @@ def test_a_wrong_setting_is_named_with_its_value(
         load_settings()
 
 
-@pytest.mark.parametrize("name", ["MODEL_DIR", "DTYPE", "PNG_METADATA", "WORKER_CONCURRENCY"])
+@pytest.mark.parametrize(
+    "name", ["MODEL_DIR", "DTYPE", "STEP_CACHE", "PNG_METADATA", "WORKER_CONCURRENCY"]
+)
 def test_an_empty_setting_is_unset_as_the_hub_sends_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
