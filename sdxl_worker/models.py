@@ -32,8 +32,9 @@ from sdxl_worker.errors import ModelError
 from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.optimize import optimize, steps_of
 from sdxl_worker.preview import PreviewMap, fit_preview_map
+from sdxl_worker.quantize import check_quantization
 from sdxl_worker.schedulers import timestep_to_device
-from sdxl_worker.settings import CompileMode, Settings
+from sdxl_worker.settings import CompileMode, Quantization, Settings
 from sdxl_worker.weights import Placement, Tensors, Weights, start_reading
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class Models:
     preview_map: PreviewMap
     revision: str
     """What tells these weights from others: a commit of the hub, or a digest of the files."""
+    quantization: Quantization | None = None
+    """What the UNets lost beside these weights."""
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +94,9 @@ def load_models(
         if settings not in _loaded:
             _loaded.clear()
             weights = weights or start_reading(find_model_dir(settings), settings.dtype)
-            _loaded[settings] = load(weights, settings.compile, on_base)
+            _loaded[settings] = load(
+                weights, settings.compile, on_base, quantization=settings.quantize
+            )
         return _loaded[settings]
 
 
@@ -99,6 +104,8 @@ def load(
     weights: Weights,
     compile_mode: CompileMode | None = None,
     on_base: Callable[[Models], object] = lambda _: None,
+    *,
+    quantization: Quantization | None = None,
 ) -> Models:
     """Build the pipelines from the weights as they come in.
 
@@ -112,7 +119,8 @@ def load(
     transformers_logging.disable_progress_bar()
 
     placement = weights.placement
-    steps = steps_of(compile_mode, placement)
+    check_quantization(quantization, compile_mode, placement)
+    steps = {*steps_of(compile_mode, placement), *([quantization] if quantization else [])}
     base = _load_base(weights)
     optimize(steps, base.unet, base.vae)
     model_dir = weights.model_dir
@@ -124,6 +132,7 @@ def load(
         placement=placement,
         preview_map=fit_preview_map(base.vae, placement.device),
         revision=model_dir.revision(),
+        quantization=quantization,
     )
     if model_dir.refiner is not None:
         on_base(models)

@@ -12,6 +12,7 @@ EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes
 
 
 CompileMode = Literal["graphs", "blocks", "full"]
+Quantization = Literal["int8", "fp8"]
 
 
 class Settings(BaseSettings):
@@ -47,6 +48,14 @@ class Settings(BaseSettings):
         Field(
             description="Folder, on a network volume say, that keeps what `COMPILE` compiled for "
             "workers with the same GPU and versions. It holds code: let nobody else write to it."
+        ),
+    ] = None
+    quantize: Annotated[
+        Quantization | None,
+        Field(
+            description="Lossy: the UNets' transformer blocks multiply in 8 bits, `int8` or, on "
+            "GPUs from Ada and Hopper on, `fp8`. For `COMPILE=blocks` and `full`. Not set: all "
+            "numbers as they are."
         ),
     ] = None
     png_metadata: Annotated[
