@@ -47,6 +47,7 @@ def build_report(
         "refiner": models.refiner is not None,
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
         "dtype": str(models.dtype).removeprefix("torch."),
+        "quantization": models.quantization,
         "peak_memory_mb": round(peak_memory_bytes() / 1e6),
         "free_memory_mb": round(torch.cuda.mem_get_info()[0] / 1e6) if gpu else None,
         "versions": {

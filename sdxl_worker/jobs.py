@@ -74,6 +74,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 request,
                 model_name=models.name,
                 metadata=settings.png_metadata,
+                quantization=models.quantization,
             )
             check_size(output, job_id)
             return output

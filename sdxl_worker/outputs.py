@@ -23,7 +23,12 @@ LEAST_PNG_BYTES_PER_PIXEL = 0.5
 
 
 def build_output(
-    pictures: list[Image.Image], request: Request, *, model_name: str, metadata: bool
+    pictures: list[Image.Image],
+    request: Request,
+    *,
+    model_name: str,
+    metadata: bool,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """The output of worker-sdxl 2.1.0: `images`, the first of them as `image_url`, the first seed.
 
@@ -33,7 +38,7 @@ def build_output(
     """
     images = []
     for i, picture in enumerate(pictures):
-        text = describe(request, i, model_name) if metadata else {}
+        text = describe(request, i, model_name, quantization) if metadata else {}
         png = encode_png(np.asarray(picture), text)
         images.append("data:image/png;base64," + base64.b64encode(png).decode("ascii"))
     return {"images": images, "image_url": images[0], "seed": request.seed}
@@ -81,7 +86,9 @@ def _check_size(size: int, job_id: str, how: str) -> None:
         )
 
 
-def describe(request: Request, index: int, model_name: str) -> dict[str, str]:
+def describe(
+    request: Request, index: int, model_name: str, quantization: str | None = None
+) -> dict[str, str]:
     """What made picture `index`: `request` is an input that makes it again, alone."""
     again = request.model_copy(update={"seed": request.seed + index, "num_images": 1})
     job_input = again.model_dump(exclude_none=True, exclude={"preview", "check"})
@@ -92,6 +99,7 @@ def describe(request: Request, index: int, model_name: str) -> dict[str, str]:
         "model": model_name,
         "request": json.dumps(job_input, ensure_ascii=False),
         "versions": json.dumps(library_versions()),
+        **({"quantization": quantization} if quantization else {}),
     }
 
 

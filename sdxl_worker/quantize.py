@@ -31,9 +31,7 @@ def check_quantization(
     if quantization is None:
         return
     gpu = placement.device.type == "cuda"
-    if quantization == "fp8" and not (
-        gpu and torch.cuda.get_device_capability() >= FP8_CAPABILITY
-    ):
+    if quantization == "fp8" and not (gpu and torch.cuda.get_device_capability() >= FP8_CAPABILITY):
         raise ModelError(
             "QUANTIZE: fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper, "
             "Blackwell); take int8, or leave it unset"
