@@ -56,8 +56,8 @@ def quantize(unet: Any, quantization: Quantization) -> None:
 
     These are 63% of the base's operations and 49% of the refiner's at 1024x1024 (computed), and
     what `COMPILE=blocks` compiles. Their text keys and values are left as they are: 0.8% of the
-    operations, and CLIP's few huge numbers would coarsen all others. So are the embeddings of time
-    and size, which are one row.
+    operations, which would bring every step the same error. So are the embeddings of time and size,
+    of one row, and what is outside of the UNets.
     """
     # It would tell that its own kernels, which are for other formats, do not load without CUDA.
     logging.getLogger("torchao").setLevel(logging.ERROR)

@@ -244,5 +244,5 @@ def test_pictures_and_reports_tell_of_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_was_compiled_without_it_is_not_taken() -> None:
-    names = {compile_cache._file_name("blocks", reading(), kind) for kind in (None, "int8", "fp8")}  # type: ignore[arg-type]
+    names = {compile_cache._file_name("blocks", reading(), kind) for kind in (None, "int8", "fp8")}
     assert len(names) == 3
