@@ -38,11 +38,12 @@ def check_quantization(
         )
     if not gpu:
         return
-    # Uncompiled, torchao's int8 also reads from the GPU before each product.
+    # Uncompiled, rounding takes kernels of its own, and torchao's int8 reads from the GPU before
+    # each product, which no CUDA graph can record.
     if compile_mode not in ("blocks", "full"):
         raise ModelError(
-            "QUANTIZE: needs COMPILE=blocks or COMPILE=full; without, it would be slower than "
-            "nothing"
+            "QUANTIZE: needs COMPILE=blocks or COMPILE=full; set one of them, or leave QUANTIZE "
+            "unset"
         )
     if not placement.resident:
         raise ModelError(
@@ -67,7 +68,7 @@ def quantize(unet: Any, quantization: Quantization) -> None:
         quantize_,
     )
 
-    # Its options for the compiler would hold for the whole process.
+    # torchao's options for the compiler would hold for all networks.
     config: Any
     if quantization == "int8":
         # A scale for each row: no picture of a batch depends on the others.
