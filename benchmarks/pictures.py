@@ -57,6 +57,10 @@ WORKER_ROWS: dict[str, frozenset[str]] = {
     "compile_full": MODES["full"] - {"cuda_graphs"},
     "full": MODES["full"],
     "full+cudnn": MODES["full"] | {"cudnn_attention"},
+    "blocks+int8": MODES["blocks"] | {"int8"},
+    "blocks+fp8": MODES["blocks"] | {"fp8"},
+    "full+int8": MODES["full"] | {"int8"},
+    "full+fp8": MODES["full"] | {"fp8"},
 }
 # These draw another picture: their PSNR is what they cost.
 STEP_CACHE_ROWS = {"step_cache_2": 2, "step_cache_3": 3}
@@ -64,7 +68,7 @@ WORKER_ROWS |= dict.fromkeys(STEP_CACHE_ROWS, CHANNELS_LAST)
 OTHER_ROWS: dict[str, type[Diffusers]] = {"2.1.0": Version210, "diffusers": Diffusers}
 ROWS = (*OTHER_ROWS, *WORKER_ROWS)
 REFERENCE = "worker"
-NEEDS_GPU = frozenset({"cudnn_attention", "cuda_graphs"})
+NEEDS_GPU = frozenset({"cudnn_attention", "cuda_graphs", "fp8"})
 
 COLUMNS = (
     *("dtype", "model", "row", "width", "height", "batch", "base_steps", "refiner_steps"),

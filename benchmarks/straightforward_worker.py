@@ -3,8 +3,11 @@ both pipelines loaded whole, one after the other, and the same small picture dra
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.modules["torchao"] = None  # type: ignore[assignment]  # not one of its requirements
 
 import runpod
 import torch

@@ -48,6 +48,7 @@ def build_report(
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
         "dtype": str(models.dtype).removeprefix("torch."),
         "step_cache": models.step_cache,
+        "quantization": models.quantization,
         "peak_memory_mb": round(peak_memory_bytes() / 1e6),
         "free_memory_mb": round(torch.cuda.mem_get_info()[0] / 1e6) if gpu else None,
         "versions": {

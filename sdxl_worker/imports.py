@@ -13,27 +13,29 @@ from typing import Any
 
 # Packages whose __init__ reads or imports everything below them, for names that nothing here uses.
 POSTPONED = ("transformers.models", "diffusers.models.transformers")
+# Libraries that they import wherever they find them.
+HIDDEN = ("scipy", "torchao")
 
 
 @contextlib.contextmanager
 def sparing_imports() -> Iterator[None]:
     """Around the first import of the libraries.
 
-    scipy is hidden from them meanwhile: they use it for object detection and for noise schedules
-    of other kinds. diffusers remembers that there is none; `schedulers.py` gives `KLMS` what it
-    needs of it.
+    scipy and torchao are hidden from them meanwhile: they use one for object detection and for
+    noise schedules of other kinds, the other to read files that it wrote. diffusers remembers that
+    there is none; `schedulers.py` gives `KLMS` what it needs of scipy.
     """
-    hide_scipy = "scipy" not in sys.modules
-    if hide_scipy:
-        sys.modules["scipy"] = None  # type: ignore[assignment]  # what Python takes for "not there"
+    hidden = [name for name in HIDDEN if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # what Python takes for "not there"
     try:
         for package in POSTPONED:
             if package not in sys.modules:
                 _postpone(package)
         yield
     finally:
-        if hide_scipy:
-            del sys.modules["scipy"]
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _postpone(package: str) -> None:

@@ -32,8 +32,9 @@ from sdxl_worker.errors import ModelError
 from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.optimize import MODES, WHOLE_UNET_STEPS, optimize, steps_of
 from sdxl_worker.preview import PreviewMap, fit_preview_map
+from sdxl_worker.quantize import check_quantization
 from sdxl_worker.schedulers import timestep_to_device
-from sdxl_worker.settings import CompileMode, Settings
+from sdxl_worker.settings import CompileMode, Quantization, Settings
 from sdxl_worker.weights import Placement, Tensors, Weights, start_reading
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class Models:
     """What tells these weights from others: a commit of the hub, or a digest of the files."""
     step_cache: int | None = None
     """Steps from one whole step to the next. None: all steps are whole."""
+    quantization: Quantization | None = None
+    """What the UNets lost beside these weights."""
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +97,11 @@ def load_models(
             _loaded.clear()
             weights = weights or start_reading(find_model_dir(settings), settings.dtype)
             _loaded[settings] = load(
-                weights, settings.compile, on_base, step_cache=settings.step_cache
+                weights,
+                settings.compile,
+                on_base,
+                step_cache=settings.step_cache,
+                quantization=settings.quantize,
             )
         return _loaded[settings]
 
@@ -105,6 +112,7 @@ def load(
     on_base: Callable[[Models], object] = lambda _: None,
     *,
     step_cache: int | None = None,
+    quantization: Quantization | None = None,
 ) -> Models:
     """Build the pipelines from the weights as they come in.
 
@@ -118,7 +126,8 @@ def load(
     transformers_logging.disable_progress_bar()
 
     placement = weights.placement
-    steps = steps_of(compile_mode, placement, step_cache=step_cache)
+    steps = steps_of(compile_mode, placement, step_cache=step_cache, quantization=quantization)
+    check_quantization(quantization, steps, placement)
     base = _load_base(weights)
     optimize(steps, base.unet, base.vae)
     model_dir = weights.model_dir
@@ -131,6 +140,7 @@ def load(
         preview_map=fit_preview_map(base.vae, placement.device),
         revision=model_dir.revision(),
         step_cache=step_cache,
+        quantization=quantization,
     )
     if model_dir.refiner is not None:
         on_base(models)

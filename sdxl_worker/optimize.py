@@ -1,4 +1,5 @@
-"""What makes drawing faster and leaves the picture the same, within rounding.
+"""What makes drawing faster and leaves the picture the same, within rounding; but for `int8` and
+`fp8`, which are lossy and in no mode.
 
 `STEPS` is the list, in the order it is applied; `MODES` says which of them a worker takes. What is
 not a matter of the networks is where it happens: resident weights in `weights.py`, schedules on the
@@ -12,7 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdxl_worker.cuda_graphs import GraphedForward
-from sdxl_worker.settings import CompileMode
+from sdxl_worker.quantize import quantize
+from sdxl_worker.settings import CompileMode, Quantization
 from sdxl_worker.weights import Placement
 
 
@@ -27,7 +29,11 @@ def optimize(steps: Collection[str], unet: Any, vae: Any = None) -> None:
 
 
 def steps_of(
-    mode: CompileMode | None, placement: Placement, *, step_cache: int | None = None
+    mode: CompileMode | None,
+    placement: Placement,
+    *,
+    step_cache: int | None = None,
+    quantization: Quantization | None = None,
 ) -> Collection[str]:
     """What a worker takes: nothing on a CPU, unless COMPILE asks for it.
 
@@ -40,6 +46,8 @@ def steps_of(
         steps -= {"channels_last", "cuda_graphs"}
     if step_cache is not None or not placement.resident:
         steps -= WHOLE_UNET_STEPS
+    if quantization is not None:
+        steps.add(quantization)
     return steps
 
 
@@ -59,6 +67,14 @@ def _cudnn_attention(unet: Any, _: Any) -> None:
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     unet.forward = sdpa_kernel(order, set_priority=True)(unet.forward)
+
+
+def _int8(unet: Any, _: Any) -> None:
+    quantize(unet, "int8")
+
+
+def _fp8(unet: Any, _: Any) -> None:
+    quantize(unet, "fp8")
 
 
 def _compile_blocks(unet: Any, _: Any) -> None:
@@ -87,6 +103,9 @@ STEPS: dict[str, Callable[[Any, Any], None]] = {
     "fuse_qkv": _fuse_qkv,
     # On Hopper, cuDNN's attention is faster than the FlashAttention 2 that comes first by default.
     "cudnn_attention": _cudnn_attention,
+    # Tensor cores do twice as many operations in 8 bits as in 16.
+    "int8": _int8,
+    "fp8": _fp8,
     # The 70 and 44 transformer blocks, three quarters of the work, from a handful of compilations.
     "compile_blocks": _compile_blocks,
     # Normalisations and activations melt into what stands beside them, convolutions included.

@@ -12,6 +12,7 @@ EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes
 
 
 CompileMode = Literal["graphs", "blocks", "full"]
+Quantization = Literal["int8", "fp8"]
 
 
 class Settings(BaseSettings):
@@ -59,6 +60,14 @@ class Settings(BaseSettings):
             "takes a UNet as a whole: the CUDA graphs, and in `full` the UNet. Not set: off.",
         ),
     ] = None
+    quantize: Annotated[
+        Quantization | None,
+        Field(
+            description="Lossy: the UNets' transformer blocks multiply in 8 bits, `int8` or, on "
+            "GPUs from Ada and Hopper on, `fp8`. For `COMPILE=blocks` and `full`. Not set: all "
+            "numbers as they are."
+        ),
+    ] = None
     png_metadata: Annotated[
         bool,
         Field(
@@ -79,7 +88,8 @@ class Settings(BaseSettings):
     @property
     def lossy(self) -> dict[str, Any]:
         """The settings that trade quality for speed, by variable, as far as they are set."""
-        return {"STEP_CACHE": self.step_cache} if self.step_cache is not None else {}
+        lossy = {"STEP_CACHE": self.step_cache, "QUANTIZE": self.quantize}
+        return {name: value for name, value in lossy.items() if value is not None}
 
 
 def load_settings() -> Settings:

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import functools
 import io
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -141,10 +140,3 @@ def optimize_models(some_models: Models, steps: Collection[str]) -> None:
     assert some_models.refiner is not None
     optimize(steps, some_models.base.unet, some_models.base.vae)
     optimize(steps, some_models.refiner.unet)
-
-
-def psnr(pictures: list[Image.Image], others: list[Image.Image]) -> float:
-    """Peak signal-to-noise ratio in dB."""
-    error = np.stack([np.asarray(picture, np.float64) for picture in pictures])
-    error -= np.stack([np.asarray(picture) for picture in others])
-    return 10 * math.log10(255**2 / max(float((error**2).mean()), 1e-9))

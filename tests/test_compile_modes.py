@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.ways import psnr_db
 from sdxl_worker import compile_cache, cuda_graphs
 from sdxl_worker import weights as weights_module
 from sdxl_worker.generate import generate
@@ -32,7 +33,6 @@ from tests.support import (
     largest_difference,
     models,
     optimize_models,
-    psnr,
     weights_being_read,
 )
 
@@ -123,7 +123,7 @@ def test_each_mode_draws_what_the_prompt_says_and_the_plain_picture(
         request = parse_request({"prompt": prompt, "seed": seed, **test_meaning.MODES[mode]})
         [picture] = generate(request, optimized)
         test_meaning.assert_shows(picture, prompt)
-        assert psnr([picture], generate(request, models())) > 45
+        assert psnr_db([picture], generate(request, models())) > 45
 
 
 @pytest.mark.parametrize("optimized", ["graphs"], indirect=True)
@@ -131,7 +131,7 @@ def test_a_mode_draws_other_sizes_batches_and_without_guidance(optimized: Models
     """Each is a shape of its own. To a compiler for the CPU, of some minutes: not in the suite."""
     for changed in ({"height": 96, "width": 160}, {"num_images": 3}, {"guidance_scale": 1}):
         request = parse_request({**REQUESTS["refined"], **changed})
-        assert psnr(generate(request, optimized), generate(request, models())) > 45
+        assert psnr_db(generate(request, optimized), generate(request, models())) > 45
 
 
 # --- CUDA graphs ---------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_compiled_blocks_draw_the_same_and_the_next_worker_compiles_nothing(
 
     [plain] = generate(parse_request({**REQUESTS["base"], "height": 64, "width": 64}), models())
     picture = Image.frombytes("RGB", (64, 64), bytes.fromhex(first["pixels"]))
-    assert psnr([picture], [plain]) > 45
+    assert psnr_db([picture], [plain]) > 45
 
 
 def other_versions(patch: pytest.MonkeyPatch) -> Weights:

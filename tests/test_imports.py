@@ -24,7 +24,7 @@ def recorded(*arguments):
 
 weights.start_reading = recorded
 handler._prepare(Settings())
-unused = ("scipy", "diffusers.models.transformers.auraflow_transformer_2d")
+unused = ("scipy", "torchao", "diffusers.models.transformers.auraflow_transformer_2d")
 imported = [name for name in unused if name in sys.modules]
 output = asyncio.run(handler.handler({"id": "1", "input": json.loads(sys.argv[1])}))
 import transformers.models

@@ -9,6 +9,7 @@ import torch
 from accelerate.hooks import CpuOffload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.ways import psnr_db
 from sdxl_worker import generate as generate_module
 from sdxl_worker import memory
 from sdxl_worker import models as models_module
@@ -27,7 +28,6 @@ from tests.support import (
     largest_difference,
     models,
     optimize_models,
-    psnr,
     weights_being_read,
 )
 
@@ -161,7 +161,7 @@ def test_a_step_leaves_the_picture_the_same(step: str, mode: str) -> None:
     optimized = fresh_models()
     optimize_models(optimized, [step])
     changed = generate(request, optimized)
-    assert psnr(changed, generate(request, models())) > 45
+    assert psnr_db(changed, generate(request, models())) > 45
 
 
 def test_steps_change_the_networks() -> None:
