@@ -197,7 +197,7 @@ from sdxl_worker.settings import Settings
 
 settings = Settings(model_dir=sys.argv[1], compile="blocks", compile_cache_dir=sys.argv[2])
 started = time.perf_counter()
-check.prepare(settings, start_weights_being_read(find_model_dir(settings), None))
+check.prepare(settings, start_reading(find_model_dir(settings), None))
 seconds = time.perf_counter() - started
 [picture] = generate(parse_request(json.loads(sys.argv[3])), load_models(settings))
 counters = torch._dynamo.utils.counters["inductor"]
