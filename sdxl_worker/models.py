@@ -156,10 +156,11 @@ def load(
         placement.device,
     )
     if step_cache is not None:
+        left_out = MODES[compile_mode] & WHOLE_UNET_STEPS
         log.info(
-            "STEP_CACHE: one step in %d is a whole one; of COMPILE, that leaves out: %s",
+            "STEP_CACHE: one step in %d is a whole one%s",
             step_cache,
-            ", ".join(sorted(MODES[compile_mode] & WHOLE_UNET_STEPS)) or "nothing",
+            f"; not beside it, of COMPILE: {', '.join(sorted(left_out))}" if left_out else "",
         )
     return models
 

@@ -64,8 +64,10 @@ def quantize(unet: Any, quantization: Quantization) -> None:
     operations, which would bring every step the same error. So are the embeddings of time and size,
     of one row, and what is outside of the UNets.
     """
-    # It would tell that its own kernels, which are for other formats, do not load without CUDA.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # It would tell that its own kernels, which are for other formats, do not load without CUDA,
+    # and torch that it is registered in a way that will change.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
