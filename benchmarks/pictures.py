@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import itertools
 import math
+import os
 import shutil
 import statistics
 import tempfile
@@ -338,11 +339,14 @@ def _model_dir(model: str) -> Iterator[ModelDir]:
 def _way(row: str, model_dir: ModelDir, options: Options) -> Iterator[Way]:
     """The way of a row with models of its own, for the steps change them for good."""
     models = _models(model_dir, options)
-    if row in OTHER_ROWS:
-        yield OTHER_ROWS[row](models)
-    else:
-        cached = dataclasses.replace(models, step_cache=STEP_CACHE_ROWS.get(row))
-        yield Worker(cached, WORKER_ROWS[row])
+    with tempfile.TemporaryDirectory() as compiled:
+        # Where compilers keep their work: what earlier rows left would make a first picture quick.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
+        if row in OTHER_ROWS:
+            yield OTHER_ROWS[row](models)
+        else:
+            cached = dataclasses.replace(models, step_cache=STEP_CACHE_ROWS.get(row))
+            yield Worker(cached, WORKER_ROWS[row])
     del models
     torch._dynamo.reset()
     gc.collect()
