@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import itertools
 import math
-import os
 import shutil
 import statistics
 import tempfile
@@ -28,14 +27,16 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.flops import count_flops, meta_networks
 from benchmarks.overhead import sample_picture
 from benchmarks.sdxl_architecture import write_configs
-from benchmarks.ways import Diffusers, Version210, Way, Worker, psnr_db
+from benchmarks.ways import Diffusers, FlashAttention, Version210, Way, Worker, psnr_db
 from builder.random_model import NETWORKS, random_network
+from sdxl_worker.gpu import peak_memory_bytes
 from sdxl_worker.model_dir import ModelDir, find_model_dir
 from sdxl_worker.model_files import network_files
 from sdxl_worker.models import Models, load
@@ -50,14 +51,12 @@ WORKER_ROWS: dict[str, frozenset[str]] = {
     "worker": frozenset(),
     "channels_last": CHANNELS_LAST,
     "fuse_qkv": CHANNELS_LAST | {"fuse_qkv"},
-    "cudnn_attention": CHANNELS_LAST | {"cudnn_attention"},
+    "flash_attention": CHANNELS_LAST,
     "graphs": MODES["graphs"],
-    "graphs+cudnn": MODES["graphs"] | {"cudnn_attention"},
     "compile_blocks": CHANNELS_LAST | {"compile_blocks"},
     "blocks": MODES["blocks"],
     "compile_full": MODES["full"] - {"cuda_graphs"},
     "full": MODES["full"],
-    "full+cudnn": MODES["full"] | {"cudnn_attention"},
     "blocks+int8": MODES["blocks"] | {"int8"},
     "blocks+fp8": MODES["blocks"] | {"fp8"},
     "full+int8": MODES["full"] | {"int8"},
@@ -69,7 +68,7 @@ WORKER_ROWS |= dict.fromkeys(STEP_CACHE_ROWS, CHANNELS_LAST)
 OTHER_ROWS: dict[str, type[Diffusers]] = {"2.1.0": Version210, "diffusers": Diffusers}
 ROWS = (*OTHER_ROWS, *WORKER_ROWS)
 REFERENCE = "worker"
-NEEDS_GPU = frozenset({"cudnn_attention", "cuda_graphs", "fp8"})
+NEEDS_GPU = frozenset({"flash_attention", "cuda_graphs", "fp8"})
 
 COLUMNS = (
     *("dtype", "model", "row", "width", "height", "batch", "base_steps", "refiner_steps"),
@@ -199,7 +198,7 @@ def measure(way: Way, request: Request, device: torch.device, repeats: int) -> M
 
 def why_not(row: str, device: torch.device) -> str:
     """Why a row cannot be measured on the device; empty if it can."""
-    needs = WORKER_ROWS.get(row, frozenset()) & NEEDS_GPU
+    needs = ({row} | WORKER_ROWS.get(row, frozenset())) & NEEDS_GPU
     if needs and device.type == "cpu":
         return f"{' and '.join(sorted(needs))}: a GPU is needed"
     if "compile" in " ".join(WORKER_ROWS.get(row, ())) and shutil.which("c++") is None:
@@ -236,45 +235,77 @@ def run(options: Options) -> Path:
     with _model_dir(options.model) as model_dir:
         networks = meta_networks(model_dir.root)
         flops = {size: count_flops(networks, *size) for size in options.sizes}
-        references: dict[Request, list[Image.Image]] = {}
-        with _way(REFERENCE, model_dir, options) as way:
-            for request in requests:
-                references[request] = way.draw(request, lambda _: None)
-
+        references = _references(requests, model_dir, options)
+        _let_go(options.device)
         bar = tqdm(total=len(options.rows) * len(requests), unit="row")
         for row in options.rows:
             bar.set_description(row)
-            with contextlib.ExitStack() as stack:
-                reason = why_not(row, options.device)
-                if not reason:
-                    try:
-                        way = stack.enter_context(_way(row, model_dir, options))
-                    except Exception as error:
-                        # Whatever goes wrong in one row must not cost the others.
-                        reason = _shortened(error)
-                for request in requests:
-                    values = machine | _described(row, request, options)
+            for request, measured in _measure_row(row, requests, model_dir, options):
+                values = machine | _described(row, request, options)
+                if isinstance(measured, str):
+                    values["note"] = f"not measured: {measured}"
+                else:
                     tflop = flops[request.width or 0, request.height or 0].of_picture(
                         request.num_inference_steps,
                         request.refiner_steps_run,
                         STEP_CACHE_ROWS.get(row, 1),
                     )
-                    failed = reason
-                    if not reason:
-                        try:
-                            measured = measure(way, request, options.device, options.repeats)
-                            values |= _figures(measured, request, options, tflop, limit)
-                            psnr = psnr_db(measured.pictures, references[request])
-                            values["psnr_db"] = round(psnr, 1)
-                        except Exception as error:
-                            failed = _shortened(error)
-                    if failed:
-                        values["note"] = f"not measured: {failed}"
-                    results.add(values)
-                    bar.update()
+                    values |= _figures(measured, request, options, tflop, limit)
+                    psnr = psnr_db(measured.pictures, references[request])
+                    values["psnr_db"] = round(psnr, 1)
+                results.add(values)
+                bar.update()
+            _let_go(options.device)
         bar.close()
     report(results.path)
     return results.path
+
+
+def _references(
+    requests: Sequence[Request], model_dir: ModelDir, options: Options
+) -> dict[Request, list[Image.Image]]:
+    """What the other rows' pictures are compared with.
+
+    Raises:
+        RuntimeError: the networks' numbers are not finite, and all pictures would be alike.
+    """
+    way = _way(REFERENCE, _models(model_dir, options))
+    references = {request: way.draw(request, lambda _: None) for request in requests}
+    for picture in itertools.chain.from_iterable(references.values()):
+        if picture.getcolors(1) is not None:
+            raise RuntimeError(f"{REFERENCE} draws an empty picture: try --dtype bfloat16")
+    return references
+
+
+def _measure_row(
+    row: str, requests: Sequence[Request], model_dir: ModelDir, options: Options
+) -> Iterator[tuple[Request, Measured | str]]:
+    """Each request's figures, or why there are none."""
+    reason = why_not(row, options.device)
+    # What earlier rows compiled would make a first picture quick.
+    with contextlib.nullcontext() if reason else fresh_cache():
+        if not reason:
+            try:
+                way = _way(row, _models(model_dir, options))
+            except Exception as error:
+                # Whatever goes wrong in one row must not cost the others.
+                reason = _shortened(error)
+        for request in requests:
+            measured: Measured | str = reason
+            if not reason:
+                try:
+                    measured = measure(way, request, options.device, options.repeats)
+                except Exception as error:
+                    measured = _shortened(error)
+            yield request, measured
+
+
+def _let_go(device: torch.device) -> None:
+    """Of a row's networks, its recordings and what was compiled for it, before others come."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _described(row: str, request: Request, options: Options) -> dict[str, object]:
@@ -318,7 +349,7 @@ def _figures(
         "share_of_limit": round(reached / limit, 3),
     }
     if options.device.type == "cuda":
-        figures["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        figures["peak_memory_gb"] = round(peak_memory_bytes() / 1e9, 2)
         figures["reserved_memory_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     return figures
 
@@ -335,26 +366,16 @@ def _model_dir(model: str) -> Iterator[ModelDir]:
         yield find_model_dir(Settings(model_dir=root))
 
 
-@contextlib.contextmanager
-def _way(row: str, model_dir: ModelDir, options: Options) -> Iterator[Way]:
-    """The way of a row with models of its own, for the steps change them for good."""
-    models = _models(model_dir, options)
-    with tempfile.TemporaryDirectory() as compiled:
-        # Where compilers keep their work: what earlier rows left would make a first picture quick.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled
-        if row in OTHER_ROWS:
-            yield OTHER_ROWS[row](models)
-        else:
-            cached = dataclasses.replace(models, step_cache=STEP_CACHE_ROWS.get(row))
-            yield Worker(cached, WORKER_ROWS[row])
-    del models
-    torch._dynamo.reset()
-    gc.collect()
-    if options.device.type == "cuda":
-        torch.cuda.empty_cache()
+def _way(row: str, models: Models) -> Way:
+    if row in OTHER_ROWS:
+        return OTHER_ROWS[row](models)
+    models = dataclasses.replace(models, step_cache=STEP_CACHE_ROWS.get(row))
+    kind = FlashAttention if row == "flash_attention" else Worker
+    return kind(models, WORKER_ROWS[row])
 
 
 def _models(model_dir: ModelDir, options: Options) -> Models:
+    """Of a row's own, for the steps change them for good."""
     placement = Placement(options.device, options.dtype, resident=True)
     if options.model == "full":
         models = load(RandomWeights(model_dir, placement))

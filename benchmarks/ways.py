@@ -1,6 +1,7 @@
 """Ways to draw the same request: the worker's, plain diffusers, and that of worker-sdxl 2.1.0."""
 
 import base64
+import contextlib
 import copy
 import tempfile
 from abc import ABC, abstractmethod
@@ -16,10 +17,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdxl_worker.generate import generate
 from sdxl_worker.models import Models
-from sdxl_worker.optimize import optimize
+from sdxl_worker.optimize import for_one_size, optimize
 from sdxl_worker.outputs import build_output
 from sdxl_worker.request import Request
 from sdxl_worker.schedulers import SCHEDULERS, scheduler_class
@@ -39,18 +41,31 @@ class Way(ABC):
 
 
 class Worker(Way):
-    """This worker, with some steps of `optimize`."""
+    """This worker, with some steps of `optimize`. Its start is the first picture."""
 
     def __init__(self, models: Models, steps: Collection[str]) -> None:
         self._models = models
         for unet, vae in ((models.base.unet, models.base.vae), (_refiner(models).unet, None)):
             optimize(steps, unet, vae)
+        self._starting = for_one_size(steps)
 
     def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
-        return generate(request, self._models, on_step=lambda step: on_step(step.stage))
+        with self._starting:
+            pictures = generate(request, self._models, on_step=lambda step: on_step(step.stage))
+        self._starting = contextlib.nullcontext()
+        return pictures
 
     def encode(self, pictures: list[Image.Image], request: Request) -> list[str]:
         return build_output(pictures, request, model_name="benchmark", metadata=True)["images"]
+
+
+class FlashAttention(Worker):
+    """With FlashAttention 2, where torch may prefer cuDNN's."""
+
+    def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
+        order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(order, set_priority=True):
+            return super().draw(request, on_step)
 
 
 class Diffusers(Way):

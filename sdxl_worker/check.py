@@ -16,6 +16,7 @@ from sdxl_worker.errors import ModelError
 from sdxl_worker.generate import generate
 from sdxl_worker.gpu import peak_memory_bytes
 from sdxl_worker.models import Models, load_models
+from sdxl_worker.optimize import MODES, for_one_size
 from sdxl_worker.outputs import library_versions
 from sdxl_worker.request import CHECK_INPUT, Request, parse_request
 from sdxl_worker.settings import Settings
@@ -79,7 +80,7 @@ def prepare(settings: Settings, weights: Weights) -> None:
     started = time.perf_counter()
     # The first picture costs more than later ones. The base's is drawn while the weights of the
     # refiner are still being read.
-    with compile_cache.kept(settings, weights):
+    with compile_cache.kept(settings, weights), for_one_size(MODES[settings.compile]):
         models = load_models(settings, weights, on_base=_draw)
         loaded = time.perf_counter()
         _log_seconds("loaded the models", loaded - started)

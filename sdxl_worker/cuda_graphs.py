@@ -61,16 +61,23 @@ class GraphedForward:
             The forward pass for inputs of these shapes; what it gives is overwritten by the next.
         """
         inputs = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in key]
-        stream, memory = _stream_and_memory()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        shared = _shared()
+        stream = torch.cuda.current_stream()
+        shared.stream.wait_stream(stream)
+        with torch.cuda.stream(shared.stream):
             for _ in range(WARM_UP_RUNS):
                 self._flat(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        stream.wait_stream(shared.stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on meanwhile: at the start they bring the refiner's weights to the GPU,
-        # which they may not during a recording of the usual, "global" kind.
-        with torch.cuda.graph(graph, memory, stream, capture_error_mode="thread_local"):
+        # which they may not during a recording of the usual, "global" kind. A recording that fails
+        # would leave this thread on the other stream: hence the outer context.
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(
+                graph, shared.memory, shared.stream, capture_error_mode="thread_local"
+            ),
+        ):
             output = self._flat(*inputs)
 
         def replay(*values: torch.Tensor) -> torch.Tensor:
@@ -98,8 +105,21 @@ class GraphedForward:
         )[0]
 
 
-@functools.cache
-def _stream_and_memory() -> tuple[torch.cuda.Stream, Any]:
-    """Of all recordings: one is replayed at a time and its output copied before the next is, so
-    that they can share their activations' memory."""
-    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+def idle_bytes() -> int:
+    """GPU memory that recordings keep for their replays. torch counts it as free."""
+    if _shared.cache_info().currsize == 0:
+        return 0
+    segments = torch.cuda.memory_snapshot(_shared().memory, include_traces=False)
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
+
+
+class _Shared:
+    """By all recordings: one is replayed at a time and its output copied before the next is, so
+    that they can have the same memory for their activations."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.memory = torch.cuda.graph_pool_handle()
+
+
+_shared = functools.cache(_Shared)

@@ -124,6 +124,7 @@ def generate(
         num_images=request.num_images,
         pixels=math.prod(size_px),
         decoder_dtype=torch.float32 if vae.config.force_upcast else models.dtype,
+        moved_in_bytes=0 if models.placement.resident else _largest_unet_bytes(models),
     )
     vae.use_slicing, vae.use_tiling = plan.slicing, plan.tiling
 
@@ -193,6 +194,9 @@ def _run(
 ) -> torch.Tensor:
     """One stage, with what every stage takes from the request and a scheduler of its own."""
     pipeline.scheduler = build_scheduler(request.scheduler, models.scheduler_config)
+    # Offloading is a chain of hooks, and what the pipelines share is in that of the last one only:
+    # without its own, a UNet would stay on the GPU beside the decoder.
+    pipeline.maybe_free_model_hooks()
     with step_cache(pipeline, models.step_cache):
         return pipeline(
             **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
@@ -202,6 +206,11 @@ def _run(
             generator=generators,
             callback_on_step_end=functools.partial(steps.after_step, stage),
         ).images
+
+
+def _largest_unet_bytes(models: Models) -> int:
+    pipelines = [models.base, models.refiner] if models.refiner else [models.base]
+    return max(pipeline.unet.get_memory_footprint() for pipeline in pipelines)
 
 
 class _Steps:

@@ -74,7 +74,9 @@ def peak_memory_bytes() -> int:
     """The most that was in use: GPU memory since `reset_peak_memory`, or of the whole process."""
     torch = _torch_with_gpu()
     if torch is not None:
-        return int(torch.cuda.max_memory_allocated())
+        from sdxl_worker import cuda_graphs
+
+        return int(torch.cuda.max_memory_allocated()) + cuda_graphs.idle_bytes()
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes * 1024
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sdxl_worker import cuda_graphs
+
 log = logging.getLogger(__name__)
 
 # What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
@@ -45,12 +47,14 @@ def plan(
     num_images: int,
     pixels: int,
     decoder_dtype: torch.dtype,
+    moved_in_bytes: int = 0,
 ) -> Plan:
     """The largest batch that fits, and the decoder's lesser ways only where the full one does not.
 
     Args:
         pixels: of one picture.
         decoder_dtype: what the decoder computes in.
+        moved_in_bytes: weights of a UNet that comes from the host for its stage and leaves after.
     """
     free_bytes = _free_bytes(device)
     if free_bytes is None:
@@ -58,7 +62,15 @@ def plan(
     unet_bytes = pixels * UNET_BYTES_PER_PIXEL * dtype.itemsize // 2
     decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * decoder_dtype.itemsize // 2
     room = free_bytes - MARGIN_BYTES
-    batch_size = max(1, min(num_images, room // unet_bytes))
+    recorded_bytes = cuda_graphs.idle_bytes()
+    if recorded_bytes:
+        # A recording keeps its memory, which grows to what the largest of them needs.
+        room_for_unet = room + recorded_bytes - decoder_bytes
+    else:
+        room_for_unet = room - moved_in_bytes
+    batch_size = max(1, min(num_images, room_for_unet // unet_bytes))
+    if recorded_bytes:
+        room -= max(0, batch_size * unet_bytes - recorded_bytes)
     chosen = Plan(
         batch_size,
         slicing=batch_size > 1 and batch_size * decoder_bytes > room,
@@ -74,4 +86,4 @@ def _free_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return torch.cuda.mem_get_info()[0] + reusable
+    return torch.cuda.mem_get_info()[0] + reusable - cuda_graphs.idle_bytes()

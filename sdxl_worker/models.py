@@ -129,6 +129,8 @@ def load(
     steps = steps_of(compile_mode, placement, step_cache=step_cache, quantization=quantization)
     check_quantization(quantization, steps, placement)
     base = _load_base(weights)
+    # Before the decoder is compiled, which is to be so for the pictures' size first.
+    preview_map = fit_preview_map(base.vae, placement.device)
     optimize(steps, base.unet, base.vae)
     model_dir = weights.model_dir
     models = Models(
@@ -137,7 +139,7 @@ def load(
         refiner=None,
         scheduler_config=_load_scheduler_config(model_dir.base / "scheduler"),
         placement=placement,
-        preview_map=fit_preview_map(base.vae, placement.device),
+        preview_map=preview_map,
         revision=model_dir.revision(),
         step_cache=step_cache,
         quantization=quantization,

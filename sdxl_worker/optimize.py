@@ -3,14 +3,16 @@
 
 `STEPS` is the list, in the order it is applied; `MODES` says which of them a worker takes. What is
 not a matter of the networks is where it happens: resident weights in `weights.py`, schedules on the
-host in `schedulers.py`, rounding on the GPU and batches in `generate.py`.
+host in `schedulers.py`, rounding on the GPU and batches in `generate.py`. Attention is left to
+torch: it takes cuDNN's on Hopper, which is the only kind of GPU where that was measured to be
+faster than FlashAttention 2 (https://github.com/huggingface/transformers/pull/48163).
 """
 
+import contextlib
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdxl_worker.cuda_graphs import GraphedForward
 from sdxl_worker.quantize import quantize
@@ -63,12 +65,6 @@ def _fuse_qkv(unet: Any, vae: Any) -> None:
         vae.fuse_qkv_projections()
 
 
-def _cudnn_attention(unet: Any, _: Any) -> None:
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    unet.forward = sdpa_kernel(order, set_priority=True)(unet.forward)
-
-
 def _int8(unet: Any, _: Any) -> None:
     quantize(unet, "int8")
 
@@ -98,11 +94,10 @@ def _cuda_graphs(unet: Any, _: Any) -> None:
 
 STEPS: dict[str, Callable[[Any, Any], None]] = {
     # The order that tensor cores take: in the other one, each convolution turns its input round.
+    # Where it is not compiled, torch's group normalisation on a GPU turns it back, up to 2.13.
     "channels_last": _channels_last,
     # One product in place of three. Not with LoRA, whose weights would be left out.
     "fuse_qkv": _fuse_qkv,
-    # On Hopper, cuDNN's attention is faster than the FlashAttention 2 that comes first by default.
-    "cudnn_attention": _cudnn_attention,
     # Tensor cores do twice as many operations in 8 bits as in 16.
     "int8": _int8,
     "fp8": _fp8,
@@ -122,11 +117,23 @@ MODES: dict[CompileMode | None, frozenset[str]] = {
     "full": frozenset({"channels_last", "compile_unet", "compile_decoder", "cuda_graphs"}),
 }
 
-
+COMPILING_STEPS = frozenset({"compile_blocks", "compile_unet", "compile_decoder"})
 WHOLE_UNET_STEPS = frozenset({"compile_unet", "cuda_graphs"})
 
 
+def for_one_size(steps: Collection[str]) -> contextlib.AbstractContextManager[Any]:
+    """Compile what is drawn meanwhile, on this thread, for its own size: that gives the fastest
+    code. Of the next size, torch then makes code for all sizes, for nobody waits for each.
+
+    By itself it would do so within the first picture, where a block of the UNet comes in a second
+    width.
+    """
+    if COMPILING_STEPS.isdisjoint(steps):
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+
+
 def _allow_many_shapes() -> None:
-    """A block is compiled for each width and number of tokens, of both UNets and every size asked
-    for. Beyond the limit torch would go back to the slow way without a word."""
+    """On this thread. Of a block, code is made for each width, for one size and for all, with and
+    without guidance, for prompts of one part and of more. Beyond the limit a job would fail."""
     torch._dynamo.config.recompile_limit = 64

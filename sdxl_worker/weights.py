@@ -111,7 +111,9 @@ def _read(path: Path, names: list[str], device: torch.device, dtype: torch.dtype
 
 
 def _to(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+    # In one call, torch would round on the host.
+    moved = tensor.to(device)
+    return moved.to(dtype) if tensor.is_floating_point() else moved
 
 
 def _parts(path: Path) -> Iterator[list[str]]:

@@ -87,8 +87,11 @@ def all_recordings() -> Iterator[list[Recording]]:
         patch.setattr(torch.cuda, "graph", record)
         patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         patch.setattr(torch.cuda, "current_stream", Stream)
-        patch.setattr(cuda_graphs, "_stream_and_memory", lambda: (Stream(), object()))
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "graph_pool_handle", object)
+        cuda_graphs._shared.cache_clear()
         yield made
+        cuda_graphs._shared.cache_clear()
 
 
 @pytest.fixture

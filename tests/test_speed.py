@@ -154,7 +154,7 @@ def test_offloaded_networks_draw_the_same_job_after_job(
         assert {id(module) for module in came} == {id(module) for module in expected}
 
 
-@pytest.mark.parametrize("step", ["channels_last", "fuse_qkv", "cudnn_attention"])
+@pytest.mark.parametrize("step", ["channels_last", "fuse_qkv"])
 @pytest.mark.parametrize("mode", REQUESTS)
 def test_a_step_leaves_the_picture_the_same(step: str, mode: str) -> None:
     request = parse_request({**REQUESTS[mode], "num_images": 2})
