@@ -1,19 +1,23 @@
 """The benchmarks run on any machine, and count what they say they count."""
 
+import functools
 import importlib
 import json
 import logging
 import math
+import os
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTextConfig
 
-from benchmarks import coldstart, common, memory, overhead, pictures, step_cache
+from benchmarks import coldstart, common, memory, overhead, pictures, step_cache, ways
 from benchmarks.flops import Flops, count_flops, meta_networks
 from benchmarks.sdxl_architecture import CONFIGS, write_configs
 from sdxl_worker import check
@@ -215,6 +219,67 @@ def test_a_row_that_fails_does_not_cost_the_others(
     broken, fine = common.read_csv(pictures.run(options))
     assert broken["note"] == "not measured: RuntimeError: CUDA out of memory."
     assert float(fine["picture_ms"]) > 0
+
+
+def test_a_row_begins_with_no_model_of_another_and_nothing_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Or a row's peak memory and first picture would be in part another's."""
+    drawn: list[Any] = []
+    caches: list[tuple[str | None, str | None]] = []
+
+    class Graphs(ways.Worker):
+        def __init__(self, models: Any, steps: Any) -> None:
+            assert not [unet() for unet in drawn if unet() is not None]
+            super().__init__(models, steps)
+            unet = models.base.unet
+            unet.forward = functools.partial(unet.forward)  # a circle, as a CUDA graph makes one
+            drawn.append(weakref.ref(unet))
+            caches.append(
+                (os.environ.get("TORCHINDUCTOR_CACHE_DIR"), os.environ.get("TRITON_CACHE_DIR"))
+            )
+
+    monkeypatch.setattr(pictures, "Worker", Graphs)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    options = pictures.Options(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        model="embedded",
+        rows=("worker", "channels_last"),
+        sizes=[(64, 64)],
+        batches=[1],
+        base_steps=2,
+        refiner_steps=4,
+        repeats=1,
+        out=tmp_path,
+    )
+    rows = common.read_csv(pictures.run(options))
+    assert all(row["picture_ms"] for row in rows)
+    assert len(drawn) == 3
+    _, *of_rows = caches
+    assert len({folder for both in of_rows for folder in both} - {None}) == 4
+    assert not any(Path(folder or "/").exists() for both in of_rows for folder in both)
+
+
+def test_pictures_that_are_empty_are_no_reference(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every row would be equal to it."""
+    monkeypatch.setattr(ways.Worker, "draw", lambda *_: [Image.new("RGB", (64, 64), "black")])
+    options = pictures.Options(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        model="embedded",
+        rows=("worker",),
+        sizes=[(64, 64)],
+        batches=[1],
+        base_steps=2,
+        refiner_steps=4,
+        repeats=1,
+        out=tmp_path,
+    )
+    with pytest.raises(RuntimeError, match="empty picture"):
+        pictures.run(options)
 
 
 # --- the step cache ------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.ways import psnr_db
-from sdxl_worker import compile_cache, cuda_graphs
+from sdxl_worker import check, compile_cache, cuda_graphs
 from sdxl_worker import weights as weights_module
 from sdxl_worker.generate import generate
-from sdxl_worker.models import Models
-from sdxl_worker.optimize import MODES
-from sdxl_worker.request import parse_request
+from sdxl_worker.gpu import start_on_gpu_thread
+from sdxl_worker.models import Models, load, load_models
+from sdxl_worker.optimize import MODES, for_one_size
+from sdxl_worker.request import CHECK_INPUT, parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from sdxl_worker.weights import Weights
 from tests import test_meaning
@@ -115,6 +116,8 @@ def optimized(request: pytest.FixtureRequest) -> Models:
     compiles = any(step.startswith("compile") for step in steps)
     changed = fresh_models()
     optimize_models(changed, steps - {"cuda_graphs"} if compiles else steps)
+    with for_one_size(steps):
+        generate(parse_request(CHECK_INPUT), changed)
     return changed
 
 
@@ -129,12 +132,71 @@ def test_each_mode_draws_what_the_prompt_says_and_the_plain_picture(
         assert psnr_db([picture], generate(request, models())) > 45
 
 
-@pytest.mark.parametrize("optimized", ["graphs"], indirect=True)
+@pytest.mark.parametrize(
+    "optimized", ["graphs", pytest.param("blocks", marks=COMPILES)], indirect=True
+)
 def test_a_mode_draws_other_sizes_batches_and_without_guidance(optimized: Models) -> None:
-    """Each is a shape of its own. To a compiler for the CPU, of some minutes: not in the suite."""
+    """Each is a shape of its own. `full` takes minutes for them on a CPU: not in the suite."""
     for changed in ({"height": 96, "width": 160}, {"num_images": 3}, {"guidance_scale": 1}):
         request = parse_request({**REQUESTS["refined"], **changed})
         assert psnr_db(generate(request, optimized), generate(request, models())) > 45
+
+
+# --- what is compiled ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[tuple[Any, ...]]]]:
+    """The shapes of the inputs of all that is compiled, in place of any code."""
+    made: list[list[tuple[Any, ...]]] = []
+    compile_function = torch.compile
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        inputs = [node.meta.get("example_value") for node in graph.graph.nodes]
+        made.append([tuple(value.shape) for value in inputs if isinstance(value, torch.Tensor)])
+        return graph.forward
+
+    def compile_module(module: torch.nn.Module, **options: Any) -> None:
+        module._compiled_call_impl = compile_function(module._call_impl, backend=backend, **options)
+
+    monkeypatch.setattr(
+        torch, "compile", lambda what, **options: compile_function(what, backend=backend, **options)
+    )
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    torch._dynamo.reset()
+    yield made
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("mode", "networks_or_blocks"), [("blocks", 5), ("full", 3)])
+def test_a_worker_starts_with_code_for_its_own_size_and_goes_on_with_code_for_all(
+    mode: Any, networks_or_blocks: int, compiled_for: list[list[tuple[Any, ...]]]
+) -> None:
+    def are_for_all_sizes() -> list[bool]:
+        return [
+            not all(isinstance(size, int) for shape in shapes for size in shape)
+            for shapes in compiled_for
+        ]
+
+    def draw(height: int) -> int:
+        request = parse_request({**REQUESTS["refined"], "height": height, "width": 64})
+        generate(request, load_models(settings))
+        return len(compiled_for)
+
+    settings = Settings(compile=mode)
+    check.prepare(settings, weights_being_read())
+    assert are_for_all_sizes() == [False] * networks_or_blocks
+    after_another_size = draw(96)
+    assert after_another_size > networks_or_blocks
+    assert all(are_for_all_sizes()[networks_or_blocks:])
+    assert draw(160) == after_another_size
+
+
+def test_the_thread_that_draws_may_compile_for_many_shapes() -> None:
+    """The setting is each thread's own, and 8 by itself: further shapes would end their jobs."""
+    start_on_gpu_thread(load, weights_being_read(), "blocks").result()
+    limit = start_on_gpu_thread(lambda: torch._dynamo.config.recompile_limit).result()
+    assert limit == 64
 
 
 # --- CUDA graphs ---------------------------------------------------------------------------------
@@ -193,7 +255,6 @@ import torch
 from sdxl_worker import check
 from sdxl_worker.generate import generate
 from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.models import load_models
 from sdxl_worker.weights import start_reading
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import Settings

@@ -1,6 +1,7 @@
 """Fast, and the same picture: each optimization against the plain path, where a CPU can tell."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -10,8 +11,8 @@ from accelerate.hooks import CpuOffload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ways import psnr_db
+from sdxl_worker import cuda_graphs, gpu, memory
 from sdxl_worker import generate as generate_module
-from sdxl_worker import memory
 from sdxl_worker import models as models_module
 from sdxl_worker.generate import generate
 from sdxl_worker.gpu import StepsAhead
@@ -154,6 +155,26 @@ def test_offloaded_networks_draw_the_same_job_after_job(
         assert {id(module) for module in came} == {id(module) for module in expected}
 
 
+def test_a_unet_leaves_before_the_decoder_comes_also_after_the_refiner_s_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The decoder is in the chains of both pipelines, and hooks go with the last that was set."""
+    weights = weights_being_read()
+    weights.placement = dataclasses.replace(weights.placement, resident=False)
+    offloaded = models_module.load(weights)
+    generate(parse_request(REQUESTS["refined"]), offloaded)
+    before_decoder: list[Any] = []
+    decode = offloaded.base.vae.decode
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        before_decoder.append(offloaded.base.vae._hf_hook.prev_module_hook.model)
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(offloaded.base.vae, "decode", noted)
+    generate(parse_request(REQUESTS["base"]), offloaded)
+    assert before_decoder == [offloaded.base.unet]
+
+
 @pytest.mark.parametrize("step", ["channels_last", "fuse_qkv"])
 @pytest.mark.parametrize("mode", REQUESTS)
 def test_a_step_leaves_the_picture_the_same(step: str, mode: str) -> None:
@@ -211,17 +232,25 @@ def plan_on_gpu(
     num_images: int,
     pixels: int,
     decoder_dtype: torch.dtype = torch.float16,
+    recorded_bytes: float = 0,
+    moved_in_bytes: float = 0,
 ) -> Plan:
-    """What is planned in float16 for a GPU with so much to spare."""
+    """What is planned in float16 for a GPU with so much to spare.
+
+    Args:
+        recorded_bytes: that CUDA graphs keep; not in what is to spare.
+    """
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free_bytes) - 100, 0))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500 + int(recorded_bytes))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 400)
+    monkeypatch.setattr(cuda_graphs, "idle_bytes", lambda: int(recorded_bytes))
     return memory.plan(
         torch.device("cuda"),
         torch.float16,
         num_images=num_images,
         pixels=pixels,
         decoder_dtype=decoder_dtype,
+        moved_in_bytes=int(moved_in_bytes),
     )
 
 
@@ -258,6 +287,60 @@ def test_a_decoder_that_runs_in_32_bits_needs_twice_the_room(
             20e9, monkeypatch, num_images=8, pixels=MEGAPIXEL, decoder_dtype=dtype
         )
         assert planned.slicing is slicing
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "recorded_gb", "expected"),
+    [
+        # Without a recording, this room would do for eight pictures, decoded together.
+        (14.5, 0, Plan(8, slicing=False, tiling=False)),
+        (14.5, 0.4, Plan(8, slicing=True, tiling=False)),
+        # The eight have been recorded before: nothing more goes.
+        (14.5, 3.2, Plan(8, slicing=False, tiling=False)),
+        # Beside the recording, there is to be room for one picture's decoding.
+        (4.5, 0.4, Plan(5, slicing=True, tiling=False)),
+        (4.5, 0, Plan(8, slicing=True, tiling=False)),
+    ],
+)
+def test_the_decoder_has_no_use_of_what_recordings_keep(
+    free_gb: float, recorded_gb: float, expected: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan_on_gpu(
+        free_gb * 1e9,
+        monkeypatch,
+        num_images=8,
+        pixels=MEGAPIXEL,
+        recorded_bytes=recorded_gb * 1e9,
+    )
+    assert planned == expected
+
+
+def test_a_unet_that_moves_in_takes_room_from_its_pictures_and_leaves_it_to_the_decoder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned = plan_on_gpu(7.5e9, monkeypatch, num_images=8, pixels=MEGAPIXEL, moved_in_bytes=5.1e9)
+    assert planned == Plan(3, slicing=False, tiling=False)
+
+
+def test_memory_that_recordings_keep_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuda_graphs.idle_bytes() == 0, "before the first recording"
+    segments = [
+        {"total_size": 100, "allocated_size": 30},
+        {"total_size": 50, "allocated_size": 50},
+    ]
+    shared = cuda_graphs._shared
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(
+        torch.cuda, "memory_snapshot", lambda pool, **_: segments if pool == (0, 7) else []
+    )
+    monkeypatch.setattr(cuda_graphs, "_shared", functools.cache(shared.__wrapped__))
+    cuda_graphs._shared()
+    assert cuda_graphs.idle_bytes() == 70
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
+    assert gpu.peak_memory_bytes() == 1070
 
 
 def test_on_a_cpu_all_pictures_are_one_batch() -> None:
