@@ -1,19 +1,25 @@
 """From the start of a worker's process to its first request for a job, and where the time goes.
 
 Two workers in turn, on the local endpoint and the same model: this one, and a straightforward one
-(`straightforward_worker.py`). MODEL_DIR, DTYPE, COMPILE and COMPILE_CACHE_DIR count. The files are
-in the page cache: the first pair of starts is not counted.
+(`straightforward_worker.py`). MODEL_DIR counts for both, DTYPE, COMPILE and COMPILE_CACHE_DIR for
+this one; what compilers keep by themselves does not last from start to start. The files are in the
+page cache: the first pair of starts is not counted.
 
     python -m benchmarks.coldstart --repeats 5
+    COMPILE=blocks COMPILE_CACHE_DIR=compiled python -m benchmarks.coldstart --model full
+
+The model "full" has SDXL's size and random weights, 11.5 GB of them in a temporary folder.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,6 +27,7 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks import common
+from benchmarks.sdxl_architecture import write_configs
 from local_endpoint.jobs import Rules
 from local_endpoint.local import LocalEndpoint
 
@@ -74,16 +81,20 @@ def stages(log: str) -> dict[str, float]:
     return seconds
 
 
-def measure(command: Sequence[str]) -> Start:
+def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Start:
     """Start one worker, wait until it asks for a job, and end it."""
     # The process's own start time is known to a second only. The endpoint takes some ms to listen.
     started_at = time.monotonic()
-    with LocalEndpoint(
-        worker_command=command,
-        start_timeout_seconds=600,
-        stop_grace_seconds=0,
-        rules=Rules(poll_seconds=POLL_SECONDS),
-    ) as endpoint:
+    with (
+        tempfile.TemporaryDirectory() as compiled,
+        LocalEndpoint(
+            worker_command=command,
+            environment={**(environment or {}), "TORCHINDUCTOR_CACHE_DIR": compiled},
+            start_timeout_seconds=600,
+            stop_grace_seconds=0,
+            rules=Rules(poll_seconds=POLL_SECONDS),
+        ) as endpoint,
+    ):
         while True:  # the endpoint is entered at the worker's first ping, which may be earlier
             requests = list(endpoint.record.requests)
             asked_at = [one.came_at for one in requests if one.route.startswith("job-take")]
@@ -97,6 +108,26 @@ def measure(command: Sequence[str]) -> Start:
             cpu_s=times.user + times.system,
             **stages(worker.log()),
         )
+
+
+@contextlib.contextmanager
+def model_dir(name: str) -> Iterator[dict[str, str]]:
+    """The worker's variables for a model.
+
+    Args:
+        name: "full", or "" for that of MODEL_DIR, the embedded one if it is not set.
+    """
+    if not name:
+        yield {}
+        return
+    import torch
+
+    from builder.random_model import write_weights
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_configs(Path(folder) / "model")
+        write_weights(root, torch.float16, "cuda" if torch.cuda.is_available() else "cpu")
+        yield {"MODEL_DIR": str(root)}
 
 
 def medians(starts: Sequence[Start]) -> Start:
@@ -129,25 +160,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=("full",), default="", help="not given: MODEL_DIR")
     parser.add_argument("--repeats", type=int, default=5, help="of each worker (default: 5)")
     parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
     arguments = parser.parse_args()
 
     import torch
 
-    machine = common.machine("cuda" if torch.cuda.is_available() else "cpu")
-    machine["COMPILE"] = os.environ.get("COMPILE", "")
-    columns = [*machine, "worker", *(field.name for field in fields(Start))]
-    name = "coldstart-" + ("gpu" if torch.cuda.is_available() else "cpu")
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    compile_mode = os.environ.get("COMPILE", "")
+    setup = common.machine(on) | {
+        "model": arguments.model or Path(os.environ.get("MODEL_DIR") or "embedded").name,
+        "COMPILE": compile_mode,
+        "compile_cache": int("COMPILE_CACHE_DIR" in os.environ),
+    }
+    columns = [*setup, "worker", *(field.name for field in fields(Start))]
+    name = "-".join(["coldstart", on, *([compile_mode] if compile_mode else [])])
     results = common.CsvFile(arguments.out / f"{name}.csv", columns)
     starts: dict[str, list[Start]] = {worker: [] for worker in COMMANDS}
     pairs = range(arguments.repeats + 1)
-    for pair, worker in tqdm([(pair, worker) for pair in pairs for worker in COMMANDS]):
-        start = measure(COMMANDS[worker])
-        if pair > 0:
-            starts[worker].append(start)
-            seconds = {name: round(value, 2) for name, value in asdict(start).items()}
-            results.add({**machine, "worker": worker, **seconds})
+    with model_dir(arguments.model) as environment:
+        for pair, worker in tqdm([(pair, worker) for pair in pairs for worker in COMMANDS]):
+            start = measure(COMMANDS[worker], environment)
+            if pair > 0:
+                starts[worker].append(start)
+                seconds = {name: round(value, 2) for name, value in asdict(start).items()}
+                results.add({**setup, "worker": worker, **seconds})
 
     ours, other = (medians(starts[worker]) for worker in COMMANDS)
     stages_s = (ours.imported_s, ours.loaded_s, ours.warmed_up_s, ours.rest_s)

@@ -34,7 +34,7 @@ from benchmarks import common
 from benchmarks.flops import count_flops, meta_networks
 from benchmarks.overhead import sample_picture
 from benchmarks.sdxl_architecture import write_configs
-from benchmarks.ways import Diffusers, FlashAttention, Version210, Way, Worker, psnr_db
+from benchmarks.ways import Diffusers, FlashAttention, Tuned, Version210, Way, Worker, psnr_db
 from builder.random_model import NETWORKS, random_network
 from sdxl_worker.gpu import peak_memory_bytes
 from sdxl_worker.model_dir import ModelDir, find_model_dir
@@ -57,6 +57,7 @@ WORKER_ROWS: dict[str, frozenset[str]] = {
     "blocks": MODES["blocks"],
     "compile_full": MODES["full"] - {"cuda_graphs"},
     "full": MODES["full"],
+    "full_tuned": MODES["full"],
     "blocks+int8": MODES["blocks"] | {"int8"},
     "blocks+fp8": MODES["blocks"] | {"fp8"},
     "full+int8": MODES["full"] | {"int8"},
@@ -74,6 +75,7 @@ COLUMNS = (
     *("dtype", "model", "row", "width", "height", "batch", "base_steps", "refiner_steps"),
     *("offload", *STEPS, "step_cache"),
     *("first_picture_s", "picture_ms", "step_ms", "base_step_ms", "refiner_step_ms", "encode_ms"),
+    "answer_ms",
     *("tflop", "tflop_per_s", "limit_tflop_per_s", "share_of_limit"),
     *("peak_memory_gb", "reserved_memory_gb", "psnr_db", "note"),
 )
@@ -343,6 +345,7 @@ def _figures(
         "base_step_ms": round(measured.base_step_ms, 2),
         "refiner_step_ms": round(measured.refiner_step_ms, 2),
         "encode_ms": round(measured.encode_ms, 1),
+        "answer_ms": round(measured.picture_ms + measured.encode_ms, 1),
         "tflop": round(tflop, 4),
         "tflop_per_s": round(reached, 3),
         "limit_tflop_per_s": round(limit, 3),
@@ -370,7 +373,7 @@ def _way(row: str, models: Models) -> Way:
     if row in OTHER_ROWS:
         return OTHER_ROWS[row](models)
     models = dataclasses.replace(models, step_cache=STEP_CACHE_ROWS.get(row))
-    kind = FlashAttention if row == "flash_attention" else Worker
+    kind = {"flash_attention": FlashAttention, "full_tuned": Tuned}.get(row, Worker)
     return kind(models, WORKER_ROWS[row])
 
 
@@ -392,19 +395,26 @@ def _models(model_dir: ModelDir, options: Options) -> Models:
 def report(path: Path) -> None:
     """Print a CSV as a table and draw its chart."""
     rows = common.read_csv(path)
+    measured = [row for row in rows if row["picture_ms"]]
+    of_210 = {
+        (row["width"], row["height"], row["batch"]): float(row["answer_ms"])
+        for row in measured
+        if row["row"] == "2.1.0"
+    }
     head = ("row", "size", "batch", "a picture", "a step", "of the limit", "PSNR", "first")
-    lines: list[tuple[str, ...]] = [head]
+    lines: list[tuple[str, ...]] = [(*head, "with PNG, to 2.1.0")]
     for row in rows:
         size = f"{row['width']}x{row['height']}"
         if not row["picture_ms"]:
-            lines.append((row["row"], size, row["batch"], row["note"], "", "", "", ""))
+            lines.append((row["row"], size, row["batch"], row["note"], *[""] * 5))
             continue
         share = f"{float(row['share_of_limit']):.0%}"
         ms = (f"{row['picture_ms']} ms", f"{row['step_ms']} ms")
         more = (share, f"{row['psnr_db']} dB", f"{row['first_picture_s']} s")
-        lines.append((row["row"], size, row["batch"], *ms, *more))
+        other = of_210.get((row["width"], row["height"], row["batch"]))
+        times = f"{other / float(row['answer_ms']):.2f} times as fast" if other else ""
+        lines.append((row["row"], size, row["batch"], *ms, *more, times))
     print(common.markdown_table(lines))
-    measured = [row for row in rows if row["picture_ms"]]
     if measured:
         first = measured[0]
         common.bar_chart(

@@ -83,8 +83,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def write_configs(folder: Path) -> Path:
-    """Make a model folder without weights: the configurations, and the embedded model's tokenizers
-    and scheduler. Their vocabulary is small, but speed depends on the number of tokens alone.
+    """Make a model folder without weights: the configurations, and the rest from the embedded
+    model. Its tokenizers' vocabulary is small, but speed depends on the number of tokens alone.
 
     Returns:
         The folder.
@@ -93,6 +93,8 @@ def write_configs(folder: Path) -> Path:
         path = folder / network / "config.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(config))
-    for part in ("tokenizer", "tokenizer_2", "scheduler"):
-        shutil.copytree(EMBEDDED_MODEL_DIR / "base" / part, folder / "base" / part)
+    for part in ("base/tokenizer", "base/tokenizer_2", "base/scheduler", "refiner/scheduler"):
+        shutil.copytree(EMBEDDED_MODEL_DIR / part, folder / part)
+    for index in ("base/model_index.json", "refiner/model_index.json"):
+        shutil.copyfile(EMBEDDED_MODEL_DIR / index, folder / index)
     return folder

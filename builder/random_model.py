@@ -52,6 +52,15 @@ def random_network(
     return network
 
 
+def write_weights(root: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+    """Beside the configurations of a MODEL_DIR."""
+    for name, kind in (bar := tqdm(NETWORKS.items(), unit="network")):
+        bar.set_description(name)
+        variant = "fp16" if dtype == torch.float16 else None
+        network = random_network(kind, root / name, dtype, device)
+        network.save_pretrained(root / name, variant=variant)  # type: ignore[operator]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", type=Path, required=True, help="folder with base/, refiner/")
@@ -61,7 +70,6 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
-    dtype = getattr(torch, arguments.dtype)
     shutil.copytree(
         arguments.configs,
         arguments.out,
@@ -69,12 +77,7 @@ def main() -> None:
         copy_function=shutil.copyfile,
         dirs_exist_ok=True,
     )
-    for name, kind in (bar := tqdm(NETWORKS.items(), unit="network")):
-        bar.set_description(name)
-        folder = arguments.out / name
-        variant = "fp16" if dtype == torch.float16 else None
-        network = random_network(kind, folder, dtype)
-        network.save_pretrained(folder, variant=variant)  # type: ignore[operator]
+    write_weights(arguments.out, getattr(torch, arguments.dtype))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def build_report(
             "sdxl_worker": sdxl_worker.__version__,
             "runpod": version("runpod"),
             "cuda": torch.version.cuda,
-            **library_versions(),
+            **library_versions(quantized=models.quantization is not None),
         },
         "seed": request.seed,
         "width": pictures[0].width,

@@ -100,7 +100,7 @@ def _file_name(
         if gpu
         else torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
-        "versions": library_versions(),
+        "versions": library_versions(quantized=quantization is not None),
         "worker": sdxl_worker.__version__,
         "steps": sorted(
             steps_of(mode, weights.placement, step_cache=step_cache, quantization=quantization)

@@ -123,7 +123,7 @@ def generate(
         models.dtype,
         num_images=request.num_images,
         pixels=math.prod(size_px),
-        decoder_dtype=torch.float32 if vae.config.force_upcast else models.dtype,
+        decoder_dtype=torch.float32 if _decodes_in_float32(vae) else models.dtype,
         moved_in_bytes=0 if models.placement.resident else _largest_unet_bytes(models),
     )
     vae.use_slicing, vae.use_tiling = plan.slicing, plan.tiling
@@ -206,6 +206,11 @@ def _run(
             generator=generators,
             callback_on_step_end=functools.partial(steps.after_step, stage),
         ).images
+
+
+def _decodes_in_float32(vae: Any) -> bool:
+    """As the pipelines decide it: only float16 has too small a range for some decoders."""
+    return vae.config.force_upcast and vae.dtype == torch.float16
 
 
 def _largest_unet_bytes(models: Models) -> int:

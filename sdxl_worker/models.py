@@ -180,6 +180,11 @@ def _load_base(weights: Weights) -> StableDiffusionXLPipeline:
         force_zeros_for_empty_prompt=_pipeline_option(folder, "force_zeros_for_empty_prompt", True),
         add_watermarker=False,
     )
+    # By itself a tile is as large as a native picture, which is what has to fit.
+    pipeline.vae.tile_latent_min_size = pipeline.default_sample_size // 2
+    pipeline.vae.tile_sample_min_size = (
+        pipeline.vae.tile_latent_min_size * pipeline.vae_scale_factor
+    )
     _set_up(pipeline, weights.placement)
     return pipeline
 

@@ -65,14 +65,6 @@ def _fuse_qkv(unet: Any, vae: Any) -> None:
         vae.fuse_qkv_projections()
 
 
-def _int8(unet: Any, _: Any) -> None:
-    quantize(unet, "int8")
-
-
-def _fp8(unet: Any, _: Any) -> None:
-    quantize(unet, "fp8")
-
-
 def _compile_blocks(unet: Any, _: Any) -> None:
     _allow_many_shapes()
     unet.compile_repeated_blocks(fullgraph=True)
@@ -99,8 +91,8 @@ STEPS: dict[str, Callable[[Any, Any], None]] = {
     # One product in place of three. Not with LoRA, whose weights would be left out.
     "fuse_qkv": _fuse_qkv,
     # Tensor cores do twice as many operations in 8 bits as in 16.
-    "int8": _int8,
-    "fp8": _fp8,
+    "int8": lambda unet, _: quantize(unet, "int8"),
+    "fp8": lambda unet, _: quantize(unet, "fp8"),
     # The 70 and 44 transformer blocks, three quarters of the work, from a handful of compilations.
     "compile_blocks": _compile_blocks,
     # Normalisations and activations melt into what stands beside them, convolutions included.

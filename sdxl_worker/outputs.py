@@ -104,15 +104,16 @@ def describe(
         "Software": f"sdxl-worker {sdxl_worker.__version__}",
         "model": model_name,
         "request": json.dumps(job_input, ensure_ascii=False),
-        "versions": json.dumps(library_versions()),
+        "versions": json.dumps(library_versions(quantized="QUANTIZE" in lossy)),
         **({"settings": json.dumps(dict(lossy))} if lossy else {}),
     }
 
 
 @functools.cache
-def library_versions() -> dict[str, str]:
+def library_versions(*, quantized: bool = False) -> dict[str, str]:
     """Of the libraries that decide what a picture looks like."""
-    return {name: version(name) for name in ("diffusers", "torch", "transformers")}
+    names = ["diffusers", "torch", "transformers"] + ["torchao"] * quantized
+    return {name: version(name) for name in names}
 
 
 def _without_picture(image_url: str) -> str:

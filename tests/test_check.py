@@ -11,8 +11,10 @@ from PIL import Image
 import sdxl_worker
 from sdxl_worker import check
 from sdxl_worker import generate as generate_module
+from sdxl_worker import models as models_module
 from sdxl_worker.errors import ModelError
 from sdxl_worker.model_dir import find_model_dir
+from sdxl_worker.models import Models
 from sdxl_worker.settings import Settings
 from sdxl_worker.weights import start_reading
 from tests.support import PROMPT, error, models, picture, run
@@ -67,6 +69,21 @@ def test_a_check_is_in_under_2_kb_for_eight_pictures() -> None:
     report = run({"check": True, "prompt": "a", "num_images": 8, "num_inference_steps": 1})
     assert len(report["sha256"]) == 8
     assert len(json.dumps(report)) < 2000
+
+
+def test_the_base_draws_before_the_refiner_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what only the first picture costs is spent while weights are still being read."""
+    with_refiner: list[bool] = []
+    draw = check._draw
+
+    def noted(loaded: Models) -> Image.Image:
+        with_refiner.append(loaded.refiner is not None)
+        return draw(loaded)
+
+    monkeypatch.setattr(check, "_draw", noted)
+    monkeypatch.setattr(models_module, "_loaded", {})
+    check.prepare(Settings(), start_reading(find_model_dir(Settings()), None))
+    assert with_refiner == [False, True]
 
 
 def test_start_up_draws_a_picture(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.ways import psnr_db
-from sdxl_worker import check, compile_cache, cuda_graphs
+from sdxl_worker import check, compile_cache, cuda_graphs, outputs
 from sdxl_worker import weights as weights_module
 from sdxl_worker.generate import generate
 from sdxl_worker.gpu import start_on_gpu_thread
@@ -220,7 +220,10 @@ def test_replayed_graphs_make_the_same_picture(scheduler: str, recordings: list[
 def test_each_shape_is_recorded_once_and_the_least_used_is_forgotten(
     recordings: list[Recording],
 ) -> None:
+    runs: list[int] = []
+
     def forward(sample: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+        runs.append(len(recordings))
         return (2 * sample,)
 
     graphed = cuda_graphs.GraphedForward(forward, torch.device("cpu"))
@@ -239,6 +242,7 @@ def test_each_shape_is_recorded_once_and_the_least_used_is_forgotten(
     for size in (1, 2, 1, 2):
         assert call(size).tolist() == [2] * size
     assert len(recordings) == 2
+    assert runs.count(0) >= 2, "what libraries do at first use is no part of a recording"
     for size in range(3, 3 + cuda_graphs.MAX_SHAPES):
         call(size)
     call(1)
@@ -310,7 +314,7 @@ def test_compiled_blocks_draw_the_same_and_the_next_worker_compiles_nothing(
 
 
 def other_versions(patch: pytest.MonkeyPatch) -> Weights:
-    patch.setattr(compile_cache, "library_versions", lambda: {"torch": "2.14.0"})
+    patch.setattr(compile_cache, "library_versions", lambda **_: {"torch": "2.14.0"})
     return weights_being_read()
 
 
@@ -329,6 +333,32 @@ def a_gpu(patch: pytest.MonkeyPatch) -> Weights:
     patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     patch.setattr(weights_module, "_read", lambda *_: {})
     return weights_being_read("cuda")
+
+
+def test_what_was_compiled_on_another_gpu_of_the_same_kind_of_cores_is_never_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """H100 and H200 have the same compute capability."""
+    names = []
+    for device in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        weights = a_gpu(monkeypatch)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
+        names.append(compile_cache._file_name("blocks", weights).rpartition("-")[2])
+    assert names[0] != names[1]
+
+
+def test_what_was_compiled_of_quantized_networks_is_keyed_by_torchao_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "version", lambda name: "1" if name == "torchao" else "2")
+        outputs.library_versions.cache_clear()
+        here = compile_cache._file_name("blocks", weights_being_read(), quantization="int8")
+        patch.setattr(outputs, "version", lambda _: "2")
+        outputs.library_versions.cache_clear()
+        there = compile_cache._file_name("blocks", weights_being_read(), quantization="int8")
+    outputs.library_versions.cache_clear()
+    assert here != there
 
 
 def other_dtype(_: pytest.MonkeyPatch) -> Weights:

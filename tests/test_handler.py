@@ -264,6 +264,22 @@ def test_outputs_are_json() -> None:
         assert json.loads(json.dumps(output, allow_nan=False)) == output
 
 
+def test_files_are_read_ahead_before_the_libraries_are_imported() -> None:
+    script = (
+        "import sys\n"
+        "import handler\n"
+        "from sdxl_worker.settings import Settings\n"
+        "ahead = []\n"
+        "def read_ahead(files):\n"
+        "    assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "    ahead.extend(files)\n"
+        "handler.read_ahead = read_ahead\n"
+        "handler._prepare(Settings())\n"
+        "assert len(ahead) == 5, ahead\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
+
+
 def test_garbage_is_collected_again_once_the_worker_is_ready() -> None:
     gc.disable()
     try:

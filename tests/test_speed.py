@@ -109,11 +109,33 @@ def test_the_host_is_at_most_two_steps_ahead_of_the_gpu(monkeypatch: pytest.Monk
     assert len(recorded) == 5
 
 
+def test_the_host_is_held_back_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[StepsAhead] = []
+    monkeypatch.setattr(StepsAhead, "limit", lambda steps_ahead: held.append(steps_ahead))
+    steps: list[Any] = []
+    generate(parse_request(REQUESTS["refined"]), models(), on_step=steps.append)
+    assert len(held) == len(steps) > 4
+
+
+def test_pictures_leave_the_gpu_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.Tensor] = []
+    copy = torch.Tensor.cpu
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor)
+        return copy(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", noted)
+    generate_module._to_pictures(torch.rand(2, 3, 8, 8))
+    assert [(tensor.dtype, tensor.is_contiguous()) for tensor in copied] == [(torch.uint8, True)]
+
+
 # --- each step of `optimize` ---------------------------------------------------------------------
 
 
 def test_every_step_of_the_modes_exists() -> None:
     assert set.union(*map(set, MODES.values())) <= set(STEPS)
+    assert all("channels_last" in steps for steps in MODES.values())
 
 
 @pytest.mark.parametrize("mode", [None, "graphs", "blocks", "full"])
@@ -192,6 +214,8 @@ def test_steps_change_the_networks() -> None:
     convolution = optimized.base.unet.conv_in.weight
     assert convolution.is_contiguous(memory_format=torch.channels_last)
     assert not models().base.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    decoders = optimized.base.vae.decoder.conv_in.weight
+    assert decoders.is_contiguous(memory_format=torch.channels_last)
     assert any(name.endswith("to_qkv") for name, _ in optimized.base.unet.named_modules())
 
 
@@ -209,12 +233,17 @@ def test_pictures_are_the_same_in_batches_that_fit(
         memory, "plan", lambda *_, **__: Plan(batch_size=2, slicing=True, tiling=False)
     )
     steps: list[generate_module.Step] = []
+    decoded: list[int] = []
 
     def on_step(step: generate_module.Step) -> None:
         steps.append(step)
         batches.append(step.latents().shape[0])
 
+    decoder = models().base.vae.decoder
+    hook = decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(inputs[0].shape[0]))
     apart = generate(request, models(), on_step=on_step)
+    hook.remove()
+    assert decoded == [1] * 5
     assert len(apart) == 5
     for one, other in zip(apart, together, strict=True):
         assert largest_difference(one, other) <= 1
@@ -341,6 +370,53 @@ def test_memory_that_recordings_keep_is_asked_of_torch(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000)
     assert gpu.peak_memory_bytes() == 1070
+
+
+def test_tiles_are_smaller_than_a_native_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or they would be of no help, as diffusers has them by itself."""
+    fresh = fresh_models()
+    request = parse_request(REQUESTS["base"])
+    [whole] = generate(request, fresh)
+    monkeypatch.setattr(
+        memory, "plan", lambda *_, **__: Plan(batch_size=1, slicing=False, tiling=True)
+    )
+    sides: list[int] = []
+    fresh.base.vae.decoder.register_forward_pre_hook(
+        lambda _, inputs: sides.append(max(inputs[0].shape[-2:]))
+    )
+    [tiled] = generate(request, fresh)
+    assert tiled.size == whole.size
+    assert len(sides) > 1
+    assert max(sides) == fresh.base.default_sample_size // 2
+    assert psnr_db([tiled], [whole]) > 25
+
+
+@pytest.mark.parametrize(
+    ("dtype", "force_upcast", "decoder_dtype"),
+    [
+        (torch.float16, True, torch.float32),
+        (torch.float16, False, torch.float16),
+        (torch.bfloat16, True, torch.bfloat16),
+    ],
+)
+def test_the_plan_knows_what_the_decoder_computes_in(
+    dtype: torch.dtype,
+    force_upcast: bool,
+    decoder_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned: list[torch.dtype] = []
+
+    def plan(*_: Any, **options: Any) -> Plan:
+        planned.append(options["decoder_dtype"])
+        raise RuntimeError("planned")
+
+    narrow = fresh_models(dtype=dtype)
+    narrow.base.vae.register_to_config(force_upcast=force_upcast)
+    monkeypatch.setattr(memory, "plan", plan)
+    with pytest.raises(RuntimeError, match="planned"):
+        generate(parse_request(REQUESTS["base"]), narrow)
+    assert planned == [decoder_dtype]
 
 
 def test_on_a_cpu_all_pictures_are_one_batch() -> None:

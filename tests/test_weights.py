@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdxl_worker import models as models_module
@@ -45,6 +47,32 @@ def test_every_thread_s_part_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(read[name], tensor.half())
+
+
+def test_parts_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = weight_files(EMBEDDED_MODEL_DIR / "base" / "unet", half_precision=True)
+    together = threading.Barrier(8, timeout=30)
+    monkeypatch.setattr(weights_module, "_parts", lambda _: ([str(i)] for i in range(8)))
+    monkeypatch.setattr(weights_module, "_read", lambda _, names, *__: {names[0]: together.wait()})
+    assert len(Weights(EMBEDDED, {"network": files}, CPU).take("network")) == 8
+
+
+def test_numbers_are_rounded_where_they_go() -> None:
+    """On a GPU that is much faster; in one call, torch would round on the host."""
+    moved: list[tuple[str, torch.dtype]] = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            moved.append((out.device.type, out.dtype))
+            return out
+
+    tensor = torch.ones(3)
+    with Noted():
+        weights_module._to(tensor, torch.device("meta"), torch.float16)
+    assert moved == [("meta", torch.float32), ("meta", torch.float16)]
 
 
 def test_a_part_that_cannot_be_read_fails_the_network(tmp_path: Path) -> None:
