@@ -19,7 +19,7 @@ import torch
 import sdxl_worker
 from sdxl_worker.optimize import steps_of
 from sdxl_worker.outputs import library_versions
-from sdxl_worker.settings import CompileMode, Quantization, Settings
+from sdxl_worker.settings import Settings
 from sdxl_worker.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -35,12 +35,7 @@ def kept(settings: Settings, weights: Weights) -> Iterator[None]:
     if folder is None or settings.compile not in ("blocks", "full"):
         yield
         return
-    path = folder / _file_name(
-        settings.compile,
-        weights,
-        step_cache=settings.step_cache,
-        quantization=settings.quantize,
-    )
+    path = folder / _file_name(settings, weights)
     loaded = _load(path)
     yield
     if not loaded:
@@ -84,13 +79,7 @@ def _save(path: Path) -> None:
     log.info("kept what was compiled in %s, %.1f MB", path, len(artifacts[0]) / 1e6)
 
 
-def _file_name(
-    mode: CompileMode,
-    weights: Weights,
-    *,
-    step_cache: int | None = None,
-    quantization: Quantization | None = None,
-) -> str:
+def _file_name(settings: Settings, weights: Weights) -> str:
     """One file for each combination of what decides the compiled code."""
     gpu = weights.placement.device.type == "cuda"
     device = torch.cuda.get_device_name() if gpu else platform.machine()
@@ -100,11 +89,9 @@ def _file_name(
         if gpu
         else torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
-        "versions": library_versions(quantized=quantization is not None),
+        "versions": library_versions(quantized=settings.quantize is not None),
         "worker": sdxl_worker.__version__,
-        "steps": sorted(
-            steps_of(mode, weights.placement, step_cache=step_cache, quantization=quantization)
-        ),
+        "steps": sorted(steps_of(settings, weights.placement)),
         "dtype": str(weights.placement.dtype),
         "networks": {
             name: (weights.model_dir.folder(name) / "config.json").read_text(encoding="utf-8")

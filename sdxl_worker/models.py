@@ -34,7 +34,7 @@ from sdxl_worker.optimize import MODES, WHOLE_UNET_STEPS, optimize, steps_of
 from sdxl_worker.preview import PreviewMap, fit_preview_map
 from sdxl_worker.quantize import check_quantization
 from sdxl_worker.schedulers import timestep_to_device
-from sdxl_worker.settings import CompileMode, Quantization, Settings
+from sdxl_worker.settings import DEFAULTS, Quantization, Settings
 from sdxl_worker.weights import Placement, Tensors, Weights, start_reading
 
 log = logging.getLogger(__name__)
@@ -96,25 +96,19 @@ def load_models(
         if settings not in _loaded:
             _loaded.clear()
             weights = weights or start_reading(find_model_dir(settings), settings.dtype)
-            _loaded[settings] = load(
-                weights,
-                settings.compile,
-                on_base,
-                step_cache=settings.step_cache,
-                quantization=settings.quantize,
-            )
+            _loaded[settings] = load(weights, settings, on_base)
         return _loaded[settings]
 
 
 def load(
     weights: Weights,
-    compile_mode: CompileMode | None = None,
+    settings: Settings = DEFAULTS,
     on_base: Callable[[Models], object] = lambda _: None,
-    *,
-    step_cache: int | None = None,
-    quantization: Quantization | None = None,
 ) -> Models:
     """Build the pipelines from the weights as they come in.
+
+    Args:
+        settings: what they say of speed. Model and number format are those of the weights.
 
     Raises:
         ModelError: as `load_models`.
@@ -126,8 +120,8 @@ def load(
     transformers_logging.disable_progress_bar()
 
     placement = weights.placement
-    steps = steps_of(compile_mode, placement, step_cache=step_cache, quantization=quantization)
-    check_quantization(quantization, steps, placement)
+    steps = steps_of(settings, placement)
+    check_quantization(settings.quantize, steps, placement)
     base = _load_base(weights)
     # Before the decoder is compiled, which is to be so for the pictures' size first.
     preview_map = fit_preview_map(base.vae, placement.device)
@@ -141,8 +135,8 @@ def load(
         placement=placement,
         preview_map=preview_map,
         revision=model_dir.revision(),
-        step_cache=step_cache,
-        quantization=quantization,
+        step_cache=settings.step_cache,
+        quantization=settings.quantize,
     )
     if model_dir.refiner is not None:
         on_base(models)
@@ -157,11 +151,11 @@ def load(
         str(placement.dtype).removeprefix("torch."),
         placement.device,
     )
-    if step_cache is not None:
-        left_out = MODES[compile_mode] & WHOLE_UNET_STEPS
+    if settings.step_cache is not None:
+        left_out = MODES[settings.compile] & WHOLE_UNET_STEPS
         log.info(
             "STEP_CACHE: one step in %d is a whole one%s",
-            step_cache,
+            settings.step_cache,
             f"; not beside it, of COMPILE: {', '.join(sorted(left_out))}" if left_out else "",
         )
     return models

@@ -16,7 +16,7 @@ import torch
 
 from sdxl_worker.cuda_graphs import GraphedForward
 from sdxl_worker.quantize import quantize
-from sdxl_worker.settings import CompileMode, Quantization
+from sdxl_worker.settings import CompileMode, Settings
 from sdxl_worker.weights import Placement
 
 
@@ -30,26 +30,20 @@ def optimize(steps: Collection[str], unet: Any, vae: Any = None) -> None:
             step(unet, vae)
 
 
-def steps_of(
-    mode: CompileMode | None,
-    placement: Placement,
-    *,
-    step_cache: int | None = None,
-    quantization: Quantization | None = None,
-) -> Collection[str]:
+def steps_of(settings: Settings, placement: Placement) -> Collection[str]:
     """What a worker takes: nothing on a CPU, unless COMPILE asks for it.
 
     What is done to a whole UNet goes neither with a step cache, for it would repeat one way for
     both kinds of steps, nor with offloading: a CUDA graph holds on to where the weights were, and
     diffusers puts back the UNet's own `forward` after each picture.
     """
-    steps = set(MODES[mode])
+    steps = set(MODES[settings.compile])
     if placement.device.type == "cpu":
         steps -= {"channels_last", "cuda_graphs"}
-    if step_cache is not None or not placement.resident:
+    if settings.step_cache is not None or not placement.resident:
         steps -= WHOLE_UNET_STEPS
-    if quantization is not None:
-        steps.add(quantization)
+    if settings.quantize is not None:
+        steps.add(settings.quantize)
     return steps
 
 

@@ -92,6 +92,10 @@ class Settings(BaseSettings):
         return {name: value for name, value in lossy.items() if value is not None}
 
 
+DEFAULTS = Settings.model_construct()
+"""Whatever the environment says."""
+
+
 def load_settings() -> Settings:
     """Read the settings from the environment.
 

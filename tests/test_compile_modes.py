@@ -194,7 +194,7 @@ def test_a_worker_starts_with_code_for_its_own_size_and_goes_on_with_code_for_al
 
 def test_the_thread_that_draws_may_compile_for_many_shapes() -> None:
     """The setting is each thread's own, and 8 by itself: further shapes would end their jobs."""
-    start_on_gpu_thread(load, weights_being_read(), "blocks").result()
+    start_on_gpu_thread(load, weights_being_read(), Settings(compile="blocks")).result()
     limit = start_on_gpu_thread(lambda: torch._dynamo.config.recompile_limit).result()
     assert limit == 64
 
@@ -259,6 +259,7 @@ import torch
 from sdxl_worker import check
 from sdxl_worker.generate import generate
 from sdxl_worker.model_dir import find_model_dir
+from sdxl_worker.models import load_models
 from sdxl_worker.weights import start_reading
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import Settings
@@ -343,7 +344,9 @@ def test_what_was_compiled_on_another_gpu_of_the_same_kind_of_cores_is_never_tak
     for device in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
         weights = a_gpu(monkeypatch)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
-        names.append(compile_cache._file_name("blocks", weights).rpartition("-")[2])
+        names.append(
+            compile_cache._file_name(Settings(compile="blocks"), weights).rpartition("-")[2]
+        )
     assert names[0] != names[1]
 
 
@@ -353,10 +356,14 @@ def test_what_was_compiled_of_quantized_networks_is_keyed_by_torchao_too(
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "version", lambda name: "1" if name == "torchao" else "2")
         outputs.library_versions.cache_clear()
-        here = compile_cache._file_name("blocks", weights_being_read(), quantization="int8")
+        here = compile_cache._file_name(
+            Settings(compile="blocks", quantize="int8"), weights_being_read()
+        )
         patch.setattr(outputs, "version", lambda _: "2")
         outputs.library_versions.cache_clear()
-        there = compile_cache._file_name("blocks", weights_being_read(), quantization="int8")
+        there = compile_cache._file_name(
+            Settings(compile="blocks", quantize="int8"), weights_being_read()
+        )
     outputs.library_versions.cache_clear()
     assert here != there
 
@@ -376,10 +383,10 @@ def other_networks(_: pytest.MonkeyPatch) -> Weights:
 def test_what_was_compiled_elsewhere_is_never_taken(
     change: Callable[[pytest.MonkeyPatch], Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = compile_cache._file_name("blocks", weights_being_read())
-    assert here == compile_cache._file_name("blocks", weights_being_read())
-    assert here != compile_cache._file_name("full", weights_being_read())
-    assert here != compile_cache._file_name("blocks", change(monkeypatch))
+    here = compile_cache._file_name(Settings(compile="blocks"), weights_being_read())
+    assert here == compile_cache._file_name(Settings(compile="blocks"), weights_being_read())
+    assert here != compile_cache._file_name(Settings(compile="full"), weights_being_read())
+    assert here != compile_cache._file_name(Settings(compile="blocks"), change(monkeypatch))
 
 
 def test_a_cache_that_cannot_be_read_or_written_costs_the_start_not_the_worker(
@@ -387,7 +394,7 @@ def test_a_cache_that_cannot_be_read_or_written_costs_the_start_not_the_worker(
 ) -> None:
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"artifacts", None))
     settings = Settings(compile="blocks", compile_cache_dir=tmp_path)
-    path = tmp_path / compile_cache._file_name("blocks", weights_being_read())
+    path = tmp_path / compile_cache._file_name(settings, weights_being_read())
     path.write_bytes(b"damaged")
     with compile_cache.kept(settings, weights_being_read()):
         pass

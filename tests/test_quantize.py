@@ -17,7 +17,7 @@ from sdxl_worker.models import Models, load
 from sdxl_worker.optimize import steps_of
 from sdxl_worker.quantize import INT8_ROWS, check_quantization
 from sdxl_worker.request import parse_request
-from sdxl_worker.settings import load_settings
+from sdxl_worker.settings import Settings, load_settings
 from sdxl_worker.weights import Placement
 from tests.support import PROMPT, decoded, models, run, weights_being_read
 
@@ -30,7 +30,7 @@ ON_CPU = Placement(torch.device("cpu"), torch.float32, resident=True)
 
 @pytest.fixture(scope="module")
 def int8() -> Models:
-    return load(weights_being_read(), quantization="int8")
+    return load(weights_being_read(), Settings(quantize="int8"))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def fp8() -> Models:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda _: None)
         patch.setattr("sdxl_worker.models.check_quantization", lambda *_: None)
-        return load(weights_being_read(), quantization="fp8")
+        return load(weights_being_read(), Settings(quantize="fp8"))
 
 
 def drawn(loaded: Models, **job_input: Any) -> list[Image.Image]:
@@ -194,16 +194,19 @@ def test_what_cannot_be_or_would_not_pay_is_refused_with_what_to_do(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with pytest.raises(ModelError, match=f"^QUANTIZE: .*{told}"):
-        check_quantization(quantization, steps_of(mode, placement), placement)
+        check_quantization(quantization, steps_of(Settings(compile=mode), placement), placement)
 
 
 def test_a_step_cache_leaves_only_the_blocks_to_be_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    check_quantization("fp8", steps_of("blocks", ON_GPU, step_cache=2), ON_GPU)
+    blocks, full = (
+        steps_of(Settings(compile=mode, step_cache=2), ON_GPU) for mode in ("blocks", "full")
+    )
+    check_quantization("fp8", blocks, ON_GPU)
     with pytest.raises(ModelError, match="COMPILE=full does without STEP_CACHE"):
-        check_quantization("fp8", steps_of("full", ON_GPU, step_cache=2), ON_GPU)
+        check_quantization("fp8", full, ON_GPU)
 
 
 @pytest.mark.parametrize(
@@ -219,12 +222,12 @@ def test_the_rest_is_not(
     quantization: Any, mode: Any, placement: Placement, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    check_quantization(quantization, steps_of(mode, placement), placement)
+    check_quantization(quantization, steps_of(Settings(compile=mode), placement), placement)
 
 
 def test_a_worker_that_cannot_do_fp8_does_not_start() -> None:
     with pytest.raises(ModelError, match="QUANTIZE: fp8 needs a GPU"):
-        load(weights_being_read(), quantization="fp8")
+        load(weights_being_read(), Settings(quantize="fp8"))
 
 
 def test_an_unknown_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +254,7 @@ def test_pictures_and_reports_tell_of_it(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_was_compiled_without_it_is_not_taken() -> None:
     kinds: list[Any] = [None, "int8", "fp8"]
     names = {
-        compile_cache._file_name("blocks", weights_being_read(), quantization=kind)
+        compile_cache._file_name(Settings(compile="blocks", quantize=kind), weights_being_read())
         for kind in kinds
     }
     assert len(names) == 3

@@ -20,6 +20,7 @@ from sdxl_worker.memory import Plan
 from sdxl_worker.models import Models
 from sdxl_worker.optimize import MODES, STEPS, steps_of
 from sdxl_worker.request import parse_request
+from sdxl_worker.settings import Settings
 from sdxl_worker.weights import Placement
 from tests.support import (
     JOB,
@@ -143,9 +144,9 @@ def test_a_worker_takes_only_what_its_machine_can_do(mode: Any) -> None:
     on_cpu = Placement(torch.device("cpu"), torch.float32, resident=True)
     on_gpu = dataclasses.replace(on_cpu, device=torch.device("cuda"))
     offloaded = dataclasses.replace(on_gpu, resident=False)
-    assert not {"channels_last", "cuda_graphs"} & set(steps_of(mode, on_cpu))
-    assert set(steps_of(mode, on_gpu)) == MODES[mode]
-    assert not {"cuda_graphs", "compile_unet"} & set(steps_of(mode, offloaded))
+    assert not {"channels_last", "cuda_graphs"} & set(steps_of(Settings(compile=mode), on_cpu))
+    assert set(steps_of(Settings(compile=mode), on_gpu)) == MODES[mode]
+    assert not {"cuda_graphs", "compile_unet"} & set(steps_of(Settings(compile=mode), offloaded))
     assert "fuse_qkv" not in MODES[mode], "LoRA would be left out"
 
 

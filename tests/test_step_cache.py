@@ -239,14 +239,14 @@ def test_it_needs_no_more_memory_than_whole_steps(
 def test_nothing_takes_a_unet_as_a_whole_beside_it(mode: Any) -> None:
     """A graph would replay a whole step for those between, or the other way round."""
     on_gpu = Placement(torch.device("cuda"), torch.float16, resident=True)
-    steps = set(steps_of(mode, on_gpu, step_cache=2))
+    steps = set(steps_of(Settings(compile=mode, step_cache=2), on_gpu))
     assert steps == MODES[mode] - {"cuda_graphs", "compile_unet"}
 
 
 def test_what_was_compiled_with_it_is_not_taken_for_all_that_is_compiled_without() -> None:
     def file_name(mode: Any, step_cache: int | None) -> str:
         weights = start_reading(find_model_dir(Settings()), None)
-        return compile_cache._file_name(mode, weights, step_cache=step_cache)
+        return compile_cache._file_name(Settings(compile=mode, step_cache=step_cache), weights)
 
     assert file_name("full", 2) != file_name("full", None)
     assert file_name("full", 2) == file_name("full", 3)
@@ -272,5 +272,6 @@ def test_the_log_says_what_of_compile_does_not_go_with_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    load(start_reading(find_model_dir(Settings()), None), "graphs", step_cache=2)
+    settings = Settings(compile="graphs", step_cache=2)
+    load(start_reading(find_model_dir(settings), None), settings)
     assert "not beside it, of COMPILE: cuda_graphs" in caplog.text
