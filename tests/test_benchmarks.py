@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig
 
-from benchmarks import coldstart, common, lossy, memory, overhead, pictures, ways
+from benchmarks import coldstart, common, lossy, memory, overhead, pictures, throughput, ways
 from benchmarks.flops import Flops, count_eight_bits, count_flops, meta_networks
 from benchmarks.sdxl_architecture import CONFIGS, write_configs
 from sdxl_worker import check
@@ -407,6 +407,32 @@ def test_a_start_lasts_until_the_first_request_for_a_job() -> None:
     assert 0.1 < start.cpu_s < 30
     assert 1 < start.ready_s < 60, "importing the SDK alone takes longer than a second"
     assert start.rest_s == start.ready_s
+
+
+# --- jobs at once --------------------------------------------------------------------------------
+
+
+def test_throughput_is_written_row_by_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measured(*, workers: int, concurrency: int, jobs: int) -> throughput.Result:
+        return throughput.Result(30.25 * workers * concurrency, 100.0 * jobs, 7_500.0)
+
+    monkeypatch.setattr(throughput, "measure", measured)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["throughput", "--jobs", "5", "--out", str(tmp_path)])
+    throughput.main()
+    rows = common.read_csv(tmp_path / "throughput.csv")
+    names = ("workers", "worker_concurrency", "threads", "jobs_per_minute")
+    assert [[row[name] for name in names] for row in rows] == [
+        ["1", "1", "2", "30.2"],
+        ["1", "2", "2", "60.5"],
+        ["2", "1", "1", "60.5"],
+        ["2", "2", "1", "121.0"],
+    ]
+    assert {(row["jobs"], row["execution_s"], row["wait_s"]) for row in rows} == {
+        ("5", "0.5", "7.5")
+    }
+    assert rows[0]["date"]
+    assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- the host's part -----------------------------------------------------------------------------
