@@ -1,5 +1,6 @@
 """Floating-point operations of a picture, counted on tensors without memory."""
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from builder.random_model import NETWORKS, meta_network
+from sdxl_worker.quantize import quantize
 from sdxl_worker.step_cache import step_cache
 
 TOKENS = 77
@@ -45,6 +47,21 @@ class Flops:
         return 2 * (base + refiner) + self.decode + 2 * self.text
 
 
+@dataclass(frozen=True)
+class EightBits:
+    """What QUANTIZE takes of a UNet, the same in int8 and fp8."""
+
+    share: float
+    """Of the operations of a pass."""
+    saved_gb: float
+    """Of weights in 16 bits."""
+
+    @property
+    def speedup_limit(self) -> float:
+        """Of a pass, where 8 bits are twice as fast as 16."""
+        return 1 / (1 - self.share / 2)
+
+
 def meta_networks(model_dir: Path) -> dict[str, Any]:
     """All networks of a model folder by name, from their configurations alone."""
     return {
@@ -72,6 +89,29 @@ def count_flops(networks: dict[str, Any], width: int, height: int) -> Flops:
         text=sum(
             _tflop(networks[name], ids) for name in ("base/text_encoder", "base/text_encoder_2")
         ),
+    )
+
+
+@torch.no_grad()
+def count_eight_bits(unet: Any, width: int, height: int) -> EightBits:
+    """
+    Args:
+        unet: on the meta device; width and height in pixels.
+    """
+    with FlopCounterMode(display=False) as counter:
+        unet(**unet_inputs(unet, 1, width, height))
+    of_module = counter.get_flop_counts()
+    rounded = copy.deepcopy(unet)
+    quantize(rounded, "int8")
+    weights = {
+        name.removesuffix(".weight"): parameter.numel()
+        for name, parameter in rounded.named_parameters()
+        if type(parameter.data) is not torch.Tensor  # but one of torchao's
+    }
+    flops = sum(sum(of_module[f"{type(unet).__name__}.{name}"].values()) for name in weights)
+    return EightBits(
+        share=flops / counter.get_total_flops(),
+        saved_gb=sum(weights.values()) / 1e9,
     )
 
 

@@ -1,7 +1,7 @@
 """How many jobs a minute, and how long each takes, for WORKER_CONCURRENCY and workers.
 
 Real worker processes on the local endpoint, with the embedded model: all jobs are sent at once, and
-the clock of each runs from there. Prints the README's table.
+the clock of each runs from there.
 
     python -m benchmarks.throughput --jobs 30
 """
@@ -11,12 +11,15 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks import common
 from local_endpoint.local import LocalEndpoint
 
 PROMPT = "a red circle on a blue background"
+COLUMNS = ("workers", "worker_concurrency", "jobs", "jobs_per_minute", "execution_s", "wait_s")
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,15 @@ class Result:
     """Median from the request to the take."""
 
 
+def threads_of_each(workers: int) -> int:
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
 def measure(*, workers: int, concurrency: int, jobs: int) -> Result:
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    environment = {"WORKER_CONCURRENCY": str(concurrency), "OMP_NUM_THREADS": str(threads)}
+    environment = {
+        "WORKER_CONCURRENCY": str(concurrency),
+        "OMP_NUM_THREADS": str(threads_of_each(workers)),
+    }
     with LocalEndpoint(workers=workers, environment=environment) as endpoint:
         for _ in range(2 * workers):  # what only the first jobs cost
             endpoint.wait(endpoint.run({"prompt": PROMPT, "seed": 0}))
@@ -55,20 +64,36 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=30, help="for each row (default: 30)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
     arguments = parser.parse_args()
 
+    machine = common.machine()
+    results = common.CsvFile(arguments.out / "throughput.csv", [*machine, *COLUMNS])
     rows = [(workers, one) for workers in arguments.workers for one in arguments.concurrency]
-    lines = [
-        "| workers | `WORKER_CONCURRENCY` | jobs a minute | execution, median | wait, median |",
-        "|---|---|---|---|---|",
-    ]
     for workers, concurrency in tqdm(rows, unit="row"):
         result = measure(workers=workers, concurrency=concurrency, jobs=arguments.jobs)
-        lines.append(
-            f"| {workers} | {concurrency} | {result.jobs_per_minute:.0f} "
-            f"| {result.execution_ms / 1000:.1f} s | {result.waited_ms / 1000:.1f} s |"
+        figures = (
+            round(result.jobs_per_minute, 1),
+            round(result.execution_ms / 1000, 2),
+            round(result.waited_ms / 1000, 2),
         )
-    print("\n".join(lines))
+        values = (workers, concurrency, arguments.jobs, *figures)
+        row = dict(zip(COLUMNS, values, strict=True))
+        results.add({**machine, "threads": threads_of_each(workers), **row})
+    report(results.path)
+
+
+def report(path: Path) -> None:
+    """Print a CSV as a table and draw its chart."""
+    rows = common.read_csv(path)
+    print(common.markdown_table([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]))
+    common.bar_chart(
+        path.with_suffix(".png"),
+        f"Jobs a minute, workers x WORKER_CONCURRENCY, {rows[0]['device']}",
+        "jobs a minute",
+        [f"{row['workers']} x {row['worker_concurrency']}" for row in rows],
+        {"jobs": [float(row["jobs_per_minute"]) for row in rows]},
+    )
 
 
 if __name__ == "__main__":

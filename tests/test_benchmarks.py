@@ -26,14 +26,15 @@ from transformers import CLIPTextConfig
 from benchmarks import (
     coldstart,
     common,
+    lossy,
     memory,
     overhead,
     pictures,
     sdxl_architecture,
-    step_cache,
+    throughput,
     ways,
 )
-from benchmarks.flops import Flops, count_flops, meta_networks
+from benchmarks.flops import Flops, count_eight_bits, count_flops, meta_networks
 from benchmarks.sdxl_architecture import CONFIGS, write_configs
 from sdxl_worker import check
 from sdxl_worker import memory as worker_memory
@@ -43,11 +44,11 @@ from sdxl_worker.models import load
 from sdxl_worker.optimize import STEPS
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from sdxl_worker.weights import start_reading
-from tests.support import fresh_models, models
+from tests.support import fresh_models
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PUBLISHED = REPOSITORY.parent / "shared" / "sdxl-1.0"
-PROGRAMS = ("coldstart", "memory", "overhead", "pictures", "step_cache", "throughput")
+PROGRAMS = ("coldstart", "lossy", "memory", "overhead", "pictures", "throughput")
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,15 @@ def test_a_step_between_whole_ones_takes_a_fifteenth_of_the_operations(flops: Fl
     assert shares == pytest.approx([1, 0.569, 0.410, 0.274], abs=0.001)
 
 
+def test_what_is_quantized_is_counted_and_left_as_it_is(networks: dict[str, Any]) -> None:
+    refiner = networks["refiner/unet"]
+    counted = count_eight_bits(refiner, 1024, 1024)
+    assert counted.share == pytest.approx(0.489, abs=0.001)
+    assert counted.speedup_limit == pytest.approx(1.324, abs=0.001)
+    assert counted.saved_gb == pytest.approx(1.23, abs=0.005)
+    assert all(type(parameter.data) is torch.Tensor for parameter in refiner.parameters())
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [
@@ -165,19 +175,32 @@ def test_memory_counts_only_tensors_that_are_alive() -> None:
 # --- pictures ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    options = pictures.Options(
+def quick_options(out: Path, *rows: str, batch: int = 1) -> pictures.Options:
+    """Of the embedded model; 2 steps of the base and 2 of the refiner."""
+    return pictures.Options(
         device=torch.device("cpu"),
         dtype=torch.float32,
         model="embedded",
-        rows=("2.1.0", "diffusers", "worker", "fuse_qkv", "graphs"),
+        rows=rows,
         sizes=[(64, 64)],
-        batches=[2],
+        batches=[batch],
         base_steps=2,
         refiner_steps=7,
         repeats=1,
-        out=tmp_path_factory.mktemp("results"),
+        out=out,
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    options = quick_options(
+        tmp_path_factory.mktemp("results"),
+        "2.1.0",
+        "diffusers",
+        "worker",
+        "fuse_qkv",
+        "graphs",
+        batch=2,
     )
     path = pictures.run(options)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -271,18 +294,7 @@ def test_a_row_that_fails_does_not_cost_the_others(
         raise RuntimeError("CUDA out of memory.\nMore of it")
 
     monkeypatch.setattr(pictures, "OTHER_ROWS", {"2.1.0": fails})
-    options = pictures.Options(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        model="embedded",
-        rows=("2.1.0", "worker"),
-        sizes=[(64, 64)],
-        batches=[1],
-        base_steps=2,
-        refiner_steps=4,
-        repeats=1,
-        out=tmp_path,
-    )
+    options = quick_options(tmp_path, "2.1.0", "worker")
     broken, fine = common.read_csv(pictures.run(options))
     assert broken["note"] == "not measured: RuntimeError: CUDA out of memory."
     assert float(fine["picture_ms"]) > 0
@@ -308,18 +320,7 @@ def test_a_row_begins_with_no_model_of_another_and_nothing_compiled(
 
     monkeypatch.setattr(pictures, "Worker", Graphs)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    options = pictures.Options(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        model="embedded",
-        rows=("worker", "channels_last"),
-        sizes=[(64, 64)],
-        batches=[1],
-        base_steps=2,
-        refiner_steps=4,
-        repeats=1,
-        out=tmp_path,
-    )
+    options = quick_options(tmp_path, "worker", "channels_last")
     rows = common.read_csv(pictures.run(options))
     assert all(row["picture_ms"] for row in rows)
     assert len(drawn) == 3
@@ -333,45 +334,80 @@ def test_pictures_that_are_empty_are_no_reference(
 ) -> None:
     """Every row would be equal to it."""
     monkeypatch.setattr(ways.Worker, "draw", lambda *_: [Image.new("RGB", (64, 64), "black")])
-    options = pictures.Options(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        model="embedded",
-        rows=("worker",),
-        sizes=[(64, 64)],
-        batches=[1],
-        base_steps=2,
-        refiner_steps=4,
-        repeats=1,
-        out=tmp_path,
-    )
+    options = quick_options(tmp_path, "worker")
     with pytest.raises(RuntimeError, match="empty picture"):
         pictures.run(options)
 
 
-# --- the step cache ------------------------------------------------------------------------------
+# --- lossy settings ------------------------------------------------------------------------------
 
 
-def test_a_step_cache_is_compared_with_whole_steps(tmp_path: Path) -> None:
-    drawn = step_cache.measure(models(), count=1, size_px=64, base_steps=2, judged=True)
-    assert drawn[None].psnr_db == [99.0]
-    for interval in (2, 3, 5):
-        assert 10 < drawn[interval].psnr_db[0] < 99
-        assert drawn[interval].seconds[0] > 0
-        assert len(drawn[interval].iou) == 1
+@pytest.fixture(scope="module")
+def lossy_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    out = tmp_path_factory.mktemp("results")
+    command = ["lossy", "--rows", *lossy.ROWS[1:], "--count", "1", "--size", "64", "--steps", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*command, "--out", str(out)])
+        lossy.main()
+    assert (out / "lossy-embedded.png").read_bytes().startswith(b"\x89PNG")
+    return {row["row"]: row for row in common.read_csv(out / "lossy-embedded.csv")}
 
-    options = pictures.Options(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        model="embedded",
-        rows=("channels_last", "step_cache_2"),
-        sizes=[(64, 64)],
-        batches=[1],
-        base_steps=2,
-        refiner_steps=7,
-        repeats=1,
-        out=tmp_path,
-    )
+
+def test_each_lossy_setting_is_compared_with_none(lossy_rows: dict[str, dict[str, str]]) -> None:
+    none, *others = lossy_rows.values()
+    assert tuple(lossy_rows) == lossy.ROWS
+    assert none["psnr_db"] == "99.0"
+    for row in others:
+        assert 10 < float(row["psnr_db"]) < 99, row["row"]
+        assert float(row["picture_s"]) > 0
+        assert float(row["iou"]) > 0
+    psnr = {name: float(row["psnr_db"]) for name, row in lossy_rows.items()}
+    assert psnr["int8"] > psnr["fp8"]
+    assert psnr["step_cache_2"] > psnr["step_cache_5"]
+
+
+def test_what_a_lossy_setting_spares_at_full_size_stands_beside_it(
+    lossy_rows: dict[str, dict[str, str]],
+) -> None:
+    assert lossy_rows["step_cache_2"]["share_of_tflop"] == "0.569"
+    columns = ("base_in_8_bits", "refiner_in_8_bits", "base_speedup_limit", "refiner_speedup_limit")
+    for name, row in lossy_rows.items():
+        figures = [row[column] for column in (*columns, "saved_gb")]
+        if name in ("int8", "fp8"):
+            assert figures == ["0.625", "0.489", "1.455", "1.324", "3.07"]
+            assert row["share_of_tflop"] == "1.0"
+        else:
+            assert figures == [""] * 5
+
+
+def test_psnr_is_told_by_its_mean_its_median_and_its_lower_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measured(*_: Any, **__: Any) -> dict[str, lossy.Drawn]:
+        psnr = [30.0] * 18 + [12.0, 10.0]
+        return {"none": lossy.Drawn([2.0], [99.0] * 20), "int8": lossy.Drawn([3.0], psnr)}
+
+    monkeypatch.setattr(lossy, "measure", measured)
+    monkeypatch.setattr(lossy, "computed", lambda: {"none": {}, "int8": {}})
+    monkeypatch.setattr(sys, "argv", ["lossy", "--count", "20", "--out", str(tmp_path)])
+    lossy.main()
+    _, row = common.read_csv(tmp_path / "lossy-embedded.csv")
+    names = ("psnr_db", "psnr_db_median", "psnr_db_p5", "psnr_db_worst", "share_of_seconds")
+    assert [row[name] for name in names] == ["28.1", "30.0", "12.0", "10.0", "1.5"]
+
+
+def test_the_full_size_base_is_on_the_gpu_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lossy, "load", lambda weights: weights)
+    for gpu, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with lossy.full_size_base() as weights:
+            assert weights.placement.device.type == device
+
+
+def test_pictures_count_the_operations_of_a_step_cache(tmp_path: Path) -> None:
+    options = quick_options(tmp_path, "channels_last", "step_cache_2")
     whole, cached = common.read_csv(pictures.run(options))
     assert (whole["step_cache"], cached["step_cache"]) == ("0", "2")
     assert float(cached["tflop"]) < float(whole["tflop"])
@@ -435,6 +471,32 @@ def test_a_start_lasts_until_the_first_request_for_a_job() -> None:
     assert 0.1 < start.cpu_s < 30
     assert 1 < start.ready_s < 60, "importing the SDK alone takes longer than a second"
     assert start.rest_s == start.ready_s
+
+
+# --- jobs at once --------------------------------------------------------------------------------
+
+
+def test_throughput_is_written_row_by_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measured(*, workers: int, concurrency: int, jobs: int) -> throughput.Result:
+        return throughput.Result(30.25 * workers * concurrency, 100.0 * jobs, 7_500.0)
+
+    monkeypatch.setattr(throughput, "measure", measured)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["throughput", "--jobs", "5", "--out", str(tmp_path)])
+    throughput.main()
+    rows = common.read_csv(tmp_path / "throughput.csv")
+    names = ("workers", "worker_concurrency", "threads", "jobs_per_minute")
+    assert [[row[name] for name in names] for row in rows] == [
+        ["1", "1", "2", "30.2"],
+        ["1", "2", "2", "60.5"],
+        ["2", "1", "1", "60.5"],
+        ["2", "2", "1", "121.0"],
+    ]
+    assert {(row["jobs"], row["execution_s"], row["wait_s"]) for row in rows} == {
+        ("5", "0.5", "7.5")
+    }
+    assert rows[0]["date"]
+    assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- the host's part -----------------------------------------------------------------------------

@@ -1,33 +1,39 @@
-"""What STEP_CACHE costs and spares: the embedded model's accuracy, PSNR, seconds, operations.
+"""What STEP_CACHE and QUANTIZE cost and spare: accuracy, PSNR, seconds, operations, memory.
 
 All rows draw the same prompts and seeds in turn, with the default settings. PSNR compares with the
-first row, whose steps are all whole, picture by picture.
+row "none" picture by picture. What is told of the full size is computed, for 1024x1024.
 
-    python -m benchmarks.step_cache
-    python -m benchmarks.step_cache --model full --count 1 --size 256 --steps 10
-    python -m benchmarks.step_cache --model /models/sdxl --count 20 --size 1024
+    python -m benchmarks.lossy
+    python -m benchmarks.lossy --model full --count 1 --size 256 --steps 10
+    python -m benchmarks.lossy --model /models/sdxl --count 20 --size 1024
 
 The model "full" has SDXL's size, random weights and no refiner, so that it fits a laptop. Its
 pictures are noise: they tell how far errors spread through such networks, not how a picture looks.
+
+Nothing is compiled: the seconds of int8 and fp8 are not those of a worker on a GPU, which
+`benchmarks.pictures` measures.
 """
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import common
-from benchmarks.flops import count_flops, meta_networks
+from benchmarks.flops import count_eight_bits, count_flops, meta_networks
 from benchmarks.pictures import RandomWeights
 from benchmarks.sdxl_architecture import write_configs
 from benchmarks.ways import psnr_db
@@ -36,19 +42,27 @@ from builder.shapes.judge import judge
 from sdxl_worker.generate import generate
 from sdxl_worker.model_dir import find_model_dir
 from sdxl_worker.models import Models, load
+from sdxl_worker.quantize import quantize
 from sdxl_worker.request import parse_request
-from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Quantization, Settings
 from sdxl_worker.weights import Placement, start_reading
 
-ROWS = (None, 2, 3, 4, 5)
+REFERENCE = "none"
+STEP_CACHE_ROWS = {f"step_cache_{interval}": interval for interval in (2, 3, 4, 5)}
+QUANTIZE_ROWS: dict[str, Quantization] = {"int8": "int8", "fp8": "fp8"}
+ROWS = (REFERENCE, *STEP_CACHE_ROWS, *QUANTIZE_ROWS)
 COLUMNS = (
-    *("model", "dtype", "step_cache", "pictures", "size_px", "base_steps", "refiner_steps"),
-    *("picture_s", "share_of_seconds", "psnr_db", "psnr_db_p5"),
+    *("model", "dtype", "row", "pictures", "size_px", "base_steps", "refiner_steps"),
+    *("picture_s", "share_of_seconds"),
+    *("psnr_db", "psnr_db_median", "psnr_db_p5", "psnr_db_worst"),
     *("right", "shape", "color", "background", "iou"),
     *("tflop_full_size", "share_of_tflop"),
+    *("base_in_8_bits", "refiner_in_8_bits", "base_speedup_limit", "refiner_speedup_limit"),
+    "saved_gb",
 )
 # The lower part of a picture's numbers, below which one in twenty is.
 TWENTIETH = 20
+COMPUTED_PX = 1024
 
 
 @dataclass
@@ -65,15 +79,21 @@ class Drawn:
 
 
 def measure(
-    models: Models, *, count: int, size_px: int, base_steps: int, judged: bool
-) -> dict[int | None, Drawn]:
-    """Draw `count` prompts in each row.
+    models: Models,
+    rows: Sequence[str],
+    *,
+    count: int,
+    size_px: int,
+    base_steps: int,
+    judged: bool,
+) -> dict[str, Drawn]:
+    """Draw `count` prompts in the row "none", and in each of `rows`.
 
     Args:
         judged: whether the pictures show what was asked at all.
     """
-    drawn = {row: Drawn() for row in ROWS}
-    rows = {row: dataclasses.replace(models, step_cache=row) for row in ROWS}
+    models_of_row = {REFERENCE: models} | {row: _models_of_row(row, models) for row in rows}
+    drawn = {row: Drawn() for row in models_of_row}
     seed = 1000
     for i, (prompt, meaning) in enumerate(tqdm(whole_prompts(count, seed), unit="prompt")):
         request = parse_request(
@@ -88,7 +108,7 @@ def measure(
         if i == 0:
             generate(request, models)  # the first picture takes longer
         reference: list[Image.Image] = []
-        for row, of_row in rows.items():
+        for row, of_row in models_of_row.items():
             started = time.perf_counter()
             pictures = generate(request, of_row)
             drawn[row].seconds.append(time.perf_counter() - started)
@@ -104,13 +124,38 @@ def measure(
     return drawn
 
 
+def _models_of_row(row: str, models: Models) -> Models:
+    if row not in QUANTIZE_ROWS:
+        return dataclasses.replace(models, step_cache=STEP_CACHE_ROWS.get(row))
+    quantization = QUANTIZE_ROWS[row]
+    return dataclasses.replace(
+        models,
+        base=_quantized(models.base, quantization),
+        refiner=models.refiner and _quantized(models.refiner, quantization),
+        quantization=quantization,
+    )
+
+
+def _quantized(pipeline: Any, quantization: Quantization) -> Any:
+    """With a UNet of its own, which is rounded for good; the rest is shared."""
+    pipeline = copy.copy(pipeline)
+    pipeline.unet = copy.deepcopy(pipeline.unet)
+    on_cpu = pipeline.unet.device.type == "cpu"
+    # torch multiplies fp8 on a CPU, too, but torchao does not know of it.
+    unchecked = mock.patch("torchao.quantization.quant_api._check_hardware_support")
+    with unchecked if on_cpu else contextlib.nullcontext():
+        quantize(pipeline.unet, quantization)
+    return pipeline
+
+
 @contextlib.contextmanager
 def full_size_base() -> Iterator[Models]:
-    """About 7 GB, in bfloat16."""
+    """About 7 GB, in bfloat16; as much again for both kinds of 8 bits."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         root = write_configs(Path(folder) / "model")
         shutil.rmtree(root / "refiner")
-        placement = Placement(torch.device("cpu"), torch.bfloat16, resident=True)
+        placement = Placement(device, torch.bfloat16, resident=True)
         yield load(RandomWeights(find_model_dir(Settings(model_dir=root)), placement))
 
 
@@ -128,23 +173,58 @@ def models_of(name: str) -> Iterator[Models]:
         yield load(start_reading(find_model_dir(Settings(model_dir=path)), None))
 
 
+def computed() -> dict[str, dict[str, object]]:
+    """The columns of each row that are counted on the full-size networks."""
+    with tempfile.TemporaryDirectory() as folder:
+        networks = meta_networks(write_configs(Path(folder) / "model"))
+    flops = count_flops(networks, COMPUTED_PX, COMPUTED_PX)
+    base, refiner = (
+        count_eight_bits(networks[name], COMPUTED_PX, COMPUTED_PX)
+        for name in ("base/unet", "refiner/unet")
+    )
+    eight_bits = {
+        "base_in_8_bits": round(base.share, 3),
+        "refiner_in_8_bits": round(refiner.share, 3),
+        "base_speedup_limit": round(base.speedup_limit, 3),
+        "refiner_speedup_limit": round(refiner.speedup_limit, 3),
+        "saved_gb": round(base.saved_gb + refiner.saved_gb, 2),
+    }
+    whole = flops.of_picture(25, 15)
+    columns: dict[str, dict[str, object]] = {}
+    for row in ROWS:
+        tflop = flops.of_picture(25, 15, STEP_CACHE_ROWS.get(row, 1))
+        columns[row] = {
+            "tflop_full_size": round(tflop, 1),
+            "share_of_tflop": round(tflop / whole, 3),
+            **(eight_bits if row in QUANTIZE_ROWS else {}),
+        }
+    return columns
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="embedded", help="embedded, full or a MODEL_DIR")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=ROWS,
+        metavar="ROW",
+        help=f"beside {REFERENCE} (default: {' '.join(ROWS[1:])})",
+    )
     parser.add_argument("--count", type=int, default=200, help="prompts (default: %(default)s)")
     parser.add_argument("--size", type=int, default=128, help="px (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="of the base (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
     arguments = parser.parse_args()
 
-    with tempfile.TemporaryDirectory() as folder:
-        flops = count_flops(meta_networks(write_configs(Path(folder) / "model")), 1024, 1024)
-    tflop = {row: flops.of_picture(25, 15, row or 1) for row in ROWS}
+    columns = computed()
     with models_of(arguments.model) as models:
         drawn = measure(
             models,
+            arguments.rows,
             count=arguments.count,
             size_px=arguments.size,
             base_steps=arguments.steps,
@@ -152,11 +232,11 @@ def main() -> None:
         )
 
     machine = common.machine(models.device.type)
-    name = f"step-cache-{common.slug(arguments.model)}"
+    name = f"lossy-{common.slug(arguments.model)}"
     results = common.CsvFile(arguments.out / f"{name}.csv", [*machine, *COLUMNS])
     table: list[tuple[object, ...]] = [COLUMNS[2:]]
     for row, of_row in drawn.items():
-        seconds = [statistics.median(one.seconds) for one in (of_row, drawn[None])]
+        seconds = [statistics.median(one.seconds) for one in (of_row, drawn[REFERENCE])]
         shares = {
             name: round(statistics.mean(values), 3)
             for name in ("right", "shape", "color", "background", "iou")
@@ -165,7 +245,7 @@ def main() -> None:
         values = {
             "model": arguments.model,
             "dtype": str(models.dtype).removeprefix("torch."),
-            "step_cache": row or "",
+            "row": row,
             "pictures": arguments.count,
             "size_px": arguments.size,
             "base_steps": arguments.steps,
@@ -173,10 +253,11 @@ def main() -> None:
             "picture_s": round(seconds[0], 3),
             "share_of_seconds": round(seconds[0] / seconds[1], 3),
             "psnr_db": round(statistics.mean(of_row.psnr_db), 1),
+            "psnr_db_median": round(statistics.median(of_row.psnr_db), 1),
             "psnr_db_p5": round(sorted(of_row.psnr_db)[arguments.count // TWENTIETH], 1),
+            "psnr_db_worst": round(min(of_row.psnr_db), 1),
             **shares,
-            "tflop_full_size": round(tflop[row], 1),
-            "share_of_tflop": round(tflop[row] / tflop[None], 3),
+            **columns[row],
         }
         results.add({**machine, **values})
         table.append(tuple(values.get(name, "") for name in COLUMNS[2:]))
@@ -185,14 +266,15 @@ def main() -> None:
 
 
 def chart(path: Path) -> None:
-    rows = common.read_csv(path)
-    common.bar_chart(
-        path.with_suffix(".png"),
-        f"Time of a picture, {rows[0]['model']} model, {rows[0]['device']}",
-        "of that with whole steps",
-        [f"{row['step_cache'] or 'not set'}, {row['psnr_db']} dB" for row in rows],
-        {"time": [float(row["share_of_seconds"]) for row in rows]},
-    )
+    _, *rows = common.read_csv(path)
+    if rows:
+        common.bar_chart(
+            path.with_suffix(".png"),
+            f"PSNR of the median picture, {rows[0]['model']} model",
+            "dB",
+            [row["row"] for row in rows],
+            {"PSNR": [float(row["psnr_db_median"]) for row in rows]},
+        )
 
 
 if __name__ == "__main__":
