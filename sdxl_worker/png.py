@@ -1,4 +1,4 @@
-"""PNG, lossless, in a twenty-fifth of the time that Pillow takes by itself, a ninth of its level 1.
+"""PNG, lossless, in a twentieth of the time that Pillow takes by itself, a ninth of its level 1.
 
 Pillow tries five filters on each row and deflates with zlib. Here each row is the difference to the
 row above (filter type 2), and deflate is ISA-L's: files within a few percent of the same size.
