@@ -124,8 +124,8 @@ def main() -> None:
     async def models_work() -> None:
         await asyncio.wrap_future(preparation)
 
-    # On the platform a worker whose check fails is reported unhealthy and takes no job. The SDK's own
-    # checks come after: they synchronize the GPU, which nobody may while CUDA graphs are recorded.
+    # On the platform a worker whose check fails is reported unhealthy and takes no job. The SDK's
+    # own come after: they synchronize the GPU, which nobody may while CUDA graphs are recorded.
     runpod.serverless.register_fitness_check(models_work)
     wrap = {
         command_line.Place.LOCAL_JOB: command_line.saving,
