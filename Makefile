@@ -17,7 +17,7 @@ endpoint: $(VENV)/.run
 
 # Two processes, each of which takes whole files: the tests of one share their servers.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Builds the image with Debian's buildah and tries it out; as root, some minutes.
 image-test: $(VENV)/.run

@@ -1,13 +1,14 @@
+import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from sdxl_worker import model_dir
 from sdxl_worker.settings import Settings
 
-# The tests run in parallel processes, each of which does best with one thread.
-torch.set_num_threads(1)
+# Before torch is imported. The tests run in parallel processes, each of which does best with one
+# thread; and with more, workers that they start would round otherwise than they do.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

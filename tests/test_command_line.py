@@ -29,7 +29,7 @@ QUICK = {
 
 def environment(**variables: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
-    return {**kept, "OMP_NUM_THREADS": "1", **variables}
+    return {**kept, **variables}
 
 
 def handler_process(
