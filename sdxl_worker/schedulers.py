@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 
 from sdxl_worker.request import SchedulerName
 
@@ -44,7 +45,21 @@ def scheduler_class(name: SchedulerName) -> type[SchedulerMixin]:
     if name == "KLMS":
         # The module did without it where `sparing_imports` had hidden it.
         vars(module)["integrate"] = importlib.import_module("scipy.integrate")
+    if name == "K_EULER_ANCESTRAL":
+        vars(module)["randn_tensor"] = _noise
     return getattr(module, class_name)
+
+
+def _noise(
+    shape: torch.Size,
+    generator: list[torch.Generator],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """As diffusers' `randn_tensor` draws it with generators of the host, without its wait for the
+    GPU in each step: only from pinned memory can a copy be queued like all else."""
+    noise = randn_tensor(tuple(shape), generator, torch.device("cpu"), dtype)
+    return noise if device.type == "cpu" else noise.pin_memory().to(device, non_blocking=True)
 
 
 def timestep_to_device(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
