@@ -47,11 +47,7 @@ def endpoint_with(workers: int = 1, **environment: str) -> LocalEndpoint:
     return LocalEndpoint(
         workers=workers,
         rules=RULES,
-        environment={
-            "OMP_NUM_THREADS": "1",
-            "RUNPOD_LOG_LEVEL": "",
-            **environment,
-        },
+        environment={"RUNPOD_LOG_LEVEL": "", **environment},
     )
 
 
