@@ -329,6 +329,25 @@ def test_a_row_begins_with_no_model_of_another_and_nothing_compiled(
     assert not any(Path(folder or "/").exists() for both in of_rows for folder in both)
 
 
+@pytest.mark.parametrize(
+    ("row", "device", "compiler", "reason"),
+    [
+        ("worker", "cpu", None, ""),
+        ("compile_full", "cpu", "/usr/bin/c++", ""),
+        ("compile_full", "cpu", None, "compiling needs a C++ compiler"),
+        ("compile_full", "cuda", None, ""),
+        ("full+fp8", "cpu", "/usr/bin/c++", "cuda_graphs and fp8: a GPU is needed"),
+        ("full+fp8", "cuda", "/usr/bin/c++", ""),
+        ("flash_attention", "cpu", None, "flash_attention: a GPU is needed"),
+    ],
+)
+def test_a_row_says_why_it_cannot_be_measured(
+    row: str, device: str, compiler: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures.shutil, "which", lambda _: compiler)
+    assert pictures.why_not(row, torch.device(device)) == reason
+
+
 def test_pictures_that_are_empty_are_no_reference(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -249,6 +249,37 @@ def test_each_shape_is_recorded_once_and_the_least_used_is_forgotten(
     assert len(recordings) == 2 + cuda_graphs.MAX_SHAPES + 1
 
 
+def test_after_a_recording_that_failed_the_thread_is_on_its_own_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By itself torch would not go back: it ends the recording first, and that raises."""
+    on = [torch.cuda.Stream()]
+    own = on[0]
+
+    @contextlib.contextmanager
+    def stream(other: Any) -> Iterator[None]:
+        before, on[0] = on[0], other
+        try:
+            yield
+        finally:
+            on[0] = before
+
+    @contextlib.contextmanager
+    def record(_graph: Any, _pool: Any, other: Any, **_: Any) -> Iterator[None]:
+        on[0] = other
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: on[0])
+    graphed = cuda_graphs.GraphedForward(lambda sample, *_, **__: (sample,), torch.device("cpu"))
+    added = {"text_embeds": torch.ones(1), "time_ids": torch.ones(1)}
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphed(torch.ones(1), torch.ones(()), torch.ones(1), added_cond_kwargs=added)
+    assert on == [own]
+
+
 # --- compiled code is kept -----------------------------------------------------------------------
 
 
