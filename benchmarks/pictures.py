@@ -40,7 +40,7 @@ from sdxl_worker.gpu import peak_memory_bytes
 from sdxl_worker.model_dir import ModelDir, find_model_dir
 from sdxl_worker.model_files import network_files
 from sdxl_worker.models import Models, load
-from sdxl_worker.optimize import MODES, STEPS
+from sdxl_worker.optimize import MODES, STEPS, compiles
 from sdxl_worker.request import Request, parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from sdxl_worker.weights import Placement, Tensors, Weights
@@ -200,11 +200,13 @@ def measure(way: Way, request: Request, device: torch.device, repeats: int) -> M
 
 def why_not(row: str, device: torch.device) -> str:
     """Why a row cannot be measured on the device; empty if it can."""
-    needs = ({row} | WORKER_ROWS.get(row, frozenset())) & NEEDS_GPU
-    if needs and device.type == "cpu":
+    if device.type != "cpu":
+        return ""
+    steps = WORKER_ROWS.get(row, frozenset())
+    if needs := ({row} | steps) & NEEDS_GPU:
         return f"{' and '.join(sorted(needs))}: a GPU is needed"
-    if "compile" in " ".join(WORKER_ROWS.get(row, ())) and shutil.which("c++") is None:
-        return "compiling needs a C++ compiler" if device.type == "cpu" else ""
+    if compiles(steps) and shutil.which("c++") is None:
+        return "compiling needs a C++ compiler"
     return ""
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import sdxl_worker
-from sdxl_worker.optimize import steps_of
+from sdxl_worker.optimize import MODES, compiles, steps_of
 from sdxl_worker.outputs import library_versions
 from sdxl_worker.settings import Settings
 from sdxl_worker.weights import Weights
@@ -32,7 +32,7 @@ def kept(settings: Settings, weights: Weights) -> Iterator[None]:
     Does nothing where the settings ask for nothing to be compiled, or name no folder.
     """
     folder = settings.compile_cache_dir
-    if folder is None or settings.compile not in ("blocks", "full"):
+    if folder is None or not compiles(MODES[settings.compile]):
         yield
         return
     path = folder / _file_name(settings, weights)

@@ -107,6 +107,10 @@ COMPILING_STEPS = frozenset({"compile_blocks", "compile_unet", "compile_decoder"
 WHOLE_UNET_STEPS = frozenset({"compile_unet", "cuda_graphs"})
 
 
+def compiles(steps: Collection[str]) -> bool:
+    return not COMPILING_STEPS.isdisjoint(steps)
+
+
 def for_one_size(steps: Collection[str]) -> contextlib.AbstractContextManager[Any]:
     """Compile what is drawn meanwhile, on this thread, for its own size: that gives the fastest
     code. Of the next size, torch then makes code for all sizes, for nobody waits for each.
@@ -114,7 +118,7 @@ def for_one_size(steps: Collection[str]) -> contextlib.AbstractContextManager[An
     By itself it would do so within the first picture, where a block of the UNet comes in a second
     width.
     """
-    if COMPILING_STEPS.isdisjoint(steps):
+    if not compiles(steps):
         return contextlib.nullcontext()
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
 
