@@ -21,7 +21,7 @@ test: $(VENV)/.dev
 
 # Builds the image with Debian's buildah and tries it out; as root, some minutes.
 image-test: $(VENV)/.run
-	$(BIN)/python -m builder.image_test
+	$(BIN)/python -m tools.image_test
 
 lint: $(VENV)/.dev
 	$(BIN)/hadolint Dockerfile
@@ -33,7 +33,7 @@ types: $(VENV)/.dev
 
 # The documents' tables, the JSON Schema and the Hub's form, from the declarations they describe.
 docs: $(VENV)/.dev
-	$(BIN)/python -m builder.docs
+	$(BIN)/python -m tools.docs
 
 clean:
 	rm -rf $(VENV) output

@@ -5,24 +5,20 @@ Importing this module loads and starts nothing. `main` prepares the models; wher
 """
 
 import asyncio
-import gc
 import logging
 import os
 import signal
 import sys
-import time
 from typing import Any
 
-from sdxl_worker import command_line
 from sdxl_worker.errors import ModelError, RequestError
-from sdxl_worker.gpu import on_gpu_thread, start_on_gpu_thread
-from sdxl_worker.imports import sparing_imports
-from sdxl_worker.jobs import run_job
-from sdxl_worker.logs import set_up_logging
-from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.model_files import network_files, read_ahead
-from sdxl_worker.settings import Settings, load_settings
-from sdxl_worker.stops import heeding_early_stops
+from sdxl_worker.serving import command_line
+from sdxl_worker.serving.gpu_thread import on_gpu_thread
+from sdxl_worker.serving.job import run_job
+from sdxl_worker.serving.logs import set_up_logging
+from sdxl_worker.serving.start import start
+from sdxl_worker.serving.stops import heeding_early_stops
+from sdxl_worker.settings import load_settings
 
 log = logging.getLogger("sdxl_worker")
 
@@ -55,7 +51,7 @@ def _describe_failure(error: Exception) -> dict[str, Any]:
 
     from sdxl_worker import gpu
 
-    if gpu.gpu_is_broken():
+    if gpu.is_broken():
         return {
             "error": "the worker's GPU failed and the worker is being replaced; send the job again",
             "refresh_worker": True,
@@ -72,38 +68,8 @@ def _describe_failure(error: Exception) -> dict[str, Any]:
     }
 
 
-def _prepare(settings: Settings) -> None:
-    """Load the models and draw with them. The weights are read while the libraries are imported.
-
-    Raises:
-        ModelError: the worker cannot draw.
-    """
-    started = time.perf_counter()
-    model_dir = find_model_dir(settings)
-    half_precision = settings.dtype in (None, "float16")
-    for files in network_files(model_dir, half_precision=half_precision).values():
-        read_ahead(files)
-
-    from sdxl_worker.weights import start_reading
-
-    weights = start_reading(model_dir, settings.dtype)
-
-    with sparing_imports():
-        from sdxl_worker import check
-
-    seconds = time.perf_counter() - started
-    log.info("imported the libraries in %.1f s", seconds, extra={"seconds": round(seconds, 2)})
-    check.prepare(settings, weights)
-
-    gc.freeze()
-    gc.enable()
-
-
 def main() -> None:
     """Prepare the models and hand over to the SDK: for one local job, its server, or the queue."""
-    # Importing the libraries makes objects by the million that all stay: looking for rubbish among
-    # them took a sixth of the time.
-    gc.disable()
     # The kernel drops what process 1, as in a container, does not handle; later the SDK does.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     set_up_logging()
@@ -112,17 +78,17 @@ def main() -> None:
         log.warning("BUCKET_ENDPOINT_URL is not used yet: answers hold the pictures themselves")
     try:
         settings = load_settings()
-        preparation = start_on_gpu_thread(_prepare, settings)
+        models_start = start(settings)
 
         import runpod  # which takes more than a second, meanwhile
 
         if place is not command_line.Place.QUEUE:
-            preparation.result()
+            models_start.result()
     except ModelError as error:
         sys.exit(f"The worker cannot start. {error}")
 
     async def models_work() -> None:
-        await asyncio.wrap_future(preparation)
+        await asyncio.wrap_future(models_start)
 
     # On the platform a worker whose check fails is reported unhealthy and takes no job. The SDK's
     # own come after: they synchronize the GPU, which nobody may while CUDA graphs are recorded.

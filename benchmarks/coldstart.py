@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,8 +29,8 @@ from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.sdxl_architecture import write_configs
-from local_endpoint.jobs import Rules
 from local_endpoint.local import LocalEndpoint
+from local_endpoint.queue import Rules
 
 COMMANDS = {
     "sdxl-worker": [sys.executable, "handler.py"],
@@ -50,24 +51,25 @@ class Start:
     """Of all its threads until then, which tells less of what else the machine did."""
     imported_s: float = 0.0
     loaded_s: float = 0.0
-    warmed_up_s: float = 0.0
+    first_pictures_s: float = 0.0
 
     @property
     def rest_s(self) -> float:
         """Python, settings, the SDK."""
-        return self.ready_s - self.imported_s - self.loaded_s - self.warmed_up_s
+        return self.ready_s - self.imported_s - self.loaded_s - self.first_pictures_s
 
 
-STAGES = {
+PHASES = {
     "imported the libraries": "imported_s",
-    "loaded the models": "loaded_s",
-    "warmed up": "warmed_up_s",
+    "loaded the base": "loaded_s",
+    "loaded the refiner": "loaded_s",
+    "drew a first picture": "first_pictures_s",
 }
 
 
-def stages(log: str) -> dict[str, float]:
-    """What the worker's log, in its form for the platform, says of the start's stages."""
-    seconds = {}
+def phases(log: str) -> dict[str, float]:
+    """What the worker's log, in its form for the platform, says of the start's phases."""
+    seconds: dict[str, float] = defaultdict(float)
     for text in log.splitlines():
         try:
             line = json.loads(text)
@@ -75,9 +77,9 @@ def stages(log: str) -> dict[str, float]:
             continue  # the SDK's banner, a library's warning
         if not isinstance(line, dict):
             continue
-        for words, name in STAGES.items():
-            if str(line.get("message")).startswith(words):
-                seconds[name] = float(line["seconds"])
+        for words, name in PHASES.items():
+            if str(line.get("message")).startswith(f"{words} in "):
+                seconds[name] += float(line["seconds"])
     return seconds
 
 
@@ -96,7 +98,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
         ) as endpoint,
     ):
         while True:  # the endpoint is entered at the worker's first ping, which may be earlier
-            requests = list(endpoint.record.requests)
+            requests = list(endpoint.record.exchanges)
             asked_at = [one.came_at for one in requests if one.route.startswith("job-take")]
             if asked_at:
                 break
@@ -106,7 +108,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
         return Start(
             ready_s=asked_at[0] - started_at,
             cpu_s=times.user + times.system,
-            **stages(worker.log()),
+            **phases(worker.log()),
         )
 
 
@@ -122,7 +124,7 @@ def model_dir(name: str) -> Iterator[dict[str, str]]:
         return
     import torch
 
-    from builder.random_model import write_weights
+    from tools.random_model import write_weights
 
     with tempfile.TemporaryDirectory() as folder:
         root = write_configs(Path(folder) / "model")
@@ -149,7 +151,7 @@ def chart(ours: Start, other: Start, path: Path) -> None:
         {
             "imports": [ours.imported_s, 0.0],
             "loading": [ours.loaded_s, 0.0],
-            "warm-up": [ours.warmed_up_s, 0.0],
+            "warm-up": [ours.first_pictures_s, 0.0],
             "the rest, or not told": [ours.rest_s, other.rest_s],
         },
         target=TARGET_RATIO * other.ready_s,
@@ -188,10 +190,10 @@ def main() -> None:
                 results.add({**setup, "worker": worker, **seconds})
 
     ours, other = (medians(starts[worker]) for worker in COMMANDS)
-    stages_s = (ours.imported_s, ours.loaded_s, ours.warmed_up_s, ours.rest_s)
+    phases_s = (ours.imported_s, ours.loaded_s, ours.first_pictures_s, ours.rest_s)
     table = [
         ("median of", "ready", "CPU time", "imports", "loading", "warm-up", "the rest"),
-        ("sdxl-worker", *(f"{value:.1f} s" for value in (ours.ready_s, ours.cpu_s, *stages_s))),
+        ("sdxl-worker", *(f"{value:.1f} s" for value in (ours.ready_s, ours.cpu_s, *phases_s))),
         ("straightforward", f"{other.ready_s:.1f} s", f"{other.cpu_s:.1f} s", *"----"),
     ]
     print(common.markdown_table(table))

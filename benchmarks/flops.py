@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from builder.random_model import NETWORKS, meta_network
-from sdxl_worker.quantize import quantize
-from sdxl_worker.step_cache import step_cache
+from sdxl_worker.loading.networks import NETWORKS
+from sdxl_worker.speed.quantize import quantize
+from sdxl_worker.speed.step_cache import step_cache
 
 TOKENS = 77
 TIME_IDS = 5  # or 6, and the text's vector is shorter by as much
@@ -23,10 +23,10 @@ class Flops:
     """TFLOP of one pass with one picture; a step with guidance is two passes."""
 
     base: float
-    base_between: float
-    """Of a step between whole ones, with a step cache."""
+    base_shallow: float
+    """Of a shallow step, with a step cache."""
     refiner: float
-    refiner_between: float
+    refiner_shallow: float
     decode: float
     text: float
     """Both encoders, one prompt."""
@@ -35,15 +35,15 @@ class Flops:
         """With guidance: both texts, all steps, decoding.
 
         Args:
-            interval: of a step cache; at 1, all steps are whole.
+            interval: of a step cache; at 1, all steps are deep.
         """
 
-        def of_steps(steps: int, whole: float, between: float) -> float:
-            whole_steps = math.ceil(steps / interval)
-            return whole_steps * whole + (steps - whole_steps) * between
+        def of_steps(steps: int, deep: float, shallow: float) -> float:
+            deep_steps = math.ceil(steps / interval)
+            return deep_steps * deep + (steps - deep_steps) * shallow
 
-        base = of_steps(base_steps, self.base, self.base_between)
-        refiner = of_steps(refiner_steps, self.refiner, self.refiner_between)
+        base = of_steps(base_steps, self.base, self.base_shallow)
+        refiner = of_steps(refiner_steps, self.refiner, self.refiner_shallow)
         return 2 * (base + refiner) + self.decode + 2 * self.text
 
 
@@ -65,9 +65,9 @@ class EightBits:
 def meta_networks(model_dir: Path) -> dict[str, Any]:
     """All networks of a model folder by name, from their configurations alone."""
     return {
-        name: meta_network(kind, model_dir / name)
-        for name, kind in NETWORKS.items()
-        if (model_dir / name).is_dir()
+        name: network.build(model_dir / network.folder)
+        for name, network in NETWORKS.items()
+        if (model_dir / network.folder).is_dir()
     }
 
 
@@ -76,19 +76,17 @@ def count_flops(networks: dict[str, Any], width: int, height: int) -> Flops:
     Args:
         networks: on the meta device; width and height in pixels.
     """
-    vae = networks["base/vae"]
+    vae = networks["vae"]
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
-    base, base_between = _unet_tflop(networks["base/unet"], width, height)
-    refiner, refiner_between = _unet_tflop(networks["refiner/unet"], width, height)
+    base, base_shallow = _unet_tflop(networks["unet"], width, height)
+    refiner, refiner_shallow = _unet_tflop(networks["refiner_unet"], width, height)
     return Flops(
         base=base,
-        base_between=base_between,
+        base_shallow=base_shallow,
         refiner=refiner,
-        refiner_between=refiner_between,
+        refiner_shallow=refiner_shallow,
         decode=_tflop(vae.decode, *decoder_inputs(vae, 1, width, height)),
-        text=sum(
-            _tflop(networks[name], ids) for name in ("base/text_encoder", "base/text_encoder_2")
-        ),
+        text=sum(_tflop(networks[name], ids) for name in ("text_encoder", "text_encoder_2")),
     )
 
 
@@ -139,7 +137,7 @@ def decoder_inputs(vae: Any, batch: int, width: int, height: int) -> tuple[torch
 
 
 def _unet_tflop(unet: Any, width: int, height: int) -> tuple[float, float]:
-    """Of a whole step, and of one between."""
+    """Of a deep step, and of a shallow one."""
     inputs = unet_inputs(unet, 1, width, height)
     with step_cache(SimpleNamespace(unet=unet, num_timesteps=2), 2):
         return _tflop(unet, **inputs), _tflop(unet, **inputs)

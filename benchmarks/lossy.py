@@ -37,15 +37,17 @@ from benchmarks.flops import count_eight_bits, count_flops, meta_networks
 from benchmarks.pictures import RandomWeights
 from benchmarks.sdxl_architecture import write_configs
 from benchmarks.ways import psnr_db
-from builder.shapes.evaluate import whole_prompts
-from builder.shapes.judge import judge
-from sdxl_worker.generate import generate
-from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.models import Models, load
-from sdxl_worker.quantize import quantize
+from sdxl_worker.drawing.generate import generate
+from sdxl_worker.drawing.stages import plan_stages
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import Models, add_refiner, load_base
+from sdxl_worker.loading.weights import start_reading
+from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Quantization, Settings
-from sdxl_worker.weights import Placement, start_reading
+from sdxl_worker.speed.quantize import quantize
+from shapes.evaluate import full_prompts
+from shapes.judge import judge
 
 REFERENCE = "none"
 STEP_CACHE_ROWS = {f"step_cache_{interval}": interval for interval in (2, 3, 4, 5)}
@@ -95,7 +97,7 @@ def measure(
     models_of_row = {REFERENCE: models} | {row: _models_of_row(row, models) for row in rows}
     drawn = {row: Drawn() for row in models_of_row}
     seed = 1000
-    for i, (prompt, meaning) in enumerate(tqdm(whole_prompts(count, seed), unit="prompt")):
+    for i, (prompt, meaning) in enumerate(tqdm(full_prompts(count, seed), unit="prompt")):
         request = parse_request(
             {
                 "prompt": prompt,
@@ -105,12 +107,14 @@ def measure(
                 "num_inference_steps": base_steps,
             }
         )
+        stages = plan_stages(request, models)
         if i == 0:
-            generate(request, models)  # the first picture takes longer
+            generate(request, stages, models)  # the first picture takes longer
         reference: list[Image.Image] = []
         for row, of_row in models_of_row.items():
             started = time.perf_counter()
-            pictures = generate(request, of_row)
+            interval = STEP_CACHE_ROWS.get(row)
+            pictures = generate(request, stages, of_row, step_cache_interval=interval)
             drawn[row].seconds.append(time.perf_counter() - started)
             reference = reference or pictures
             drawn[row].psnr_db.append(psnr_db(pictures, reference))
@@ -125,27 +129,24 @@ def measure(
 
 
 def _models_of_row(row: str, models: Models) -> Models:
+    """With UNets of their own where a row rounds them, for good; the rest is shared."""
     if row not in QUANTIZE_ROWS:
-        return dataclasses.replace(models, step_cache=STEP_CACHE_ROWS.get(row))
-    quantization = QUANTIZE_ROWS[row]
+        return models
     return dataclasses.replace(
         models,
-        base=_quantized(models.base, quantization),
-        refiner=models.refiner and _quantized(models.refiner, quantization),
-        quantization=quantization,
+        unet=_quantized(models.unet, QUANTIZE_ROWS[row]),
+        refiner_unet=models.refiner_unet and _quantized(models.refiner_unet, QUANTIZE_ROWS[row]),
     )
 
 
-def _quantized(pipeline: Any, quantization: Quantization) -> Any:
-    """With a UNet of its own, which is rounded for good; the rest is shared."""
-    pipeline = copy.copy(pipeline)
-    pipeline.unet = copy.deepcopy(pipeline.unet)
-    on_cpu = pipeline.unet.device.type == "cpu"
+def _quantized(unet: Any, quantization: Quantization) -> Any:
+    unet = copy.deepcopy(unet)
+    on_cpu = unet.device.type == "cpu"
     # torch multiplies fp8 on a CPU, too, but torchao does not know of it.
     unchecked = mock.patch("torchao.quantization.quant_api._check_hardware_support")
     with unchecked if on_cpu else contextlib.nullcontext():
-        quantize(pipeline.unet, quantization)
-    return pipeline
+        quantize(unet, quantization)
+    return unet
 
 
 @contextlib.contextmanager
@@ -156,7 +157,7 @@ def full_size_base() -> Iterator[Models]:
         root = write_configs(Path(folder) / "model")
         shutil.rmtree(root / "refiner")
         placement = Placement(device, torch.bfloat16, resident=True)
-        yield load(RandomWeights(find_model_dir(Settings(model_dir=root)), placement))
+        yield load_base(RandomWeights(find_model_dir(Settings(model_dir=root)), placement))
 
 
 @contextlib.contextmanager
@@ -170,7 +171,8 @@ def models_of(name: str) -> Iterator[Models]:
             yield models
     else:
         path = EMBEDDED_MODEL_DIR if name == "embedded" else Path(name)
-        yield load(start_reading(find_model_dir(Settings(model_dir=path)), None))
+        weights = start_reading(find_model_dir(Settings(model_dir=path)), None)
+        yield add_refiner(load_base(weights), weights)
 
 
 def computed() -> dict[str, dict[str, object]]:
@@ -180,7 +182,7 @@ def computed() -> dict[str, dict[str, object]]:
     flops = count_flops(networks, COMPUTED_PX, COMPUTED_PX)
     base, refiner = (
         count_eight_bits(networks[name], COMPUTED_PX, COMPUTED_PX)
-        for name in ("base/unet", "refiner/unet")
+        for name in ("unet", "refiner_unet")
     )
     eight_bits = {
         "base_in_8_bits": round(base.share, 3),
@@ -189,13 +191,13 @@ def computed() -> dict[str, dict[str, object]]:
         "refiner_speedup_limit": round(refiner.speedup_limit, 3),
         "saved_gb": round(base.saved_gb + refiner.saved_gb, 2),
     }
-    whole = flops.of_picture(25, 15)
+    all_deep = flops.of_picture(25, 15)
     columns: dict[str, dict[str, object]] = {}
     for row in ROWS:
         tflop = flops.of_picture(25, 15, STEP_CACHE_ROWS.get(row, 1))
         columns[row] = {
             "tflop_full_size": round(tflop, 1),
-            "share_of_tflop": round(tflop / whole, 3),
+            "share_of_tflop": round(tflop / all_deep, 3),
             **(eight_bits if row in QUANTIZE_ROWS else {}),
         }
     return columns
@@ -249,7 +251,7 @@ def main() -> None:
             "pictures": arguments.count,
             "size_px": arguments.size,
             "base_steps": arguments.steps,
-            "refiner_steps": 15 if models.refiner else 0,
+            "refiner_steps": 15 if models.refiner_unet else 0,
             "picture_s": round(seconds[0], 3),
             "share_of_seconds": round(seconds[0] / seconds[1], 3),
             "psnr_db": round(statistics.mean(of_row.psnr_db), 1),

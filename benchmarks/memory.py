@@ -26,7 +26,7 @@ from benchmarks.sdxl_architecture import write_configs
 
 SIZE_PX = 1024
 BATCHES = (1, 8)
-NETWORKS = {"base UNet": "base/unet", "refiner UNet": "refiner/unet", "decoder": "base/vae"}
+NETWORKS = {"base UNet": "unet", "refiner UNet": "refiner_unet", "decoder": "vae"}
 
 
 class PeakBytes(TorchDispatchMode):

@@ -45,19 +45,21 @@ def sample_picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray((0.8 * smooth + 0.2 * edges + grain).clip(0, 255).astype(np.uint8))
 
 
-def host_stages() -> dict[str, Callable[[], Any]]:
-    """The stages of a job in their order, each ready to be called again and again."""
+def host_phases() -> dict[str, Callable[[], Any]]:
+    """The phases of a job on the host in their order, each ready to be called again and again."""
     import torch
 
-    from sdxl_worker.models import load_models
-    from sdxl_worker.outputs import build_output, check_size, describe
-    from sdxl_worker.png import encode_png
+    from sdxl_worker.drawing.schedulers import build_scheduler
+    from sdxl_worker.loading.model_dir import find_model_dir
+    from sdxl_worker.loading.models import load_base
+    from sdxl_worker.loading.weights import start_reading
+    from sdxl_worker.outputs.answer import build_output, check_size, describe
+    from sdxl_worker.outputs.png import encode_png
     from sdxl_worker.request import parse_request
-    from sdxl_worker.schedulers import build_scheduler
     from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
     torch.set_num_threads(1)
-    models = load_models(Settings(model_dir=EMBEDDED_MODEL_DIR))
+    models = load_base(start_reading(find_model_dir(Settings(model_dir=EMBEDDED_MODEL_DIR)), None))
     request = parse_request(JOB_INPUT)
     picture = sample_picture(1024, 1024)
     pixels = torch.from_numpy(np.array(picture))[None]
@@ -68,7 +70,7 @@ def host_stages() -> dict[str, Callable[[], Any]]:
 
     def tokenise() -> None:
         for words in (request.prompt, request.negative_prompt):
-            for tokenizer in (models.base.tokenizer, models.base.tokenizer_2):
+            for tokenizer in (models.tokenizer, models.tokenizer_2):
                 tokenizer(words, add_special_tokens=False, verbose=False)
 
     def schedules() -> None:
@@ -97,7 +99,7 @@ def host_stages() -> dict[str, Callable[[], Any]]:
     }
 
 
-def compared_stages() -> dict[str, Callable[[], Any]]:
+def compared_phases() -> dict[str, Callable[[], Any]]:
     """The PNG as Pillow makes it."""
     picture = sample_picture(1024, 1024)
     return {
@@ -121,22 +123,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=20, help="of each stage (default: 20)")
+    parser.add_argument("--repeats", type=int, default=20, help="of each phase (default: 20)")
     parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
     arguments = parser.parse_args()
 
     machine = common.machine()
-    stages = host_stages()
+    phases = host_phases()
     figures = {
         name: median_ms(call, arguments.repeats)
-        for name, call in tqdm((stages | compared_stages()).items(), unit="stage")
+        for name, call in tqdm((phases | compared_phases()).items(), unit="phase")
     }
-    total = sum(figures[name] for name in stages)
+    total = sum(figures[name] for name in phases)
 
-    results = common.CsvFile(arguments.out / "overhead.csv", [*machine, "stage", "ms"])
-    lines: list[tuple[str, str]] = [("stage", "ms")]
+    results = common.CsvFile(arguments.out / "overhead.csv", [*machine, "phase", "ms"])
+    lines: list[tuple[str, str]] = [("phase", "ms")]
     for name, ms in [*figures.items(), ("total", total)]:
-        results.add({**machine, "stage": name, "ms": round(ms, 3)})
+        results.add({**machine, "phase": name, "ms": round(ms, 3)})
         lines.append((name, f"{ms:.2f}"))
     print(common.markdown_table(lines))
     print(f"targets: total at most {TARGET_MS} ms, PNG at most {TARGET_PNG_MS} ms")
@@ -144,8 +146,8 @@ def main() -> None:
         results.path.with_suffix(".png"),
         "One 1024 x 1024 picture on the host, one core",
         "ms",
-        [*stages, "total", COMPARED[0]],
-        {"ms": [figures[name] for name in stages] + [total, figures[COMPARED[0]]]},
+        [*phases, "total", COMPARED[0]],
+        {"ms": [figures[name] for name in phases] + [total, figures[COMPARED[0]]]},
     )
 
 

@@ -1,4 +1,4 @@
-"""Speed of pictures: steps of `optimize`, plain diffusers and worker-sdxl 2.1.0's way.
+"""Speed of pictures: `OPTIMIZATIONS`, plain diffusers and worker-sdxl 2.1.0's way.
 
 On a GPU with the full-size SDXL and random weights, which are as fast as others; on a CPU with the
 embedded model. The request is 2.1.0's default, 25 steps of the base and 15 of the refiner. The
@@ -11,7 +11,6 @@ measured.
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import itertools
 import math
@@ -35,18 +34,20 @@ from benchmarks.flops import count_flops, meta_networks
 from benchmarks.overhead import sample_picture
 from benchmarks.sdxl_architecture import write_configs
 from benchmarks.ways import Diffusers, FlashAttention, Tuned, Version210, Way, Worker, psnr_db
-from builder.random_model import NETWORKS, random_network
 from sdxl_worker.gpu import peak_memory_bytes
-from sdxl_worker.model_dir import ModelDir, find_model_dir
-from sdxl_worker.model_files import network_files
-from sdxl_worker.models import Models, load
-from sdxl_worker.optimize import MODES, STEPS, compiles
+from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
+from sdxl_worker.loading.models import Models, add_refiner, load_base
+from sdxl_worker.loading.networks import NETWORKS
+from sdxl_worker.loading.weight_files import network_files
+from sdxl_worker.loading.weights import Tensors, Weights
+from sdxl_worker.placement import Placement
 from sdxl_worker.request import Request, parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from sdxl_worker.weights import Placement, Tensors, Weights
+from sdxl_worker.speed.optimize import MODES, OPTIMIZATIONS, compiles
+from tools.random_model import random_network
 
 CHANNELS_LAST = frozenset({"channels_last"})
-# Of the worker: the steps of each row. The modes of COMPILE have their names.
+# Of the worker: the optimizations of each row. The modes of COMPILE have their names.
 WORKER_ROWS: dict[str, frozenset[str]] = {
     "worker": frozenset(),
     "channels_last": CHANNELS_LAST,
@@ -73,7 +74,7 @@ NEEDS_GPU = frozenset({"flash_attention", "cuda_graphs", "fp8"})
 
 COLUMNS = (
     *("dtype", "model", "row", "width", "height", "batch", "base_steps", "refiner_steps"),
-    *("offload", *STEPS, "step_cache"),
+    *("offload", *OPTIMIZATIONS, "step_cache"),
     *("first_picture_s", "picture_ms", "step_ms", "base_step_ms", "refiner_step_ms", "encode_ms"),
     "answer_ms",
     *("tflop", "tflop_per_s", "limit_tflop_per_s", "share_of_limit"),
@@ -120,10 +121,9 @@ class RandomWeights(Weights):
 
     def take(self, network: str) -> Tensors:
         torch.manual_seed(self.networks.index(network))
-        folder = self.model_dir.folder(network)
-        placement = self.placement
-        made = random_network(NETWORKS[network], folder, placement.dtype, placement.device)
-        return made.state_dict()
+        kind, placement = NETWORKS[network], self.placement
+        folder = self.model_dir.folder(kind)
+        return random_network(kind, folder, placement.dtype, placement.device).state_dict()
 
 
 class Clock:
@@ -202,10 +202,10 @@ def why_not(row: str, device: torch.device) -> str:
     """Why a row cannot be measured on the device; empty if it can."""
     if device.type != "cpu":
         return ""
-    steps = WORKER_ROWS.get(row, frozenset())
-    if needs := ({row} | steps) & NEEDS_GPU:
+    optimizations = WORKER_ROWS.get(row, frozenset())
+    if needs := ({row} | optimizations) & NEEDS_GPU:
         return f"{' and '.join(sorted(needs))}: a GPU is needed"
-    if compiles(steps) and shutil.which("c++") is None:
+    if compiles(optimizations) and shutil.which("c++") is None:
         return "compiling needs a C++ compiler"
     return ""
 
@@ -324,7 +324,7 @@ def _described(row: str, request: Request, options: Options) -> dict[str, object
         "base_steps": request.num_inference_steps,
         "refiner_steps": request.refiner_steps_run,
         "offload": int(row == "2.1.0" and options.device.type == "cuda"),
-        **{step: int(step in WORKER_ROWS.get(row, ())) for step in STEPS},
+        **{name: int(name in WORKER_ROWS.get(row, ())) for name in OPTIMIZATIONS},
         "step_cache": STEP_CACHE_ROWS.get(row, 0),
     }
 
@@ -374,24 +374,19 @@ def _model_dir(model: str) -> Iterator[ModelDir]:
 def _way(row: str, models: Models) -> Way:
     if row in OTHER_ROWS:
         return OTHER_ROWS[row](models)
-    models = dataclasses.replace(models, step_cache=STEP_CACHE_ROWS.get(row))
     kind = {"flash_attention": FlashAttention, "full_tuned": Tuned}.get(row, Worker)
-    return kind(models, WORKER_ROWS[row])
+    return kind(models, WORKER_ROWS[row], STEP_CACHE_ROWS.get(row))
 
 
 def _models(model_dir: ModelDir, options: Options) -> Models:
-    """Of a row's own, for the steps change them for good."""
+    """Of a row's own, for the optimizations change them for good."""
     placement = Placement(options.device, options.dtype, resident=True)
     if options.model == "full":
-        models = load(RandomWeights(model_dir, placement))
+        weights: Weights = RandomWeights(model_dir, placement)
     else:
         files = network_files(model_dir, half_precision=True)
-        models = load(Weights(model_dir, files, placement))
-    # A worker takes channels_last on a GPU in any case; here it is a row like the others.
-    for network in (models.base.unet, models.base.vae, getattr(models.refiner, "unet", None)):
-        if network is not None:
-            network.to(memory_format=torch.contiguous_format)
-    return models
+        weights = Weights(model_dir, files, placement)
+    return add_refiner(load_base(weights), weights)
 
 
 def report(path: Path) -> None:

@@ -20,12 +20,13 @@ from PIL import Image
 from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdxl_worker.generate import generate
-from sdxl_worker.models import Models
-from sdxl_worker.optimize import for_one_size, optimize
-from sdxl_worker.outputs import build_output
-from sdxl_worker.request import Request
-from sdxl_worker.schedulers import SCHEDULERS, scheduler_class
+from sdxl_worker.drawing.generate import generate
+from sdxl_worker.drawing.schedulers import SAMPLERS
+from sdxl_worker.drawing.stages import plan_stages
+from sdxl_worker.loading.models import Models
+from sdxl_worker.outputs.answer import build_output
+from sdxl_worker.request import Request, SchedulerName
+from sdxl_worker.speed.optimize import for_one_size, optimize
 
 OnStep = Callable[[str], None]
 """Called after each denoising step with "base" or "refiner"."""
@@ -42,17 +43,29 @@ class Way(ABC):
 
 
 class Worker(Way):
-    """This worker, with some steps of `optimize`. Its start is the first picture."""
+    """This worker, with some of `OPTIMIZATIONS`. Its start is the first picture."""
 
-    def __init__(self, models: Models, steps: Collection[str]) -> None:
+    def __init__(
+        self,
+        models: Models,
+        optimizations: Collection[str],
+        step_cache_interval: int | None = None,
+    ) -> None:
         self._models = models
-        for unet, vae in ((models.base.unet, models.base.vae), (_refiner(models).unet, None)):
-            optimize(steps, unet, vae)
-        self._starting = for_one_size(steps)
+        self._step_cache_interval = step_cache_interval
+        optimize(optimizations, models.unet, models.vae)
+        optimize(optimizations, models.refiner_unet)
+        self._starting = for_one_size(optimizations)
 
     def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
         with self._starting:
-            pictures = generate(request, self._models, on_step=lambda step: on_step(step.stage))
+            pictures = generate(
+                request,
+                plan_stages(request, self._models),
+                self._models,
+                on_step=lambda step: on_step(step.stage),
+                step_cache_interval=self._step_cache_interval,
+            )
         self._starting = contextlib.nullcontext()
         return pictures
 
@@ -90,13 +103,24 @@ class Diffusers(Way):
     """As its documentation has it: all on the device, one text encoder and VAE for both."""
 
     def __init__(self, models: Models) -> None:
-        base, refiner = models.base, _refiner(models)
-        for unet in (base.unet, refiner.unet):
-            unet._forward_pre_hooks.clear()  # the worker's, which keeps timesteps on the host
         self._config = dict(models.scheduler_config)
-        self.base = StableDiffusionXLPipeline(**base.components, add_watermarker=False)
+        self.base = StableDiffusionXLPipeline(
+            tokenizer=models.tokenizer,
+            tokenizer_2=models.tokenizer_2,
+            text_encoder=models.text_encoder,
+            text_encoder_2=models.text_encoder_2,
+            unet=models.unet,
+            vae=models.vae,
+            scheduler=None,
+            add_watermarker=False,
+        )
         self.refiner = StableDiffusionXLImg2ImgPipeline(
-            **self._refiner_components(refiner.components),
+            **self._shared({"vae": models.vae, "text_encoder_2": models.text_encoder_2}),
+            tokenizer=None,
+            tokenizer_2=models.tokenizer_2,
+            text_encoder=None,
+            unet=models.refiner_unet,
+            scheduler=None,
             requires_aesthetics_score=True,
             force_zeros_for_empty_prompt=False,
             add_watermarker=False,
@@ -110,7 +134,7 @@ class Diffusers(Way):
             torch.Generator("cpu").manual_seed(request.seed + i) for i in range(request.num_images)
         ]
         for pipeline in (self.base, self.refiner):
-            pipeline.scheduler = scheduler_class(request.scheduler).from_config(self._config)
+            pipeline.scheduler = self._scheduler(request.scheduler)
         both = {
             "prompt": request.prompt,
             "guidance_scale": request.guidance_scale,
@@ -129,8 +153,12 @@ class Diffusers(Way):
                 texts.append(base64.b64encode(path.read_bytes()).decode())
         return texts
 
-    def _refiner_components(self, components: dict[str, Any]) -> dict[str, Any]:
-        return components
+    def _scheduler(self, name: SchedulerName) -> Any:
+        return SAMPLERS[name].load_class().from_config(self._config)
+
+    def _shared(self, networks: dict[str, Any]) -> dict[str, Any]:
+        """What the refiner takes of the base's networks."""
+        return networks
 
     def _draw(
         self,
@@ -181,7 +209,7 @@ class Version210(Diffusers):
                 pipeline.enable_model_cpu_offload()
 
     def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
-        schedulers = {name: scheduler_class(name).from_config(self._config) for name in SCHEDULERS}
+        schedulers = {name: self._scheduler(name) for name in SAMPLERS}
         self.base.scheduler = schedulers[request.scheduler]
         self.refiner.scheduler = EulerDiscreteScheduler.from_config(self._config)
         both = {
@@ -196,9 +224,8 @@ class Version210(Diffusers):
         }
         return self._draw(request, on_step, for_base=for_base, for_refiner=both)
 
-    def _refiner_components(self, components: dict[str, Any]) -> dict[str, Any]:
-        own = {name: copy.deepcopy(components[name]) for name in ("vae", "text_encoder_2")}
-        return components | own
+    def _shared(self, networks: dict[str, Any]) -> dict[str, Any]:
+        return copy.deepcopy(networks)
 
 
 def psnr_db(pictures: list[Image.Image], others: list[Image.Image]) -> float:
@@ -207,9 +234,3 @@ def psnr_db(pictures: list[Image.Image], others: list[Image.Image]) -> float:
     error -= np.stack([np.asarray(picture) for picture in others])
     mean_square = float((error**2).mean())
     return 99.0 if mean_square == 0 else min(99.0, float(10 * np.log10(255**2 / mean_square)))
-
-
-def _refiner(models: Models) -> Any:
-    if models.refiner is None:
-        raise ValueError("the model has no refiner")
-    return models.refiner

@@ -1,1 +1,1 @@
-"""What is run once, before the worker starts: fetching weights, training the miniature model."""
+"""What the build of an image runs."""

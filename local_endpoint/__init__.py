@@ -4,8 +4,8 @@ The worker never imports this package; production runs on Runpod itself.
 """
 
 from local_endpoint.faults import Faults
-from local_endpoint.jobs import Receipt, Rules, Status
 from local_endpoint.local import LocalEndpoint
+from local_endpoint.queue import Receipt, Rules, Status
 from local_endpoint.record import Record
 from local_endpoint.workers import EndpointError, Worker
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from aiohttp import web
 
-from local_endpoint.jobs import Job, JobQueue, RequestRefused
 from local_endpoint.polling import Changes
+from local_endpoint.queue import Job, JobQueue, RequestRefused
 
 
 class ClientRoutes:

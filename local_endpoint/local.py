@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from local_endpoint.faults import Faults
-from local_endpoint.jobs import Job, JobQueue
+from local_endpoint.queue import Job, JobQueue
 from local_endpoint.record import Record
 from local_endpoint.server import Options, Server
 from local_endpoint.workers import EndpointError, Worker

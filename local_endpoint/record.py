@@ -4,13 +4,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from local_endpoint.jobs import Receipt
+from local_endpoint.queue import Receipt
 
 PostKind = Literal["result", "progress", "chunk"]
 
 
 @dataclass(frozen=True)
-class Request:
+class Exchange:
     """One request, of a client or a worker, when it was answered.
 
     `status_code` is None where the connection was dropped. Times are those of time.monotonic().
@@ -79,7 +79,7 @@ class Record:
     """Lists of what happened, the newest last; of each, `limit` are kept (None: all)."""
 
     def __init__(self, limit: int | None = None) -> None:
-        self.requests: deque[Request] = deque(maxlen=limit)
+        self.exchanges: deque[Exchange] = deque(maxlen=limit)
         self.takes: deque[Take] = deque(maxlen=limit)
         self.posts: deque[Post] = deque(maxlen=limit)
         self.stops: deque[Stop] = deque(maxlen=limit)

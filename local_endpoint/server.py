@@ -17,9 +17,9 @@ from aiohttp import web
 
 from local_endpoint.client_routes import ClientRoutes
 from local_endpoint.faults import Fault, Faults
-from local_endpoint.jobs import Job, JobQueue, Rules
 from local_endpoint.polling import Changes
-from local_endpoint.record import Record, Request
+from local_endpoint.queue import Job, JobQueue, Rules
+from local_endpoint.record import Exchange, Record
 from local_endpoint.webhooks import call_webhook
 from local_endpoint.worker_routes import WorkerRoutes, is_progress
 from local_endpoint.workers import EndpointError, WorkerPool
@@ -235,8 +235,10 @@ class Server:
             return response
         finally:
             route = request.get(ROUTE, "")
-            self.record.requests.append(
-                Request(came_at, time.monotonic(), request.method, route, request.path, status_code)
+            self.record.exchanges.append(
+                Exchange(
+                    came_at, time.monotonic(), request.method, route, request.path, status_code
+                )
             )
 
     @web.middleware

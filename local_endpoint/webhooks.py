@@ -6,7 +6,7 @@ from typing import Any
 
 import aiohttp
 
-from local_endpoint.jobs import Rules
+from local_endpoint.queue import Rules
 from local_endpoint.record import Record, WebhookCall
 
 ANSWER_SECONDS = 10

@@ -10,8 +10,8 @@ from urllib.parse import parse_qsl
 from aiohttp import web
 
 from local_endpoint.faults import Faults
-from local_endpoint.jobs import JobQueue, Receipt
 from local_endpoint.polling import Changes
+from local_endpoint.queue import JobQueue, Receipt
 from local_endpoint.record import Ping, Post, PostKind, Record, Stop, Take
 from local_endpoint.workers import WorkerPool
 

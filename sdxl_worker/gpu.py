@@ -1,61 +1,94 @@
-"""The one thread that uses the GPU, and what can be told of the GPU's state."""
+"""What can be told of the GPU. torch is asked only where it is imported already, or must be."""
 
-import asyncio
-import collections
+import functools
+import logging
+import os
 import resource
 import sys
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdxl_worker.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
-P = ParamSpec("P")
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-# One picture after the other: neither schedulers nor pipelines bear two at once, and the event
-# loop stays free for pings, stop signals and results. The thread starts with its first call.
-_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
-
-
-async def on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run `function` on the GPU thread. Cancelled before its turn comes, it never runs."""
-    return await asyncio.wrap_future(start_on_gpu_thread(function, *args, **kwargs))
+# What NVIDIA's driver puts there for each GPU; the second is Windows' Subsystem for Linux.
+DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/dxg")
+ON_CPU_ON_PURPOSE = "to serve on the CPU on purpose, set CUDA_VISIBLE_DEVICES=-1"
 
 
-def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """As `on_gpu_thread`, without waiting for it."""
-    return _thread.submit(function, *args, **kwargs)
+def gpu_is_there() -> bool:
+    """Whether the machine has an NVIDIA GPU that this process is meant to see. Needs no torch."""
+    # Unset means all of them; an empty value and -1 mean none, to CUDA and to torch.
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return any(any(Path("/").glob(pattern.lstrip("/"))) for pattern in DEVICE_FILES)
 
 
-class StepsAhead:
-    """Keeps the host from queueing more than two steps of work on the GPU.
+def choose_device() -> "torch.device":
+    """The GPU, or the CPU where there is no GPU at all.
 
-    Without it, all steps of a job may be queued before the first is done: progress would tell of
-    steps to come, and a job that is stopped would hold the GPU until its end.
+    Raises:
+        ModelError: there is a GPU that this process cannot use. Serving on the CPU instead would
+            let paid jobs run into their timeout.
     """
+    import torch
 
-    LIMIT = 2
+    if not gpu_is_there() and not torch.cuda.is_available():
+        # Only a worker of the platform asks it for jobs.
+        if os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+            log.warning(
+                "THERE IS NO GPU: this worker serves on its CPU, where a picture of SDXL takes "
+                "many minutes. Choose a GPU in the endpoint's settings"
+            )
+        return torch.device("cpu")
+    if torch.version.cuda is None:
+        raise ModelError(
+            "there is a GPU, and this build of torch is for CPUs: install the one for CUDA "
+            f"(pip install torch=={torch.__version__.partition('+')[0]}), or, {ON_CPU_ON_PURPOSE}"
+        )
+    try:
+        torch.cuda.init()
+        torch.cuda.mem_get_info()
+        capability = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+    except Exception as error:
+        raise ModelError(
+            f"there is a GPU that cannot be used: {error}. This torch needs a driver for CUDA "
+            f"{torch.version.cuda} or newer: choose {torch.version.cuda} and every newer version "
+            "as the endpoint's CUDA versions, or update the driver; where that is so already, the "
+            f"GPU is broken; {ON_CPU_ON_PURPOSE}"
+        ) from error
+    if not _has_code_for(capability, torch.cuda.get_arch_list()):
+        raise ModelError(
+            f"there is a GPU that cannot be used: {name} has compute capability "
+            f"{capability[0]}.{capability[1]}, and this torch has code for "
+            f"{', '.join(torch.cuda.get_arch_list())} alone: choose another GPU, or a build of "
+            f"torch for it; {ON_CPU_ON_PURPOSE}"
+        )
+    return torch.device("cuda")
 
-    def __init__(self, device: "torch.device") -> None:
-        self._cuda = device.type == "cuda"
-        self._steps: collections.deque[Any] = collections.deque()
 
-    def limit(self) -> None:
-        """To be called after each step."""
-        if not self._cuda:
-            return
-        import torch
+def _has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether a build for `architectures` ("sm_80", "compute_90") runs on that capability.
 
-        step = torch.cuda.Event()
-        step.record()
-        self._steps.append(step)
-        if len(self._steps) > self.LIMIT:
-            self._steps.popleft().synchronize()
+    Machine code (sm) runs on later minor versions of its major version, intermediate code (compute)
+    on every later one: https://docs.nvidia.com/cuda/cuda-c-programming-guide/#binary-compatibility
+    """
+    for architecture in architectures:
+        kind, _, number = architecture.partition("_")
+        digits = "".join(letter for letter in number if letter.isdigit())  # "90a" is 90
+        major, minor = int(digits[:-1]), int(digits[-1])
+        same_major = major == capability[0] and minor <= capability[1]
+        if same_major or (kind == "compute" and (major, minor) <= capability):
+            return True
+    return False
 
 
-def gpu_is_broken() -> bool:
+def is_broken() -> bool:
     """Whether the process can no longer use its GPU, as after an illegal memory access.
 
     Such an error stays: every later call to the device raises it again, so asking tells.
@@ -70,13 +103,29 @@ def gpu_is_broken() -> bool:
     return False
 
 
+@functools.cache
+def graph_memory() -> Any:
+    """The one pool of memory that all CUDA graphs share. Made when it is first asked for."""
+    import torch
+
+    return torch.cuda.graph_pool_handle()
+
+
+def idle_graph_bytes() -> int:
+    """GPU memory that CUDA graphs keep for their replays. torch counts it as free."""
+    if graph_memory.cache_info().currsize == 0:
+        return 0
+    import torch
+
+    segments = torch.cuda.memory_snapshot(graph_memory(), include_traces=False)
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
+
+
 def peak_memory_bytes() -> int:
     """The most that was in use: GPU memory since `reset_peak_memory`, or of the whole process."""
     torch = _torch_with_gpu()
     if torch is not None:
-        from sdxl_worker import cuda_graphs
-
-        return int(torch.cuda.max_memory_allocated()) + cuda_graphs.idle_bytes()
+        return int(torch.cuda.max_memory_allocated()) + idle_graph_bytes()
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes * 1024
 

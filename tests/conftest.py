@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_worker import model_dir
+from sdxl_worker.loading import model_dir
 from sdxl_worker.settings import Settings
 
 # Before torch is imported. The tests run in parallel processes, each of which does best with one

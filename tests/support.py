@@ -13,12 +13,12 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 import handler
-from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.model_files import network_files
-from sdxl_worker.models import Models, load, load_models
-from sdxl_worker.optimize import optimize
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import Models, load, load_models
+from sdxl_worker.loading.weight_files import network_files
+from sdxl_worker.loading.weights import Placement, Weights
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from sdxl_worker.weights import Placement, Weights
+from sdxl_worker.speed.optimize import optimize
 
 PROMPT = "a red circle on a blue background"
 # The names of 2.1.0 and the classes of diffusers that they stood for.

@@ -36,14 +36,13 @@ from benchmarks import (
 )
 from benchmarks.flops import Flops, count_eight_bits, count_flops, meta_networks
 from benchmarks.sdxl_architecture import CONFIGS, write_configs
-from sdxl_worker import check
-from sdxl_worker import memory as worker_memory
-from sdxl_worker.logs import JsonFormatter
-from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.models import load
-from sdxl_worker.optimize import STEPS
+from sdxl_worker.drawing import batches as worker_memory
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import load
+from sdxl_worker.loading.weights import start_reading
+from sdxl_worker.serving.logs import JsonFormatter
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from sdxl_worker.weights import start_reading
+from sdxl_worker.speed.optimize import STEPS
 from tests.support import fresh_models
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 
 import sdxl_worker
-from sdxl_worker import check
-from sdxl_worker import generate as generate_module
-from sdxl_worker import models as models_module
+from sdxl_worker.drawing import generate as generate_module
 from sdxl_worker.errors import ModelError
-from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.models import Models
+from sdxl_worker.loading import models as models_module
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import Models
+from sdxl_worker.loading.weights import start_reading
 from sdxl_worker.settings import Settings
-from sdxl_worker.weights import start_reading
 from tests.support import PROMPT, error, models, picture, run
 
 

@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.ways import psnr_db
-from sdxl_worker import check, compile_cache, cuda_graphs, outputs
-from sdxl_worker import weights as weights_module
-from sdxl_worker.generate import generate
+from sdxl_worker.drawing.generate import generate
 from sdxl_worker.gpu import start_on_gpu_thread
-from sdxl_worker.models import Models, load, load_models
-from sdxl_worker.optimize import MODES, for_one_size
+from sdxl_worker.loading import weights as weights_module
+from sdxl_worker.loading.models import Models, load, load_models
+from sdxl_worker.loading.weights import Weights
 from sdxl_worker.request import CHECK_INPUT, parse_request
+from sdxl_worker.serving import compile_cache, cuda_graphs, outputs
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from sdxl_worker.weights import Weights
+from sdxl_worker.speed.optimize import MODES, for_one_size
 from tests import test_meaning
 from tests.support import (
     REQUESTS,
@@ -287,11 +287,11 @@ COMPILED = """
 import json, sys, time
 from pathlib import Path
 import torch
-from sdxl_worker import check
-from sdxl_worker.generate import generate
-from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.models import load_models
-from sdxl_worker.weights import start_reading
+from sdxl_worker.serving import report
+from sdxl_worker.drawing.generate import generate
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import load_models
+from sdxl_worker.loading.weights import start_reading
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import Settings
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import sdxl_worker
-from builder import docs
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import parse_request
 from tests import tutorial
+from tools import docs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [docs.README, *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -21,12 +21,12 @@ from safetensors.torch import load, load_file, save
 
 from builder.download_weights import __main__ as program
 from builder.download_weights import sources, transfer
-from sdxl_worker import models as models_module
-from sdxl_worker.generate import generate
-from sdxl_worker.model_dir import find_model_dir
+from sdxl_worker.drawing.generate import generate
+from sdxl_worker.loading import models as models_module
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.weights import start_reading
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from sdxl_worker.weights import start_reading
 from tests import original_format
 from tests.hub_server import COMMIT, Fault, Hub, serving
 

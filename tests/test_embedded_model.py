@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from builder.shapes.captions import Meaning
-from builder.shapes.data import COLORS, SHAPES, Scene, render
-from builder.shapes.evaluate import whole_prompts
-from builder.shapes.judge import Judgement, judge, parse_caption
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
+from shapes.captions import Meaning
+from shapes.data import COLORS, SHAPES, Scene, render
+from shapes.evaluate import whole_prompts
+from shapes.judge import Judgement, judge, parse_caption
 from tests.support import SCHEDULERS, models, picture
 
 WEIGHTS = sorted(EMBEDDED_MODEL_DIR.rglob("*.safetensors"))

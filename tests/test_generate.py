@@ -10,10 +10,10 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
-from sdxl_worker import generate as generate_module
+from sdxl_worker.drawing import generate as generate_module
+from sdxl_worker.drawing.generate import Mode, choose_mode, generate
 from sdxl_worker.errors import RequestError
-from sdxl_worker.generate import Mode, choose_mode, generate
-from sdxl_worker.models import Models
+from sdxl_worker.loading.models import Models
 from sdxl_worker.request import parse_request
 from tests.support import (
     PROMPT,

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import handler
-from sdxl_worker import generate as generate_module
 from sdxl_worker import gpu, jobs
-from sdxl_worker import models as models_module
+from sdxl_worker.drawing import generate as generate_module
+from sdxl_worker.loading import models as models_module
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from tests.support import PROMPT, data_uri, error, picture, pictures, run
 

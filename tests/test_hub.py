@@ -11,11 +11,11 @@ import jsonschema
 import pytest
 from PIL import Image
 
-from builder import hub as builder_hub
-from sdxl_worker.memory import WORKING_MEMORY_BYTES, fits
+from sdxl_worker.drawing.batches import WORKING_MEMORY_BYTES, fits
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import Settings, load_settings
 from tests.support import run
+from tools import hub as builder_hub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ JOB = {"prompt": "a red circle", "seed": 5, "num_inference_steps": 3, "scheduler
 PROGRAM = """
 import asyncio, json, sys
 import handler
-from sdxl_worker import weights
+from sdxl_worker.loading import weights
 from sdxl_worker.settings import Settings
 
 start_reading = weights.start_reading

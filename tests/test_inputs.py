@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from sdxl_worker import inputs
 from sdxl_worker.errors import RequestError
-from sdxl_worker.inputs import fitted, load_image
+from sdxl_worker.inputs.decode import fitted, load_image
 from sdxl_worker.request import parse_request
 from tests.support import data_uri
 

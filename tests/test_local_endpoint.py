@@ -445,7 +445,7 @@ def test_a_webhook_that_cannot_be_reached_changes_nothing(
 def test_a_route_can_be_made_to_answer_with_an_error(bare: LocalEndpoint) -> None:
     bare.faults.answer("health", 503, times=2)
     assert [bare.call("health")[0] for _ in range(3)] == [503, 503, 200]
-    codes = [r.status_code for r in bare.record.requests if r.route == "health"][-3:]
+    codes = [r.status_code for r in bare.record.exchanges if r.route == "health"][-3:]
     assert codes == [503, 503, 200]
 
 
@@ -462,7 +462,7 @@ def test_a_connection_can_be_dropped_before_or_after_the_work(
     with pytest.raises(OSError, match=r"reset|closed"):
         hand.done(job_id, {"output": 1})
     assert bare.status(job_id)["status"] == "COMPLETED"
-    dropped = [r for r in bare.record.requests if r.route == "job-done"][-2:]
+    dropped = [r for r in bare.record.exchanges if r.route == "job-done"][-2:]
     assert [request.status_code for request in dropped] == [None, None]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from local_endpoint.faults import Faults
-from local_endpoint.jobs import Job, JobQueue, Receipt, RequestRefused, Rules, Status
+from local_endpoint.queue import Job, JobQueue, Receipt, RequestRefused, Rules, Status
 
 RULES = Rules(
     execution_timeout_seconds=100,

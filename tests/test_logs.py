@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sdxl_worker import logs
+from sdxl_worker.serving import logs
 from tests.support import PROMPT, data_uri, picture, run
 
 JOB = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 4}

@@ -1,6 +1,6 @@
 """The pictures show what the prompt says: every scheduler in every mode, each setting's effect.
 
-The embedded model was trained on these shapes and colours. `builder.shapes.judge` measures what a
+The embedded model was trained on these shapes and colours. `shapes.judge` measures what a
 picture shows: the shape with the overlap of its outline (`iou`), the colours with their distance to
 the pure ones (`flat_distance`, 0 to 255).
 """
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from builder.shapes.data import Scene, render
-from builder.shapes.judge import judge
+from shapes.data import Scene, render
+from shapes.judge import judge
 from tests.support import SCHEDULERS, data_uri, difference, picture, pictures
 
 PROMPTS = [

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdxl_worker import model_dir
-from sdxl_worker import models as models_module
+from sdxl_worker.drawing.generate import generate
 from sdxl_worker.errors import ModelError
-from sdxl_worker.generate import generate
-from sdxl_worker.model_dir import ModelDir, find_model_dir
-from sdxl_worker.models import Models
+from sdxl_worker.loading import model_dir
+from sdxl_worker.loading import models as models_module
+from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
+from sdxl_worker.loading.models import Models
+from sdxl_worker.loading.weights import start_reading
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings, load_settings
-from sdxl_worker.weights import start_reading
 from tests.support import difference
 
 COMMIT = "462165984030d82259a11f4367a4eed129e94a7b"

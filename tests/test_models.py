@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from builder import random_model
 from sdxl_worker import gpu
-from sdxl_worker import models as models_module
+from sdxl_worker.drawing.batches import WORKING_MEMORY_BYTES, fits
+from sdxl_worker.drawing.generate import generate
 from sdxl_worker.errors import ModelError
-from sdxl_worker.generate import generate
-from sdxl_worker.memory import WORKING_MEMORY_BYTES, fits
-from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.models import load_models
+from sdxl_worker.loading import models as models_module
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import load_models
+from sdxl_worker.loading.weights import Weights, start_reading
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings, load_settings
-from sdxl_worker.weights import Weights, start_reading
 from tests.support import difference
+from tools import random_model
 
 JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 4}
 

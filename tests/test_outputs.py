@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 import sdxl_worker
-from sdxl_worker import generate as generate_module
-from sdxl_worker import outputs
-from sdxl_worker.outputs import build_output
+from sdxl_worker.drawing import generate as generate_module
+from sdxl_worker.outputs.answer import build_output
 from sdxl_worker.request import parse_request
 from tests.support import PROMPT, data_uri, decoded, error, models, picture, pictures, run
 

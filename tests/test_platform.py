@@ -19,8 +19,8 @@ import pytest
 import runpod
 from PIL import Image
 
-from local_endpoint.jobs import Rules
 from local_endpoint.local import LocalEndpoint
+from local_endpoint.queue import Rules
 from local_endpoint.workers import EndpointError
 from tests import tutorial
 from tests.support import decoded, picture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_worker.png import encode_png
+from sdxl_worker.outputs.png import encode_png
 
 
 def opened(data: bytes) -> Image.Image:

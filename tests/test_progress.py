@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 import handler
-from sdxl_worker import generate as generate_module
-from sdxl_worker import progress as progress_module
-from sdxl_worker.generate import Step
-from sdxl_worker.preview import MAX_PREVIEW_BYTES, PreviewMap, fit_preview_map, preview_jpeg
-from sdxl_worker.progress import JobStopped, Progress
+from sdxl_worker.drawing import generate as generate_module
+from sdxl_worker.drawing.generate import Step
+from sdxl_worker.drawing.preview import MAX_PREVIEW_BYTES, PreviewMap, fit_preview_map, preview_jpeg
 from sdxl_worker.request import parse_request
+from sdxl_worker.serving import progress as progress_module
+from sdxl_worker.serving.progress import JobStopped, Progress
 from tests.support import PROMPT, difference, models, picture
 
 JOB = {"id": "job-1", "input": {}}

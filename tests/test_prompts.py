@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdxl_worker.prompts import encode_pair
+from sdxl_worker.drawing.prompts import encode_pair
 from tests.support import difference, models, picture, plain_base
 
 # Any text of so many tokens: one letter a word, one token a letter.

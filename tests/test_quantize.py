@@ -9,16 +9,16 @@ from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 
 from benchmarks.ways import psnr_db
-from builder.shapes.judge import judge
-from sdxl_worker import compile_cache
+from sdxl_worker.drawing.generate import generate
 from sdxl_worker.errors import ModelError
-from sdxl_worker.generate import generate
-from sdxl_worker.models import Models, load
-from sdxl_worker.optimize import steps_of
-from sdxl_worker.quantize import INT8_ROWS, check_quantization
+from sdxl_worker.loading.models import Models, load
+from sdxl_worker.loading.weights import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import Settings, load_settings
-from sdxl_worker.weights import Placement
+from sdxl_worker.speed import compile_cache
+from sdxl_worker.speed.optimize import steps_of
+from sdxl_worker.speed.quantize import INT8_ROWS, check_quantization
+from shapes.judge import judge
 from tests.support import PROMPT, decoded, models, run, weights_being_read
 
 JOB = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 12, "refiner_inference_steps": 12}
@@ -38,7 +38,7 @@ def fp8() -> Models:
     """As a GPU computes it, but slowly: torch multiplies fp8 on a CPU, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda _: None)
-        patch.setattr("sdxl_worker.models.check_quantization", lambda *_: None)
+        patch.setattr("sdxl_worker.loading.models.check_quantization", lambda *_: None)
         return load(weights_being_read(), Settings(quantize="fp8"))
 
 

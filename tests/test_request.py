@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sdxl_worker.drawing.schedulers import SCHEDULERS
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import (
     MAX_SEED,
@@ -15,7 +16,6 @@ from sdxl_worker.request import (
     rule,
     without_secrets,
 )
-from sdxl_worker.schedulers import SCHEDULERS
 
 
 def refusal(**job_input: Any) -> str:

@@ -11,17 +11,17 @@ from accelerate.hooks import CpuOffload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ways import psnr_db
-from sdxl_worker import cuda_graphs, gpu, memory
-from sdxl_worker import generate as generate_module
-from sdxl_worker import models as models_module
-from sdxl_worker.generate import generate
+from sdxl_worker.drawing import generate as generate_module
+from sdxl_worker.drawing.batches import Plan
+from sdxl_worker.drawing.generate import generate
 from sdxl_worker.gpu import StepsAhead
-from sdxl_worker.memory import Plan
-from sdxl_worker.models import Models
-from sdxl_worker.optimize import MODES, STEPS, steps_of
+from sdxl_worker.loading import models as models_module
+from sdxl_worker.loading.models import Models
+from sdxl_worker.loading.weights import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import Settings
-from sdxl_worker.weights import Placement
+from sdxl_worker.speed import cuda_graphs, gpu, memory
+from sdxl_worker.speed.optimize import MODES, STEPS, steps_of
 from tests.support import (
     JOB,
     REQUESTS,

@@ -16,18 +16,18 @@ from benchmarks import memory as counted_memory
 from benchmarks.flops import meta_networks, unet_inputs
 from benchmarks.sdxl_architecture import write_configs
 from benchmarks.ways import psnr_db
-from builder.shapes.judge import judge
-from sdxl_worker import check, compile_cache, memory
-from sdxl_worker import step_cache as step_cache_module
-from sdxl_worker.generate import Step, generate
-from sdxl_worker.memory import Plan
-from sdxl_worker.model_dir import find_model_dir
-from sdxl_worker.models import Models, load
-from sdxl_worker.optimize import MODES, steps_of
+from sdxl_worker.drawing.batches import Plan
+from sdxl_worker.drawing.generate import Step, generate
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import Models, load
+from sdxl_worker.loading.weights import Placement, start_reading
 from sdxl_worker.request import parse_request
+from sdxl_worker.serving import compile_cache, memory
 from sdxl_worker.settings import Settings
-from sdxl_worker.step_cache import step_cache
-from sdxl_worker.weights import Placement, start_reading
+from sdxl_worker.speed import step_cache as step_cache_module
+from sdxl_worker.speed.optimize import MODES, steps_of
+from sdxl_worker.speed.step_cache import step_cache
+from shapes.judge import judge
 from tests.support import PROMPT, SCHEDULERS, largest_difference, models, picture
 
 JOB = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 5, "refiner_inference_steps": 8}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from runpod.serverless.modules.rp_scale import JobScaler
 
-from sdxl_worker import stops
+from sdxl_worker.serving import stops
 
 
 class Scaler:

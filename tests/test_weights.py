@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdxl_worker import models as models_module
-from sdxl_worker import weights as weights_module
+from sdxl_worker.drawing.batches import WORKING_MEMORY_BYTES, fits
 from sdxl_worker.errors import ModelError
-from sdxl_worker.memory import WORKING_MEMORY_BYTES, fits
-from sdxl_worker.model_dir import ModelDir
-from sdxl_worker.model_files import network_files, read_ahead, weight_files
+from sdxl_worker.loading import models as models_module
+from sdxl_worker.loading import weights as weights_module
+from sdxl_worker.loading.model_dir import ModelDir
+from sdxl_worker.loading.weight_files import network_files, read_ahead, weight_files
+from sdxl_worker.loading.weights import Placement, Weights, start_reading
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
-from sdxl_worker.weights import Placement, Weights, start_reading
 
 EMBEDDED = ModelDir(EMBEDDED_MODEL_DIR, EMBEDDED_MODEL_DIR / "base", EMBEDDED_MODEL_DIR / "refiner")
 CPU = Placement(torch.device("cpu"), torch.float32, resident=True)

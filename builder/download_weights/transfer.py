@@ -75,7 +75,7 @@ class Download:
         return (self.size_bytes or 0) if (folder / self.stored_as).exists() else 0
 
 
-class Progress:
+class ProgressBar:
     """How much of all files there is: a bar in a terminal, a line now and then in a log."""
 
     def __init__(self, total_bytes: int, initial_bytes: int) -> None:
@@ -155,7 +155,7 @@ def download_all(files: Sequence[Download], folder: Path) -> None:
         DownloadError: a file cannot be had, is not the one expected, or does not fit on the disk.
     """
     stop = threading.Event()
-    progress = Progress(
+    progress = ProgressBar(
         sum(file.size_bytes or 0 for file in files), sum(file.bytes_in(folder) for file in files)
     )
     # The largest begin first, so that they do not end alone.

@@ -1,1 +1,0 @@
-"""The miniature SDXL of coloured shapes: its data, its training and the judge of its pictures."""

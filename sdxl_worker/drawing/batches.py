@@ -1,0 +1,85 @@
+"""How many pictures of a job fit the GPU at once, and how they are decoded.
+
+The bytes per pixel are the peak of live tensors in one pass of the published networks, counted on
+tensors without memory: `python -m benchmarks.memory`.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from sdxl_worker.gpu import idle_graph_bytes
+from sdxl_worker.loading.models import Models
+
+log = logging.getLogger(__name__)
+
+# Of one picture with guidance, in 16-bit numbers; the refiner needs more than the base.
+UNET_BYTES_PER_PIXEL = 379
+DECODER_BYTES_PER_PIXEL = 1536
+# What CUDA's libraries take to work in, and what is lost between blocks of memory. An estimate.
+MARGIN_BYTES = 1024**3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the pictures of a job are made."""
+
+    batch_size: int
+    """Pictures denoised together."""
+    slicing: bool
+    """Whether they are decoded one at a time."""
+    tiling: bool
+    """Whether each is decoded in tiles. Their seams are blended, so pixels change a little."""
+
+
+def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
+    """The largest batch that fits, and the decoder's lesser ways only where the full one does not.
+
+    Args:
+        pixels: of one picture.
+    """
+    free_bytes = _free_bytes(models.device)
+    if free_bytes is None:
+        return Plan(num_images, slicing=False, tiling=False)
+    unet_bytes = pixels * UNET_BYTES_PER_PIXEL * models.dtype.itemsize // 2
+    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * _decoder_dtype(models).itemsize // 2
+    room = free_bytes - MARGIN_BYTES
+    recorded_bytes = idle_graph_bytes()
+    if recorded_bytes:
+        # A recording keeps its memory, which grows to what the largest of them needs.
+        room_for_unet = room + recorded_bytes - decoder_bytes
+    else:
+        # A UNet that is not resident comes for its stage, and leaves before the decoder comes.
+        moved_in_bytes = 0 if models.placement.resident else _largest_unet_bytes(models)
+        room_for_unet = room - moved_in_bytes
+    batch_size = max(1, min(num_images, room_for_unet // unet_bytes))
+    if recorded_bytes:
+        room -= max(0, batch_size * unet_bytes - recorded_bytes)
+    chosen = Plan(
+        batch_size,
+        slicing=batch_size > 1 and batch_size * decoder_bytes > room,
+        tiling=decoder_bytes > room,
+    )
+    if chosen != Plan(num_images, slicing=False, tiling=False):
+        log.info("free on the GPU %.1f GB: %s", free_bytes / 1e9, chosen)
+    return chosen
+
+
+def _decoder_dtype(models: Models) -> torch.dtype:
+    """As the pipelines decide it: only float16 has too small a range for some decoders."""
+    upcast = models.vae.config.force_upcast and models.dtype == torch.float16
+    return torch.float32 if upcast else models.dtype
+
+
+def _largest_unet_bytes(models: Models) -> int:
+    unets = [unet for unet in (models.unet, models.refiner_unet) if unet is not None]
+    return max(unet.get_memory_footprint() for unet in unets)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What new tensors can have: what CUDA has left, and what torch holds for reuse."""
+    if device.type != "cuda":
+        return None
+    reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + reusable - idle_graph_bytes()

@@ -1,0 +1,96 @@
+"""A picture is a list of stages, made from the request and the models before any work.
+
+What a request may ask of the networks that there are, how many steps it takes and what size comes
+out is told here and nowhere else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from PIL import Image
+
+from sdxl_worker.errors import RequestError
+from sdxl_worker.loading.models import Models
+from sdxl_worker.request import Request
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline that runs over one schedule, or over a part of it."""
+
+    name: Literal["base", "refiner"]
+    """Whose networks it takes; what progress updates tell."""
+    pipeline: type
+    """Of diffusers. All but that for text alone take the pictures of the stage before."""
+    steps: int
+    """Denoising steps, give or take one for schedulers that repeat a step."""
+    options: Mapping[str, Any]
+    """What the pipeline is called with beside what every stage takes from the request."""
+
+
+def plan_stages(request: Request, models: Models) -> tuple[Stage, ...]:
+    """The stages of a request, in order. None at all: the input picture is returned as it is.
+
+    Raises:
+        RequestError: the request asks for the refiner and the worker has none.
+    """
+    steps, refiner_steps = request.num_inference_steps, request.refiner_steps_run
+    if request.image_url is not None:
+        stages: tuple[Stage, ...] = (_refine(request),) if refiner_steps else ()
+    elif request.refiner_inference_steps == 0:
+        stages = (_draw(request, models, steps),)
+    elif request.high_noise_frac is not None:
+        # One schedule, cut in one place: the same steps and scheduler, no noise added between.
+        cut = request.high_noise_frac
+        of_base = round(steps * cut)
+        shared = {"num_inference_steps": steps, "denoising_start": cut}
+        stages = (
+            _draw(request, models, of_base, denoising_end=cut),
+            Stage("refiner", StableDiffusionXLImg2ImgPipeline, steps - of_base, shared),
+        )
+    else:
+        base = _draw(request, models, steps)
+        stages = (base, _refine(request)) if refiner_steps else (base,)
+
+    if models.refiner_unet is not None or all(stage.name != "refiner" for stage in stages):
+        return stages
+    # The refiner's share is a default: only a request that names it is told that there is none.
+    asked = request.model_fields_set & {"image_url", "high_noise_frac", "refiner_inference_steps"}
+    if asked:
+        raise RequestError(
+            f"{', '.join(sorted(asked))}: needs the refiner, and this worker has none; leave it "
+            "out, or serve a MODEL_DIR with a refiner/ folder"
+        )
+    return (_draw(request, models, steps),)
+
+
+def _draw(request: Request, models: Models, steps: int, **options: Any) -> Stage:
+    """The base makes latents of the size that is asked for."""
+    options |= {
+        "width": request.width or models.native_size_px,
+        "height": request.height or models.native_size_px,
+        "num_inference_steps": request.num_inference_steps,
+    }
+    return Stage("base", StableDiffusionXLPipeline, steps, options)
+
+
+def _refine(request: Request) -> Stage:
+    """The refiner adds noise to a finished picture, and removes it again."""
+    options = {
+        "num_inference_steps": request.refiner_inference_steps,
+        "strength": request.strength,
+    }
+    return Stage("refiner", StableDiffusionXLImg2ImgPipeline, request.refiner_steps_run, options)
+
+
+def total_steps(stages: Sequence[Stage]) -> int:
+    return sum(stage.steps for stage in stages)
+
+
+def output_size_px(stages: Sequence[Stage], input_picture: Image.Image | None) -> tuple[int, int]:
+    """Width and height of the pictures that come out."""
+    if input_picture is not None:
+        return input_picture.size
+    return stages[0].options["width"], stages[0].options["height"]

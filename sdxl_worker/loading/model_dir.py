@@ -1,0 +1,191 @@
+"""Which model is served: `MODEL_DIR`, or the first one there is where that is not set."""
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_worker.errors import ModelError
+from sdxl_worker.loading.networks import Network
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+
+log = logging.getLogger(__name__)
+
+BAKED_MODEL_DIR = Path("/models/sdxl")
+"""Where the images with weights have them."""
+PLATFORM_CACHE = Path("/runpod-volume/huggingface-cache/hub")
+"""Where Runpod mounts the model that an endpoint names, as a cache of the Hugging Face hub."""
+SOURCE_FILE = "source.json"
+"""Written by builder.download_weights: the name, and where base, vae and refiner come from."""
+DIGEST_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class ModelDir:
+    """The folders of a model, in diffusers layout."""
+
+    root: Path
+    base: Path
+    refiner: Path | None
+
+    def folder(self, network: Network) -> Path:
+        """Of one network. diffusers' layout, of a base alone, has no folder "base"."""
+        folder = self.refiner if network.of_refiner else self.base
+        if folder is None:
+            raise KeyError(network.folder)
+        return folder / Path(network.folder).name
+
+    @property
+    def name(self) -> str:
+        """As the hub has it, where that is known; otherwise the folder's name."""
+        if source := self._source():
+            return str(source["name"])
+        if self.root.parent.name == "snapshots":
+            return _repo_name(self.root.parent.parent)
+        return self.root.name
+
+    def revision(self) -> str:
+        """What tells these weights from others: commits of the hub, or a digest of the files.
+
+        The digest is over the size, head and tail of each weight file: reading all of them would
+        take longer than loading.
+        """
+        if source := self._source():
+            origins = {role: source.get(role) for role in ("base", "vae", "refiner")}
+            return ", ".join(
+                f"{role} {(origin.get('revision') or origin['sha256'])[:12]}"
+                for role, origin in origins.items()
+                if origin
+            )
+        for folder in (self.root, *self.root.resolve().parents):
+            if folder.parent.name == "snapshots":
+                return folder.name
+        digest = hashlib.sha256()
+        for path in sorted(self.root.rglob("*.safetensors")):
+            digest.update(f"{path.relative_to(self.root)} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(DIGEST_BYTES))
+                file.seek(-min(DIGEST_BYTES, path.stat().st_size), os.SEEK_END)
+                digest.update(file.read())
+        return f"sha256:{digest.hexdigest()[:16]}"
+
+    def _source(self) -> dict[str, Any]:
+        path = self.root / SOURCE_FILE
+        if not path.is_file():
+            return {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"MODEL_DIR: {path} cannot be read: {error}") from error
+
+
+def find_model_dir(settings: Settings) -> ModelDir:
+    """The model to serve.
+
+    Raises:
+        ModelError: `MODEL_DIR` leads to none, or there is none, or the choice is not clear; the
+            message says what was looked for.
+    """
+    if settings.model_dir is None:
+        return _first_there_is()
+    found = _open(settings.model_dir) or _cached(str(settings.model_dir))
+    if found is None:
+        in_cache = _names(_cached_models())
+        raise ModelError(
+            f"MODEL_DIR: {settings.model_dir} must be a folder that holds base/ (and refiner/, if "
+            "there is one) or model_index.json in diffusers layout, or an org/name in "
+            f"{PLATFORM_CACHE}, which holds {in_cache or 'no SDXL model'}"
+        )
+    log.info("MODEL_DIR is %s: serving %s", settings.model_dir, found.root)
+    return found
+
+
+def _first_there_is() -> ModelDir:
+    cached = _cached_models()
+    if len(cached) > 1 and _open(BAKED_MODEL_DIR) is None:
+        raise ModelError(
+            f"MODEL_DIR is not set, and {PLATFORM_CACHE} holds {_names(cached)}: set MODEL_DIR to "
+            "the one to serve"
+        )
+    places: list[tuple[str, ModelDir | None]] = [
+        (str(BAKED_MODEL_DIR), _open(BAKED_MODEL_DIR)),
+        (str(PLATFORM_CACHE), cached[0] if cached else None),
+        (str(EMBEDDED_MODEL_DIR), _open(EMBEDDED_MODEL_DIR)),
+    ]
+    for i, (_, found) in enumerate(places):
+        if found is not None:
+            kind = "the embedded miniature model, " if found.root == EMBEDDED_MODEL_DIR else ""
+            empty = "".join(f"; no model in {place}" for place, _ in places[:i])
+            log.info("MODEL_DIR is not set: serving %s%s%s", kind, found.root, empty)
+            return found
+    raise ModelError(
+        "MODEL_DIR is not set, and there is no model in "
+        + " or ".join(place for place, _ in places)
+        + ": set it to a folder, or choose a model in the endpoint's settings"
+    )
+
+
+def _open(folder: Path) -> ModelDir | None:
+    """The model in a folder: in this worker's layout, in diffusers', or in the hub's cache."""
+    if (folder / "base").is_dir():
+        refiner = folder / "refiner"
+        return ModelDir(folder, folder / "base", refiner if refiner.is_dir() else None)
+    if (folder / "model_index.json").is_file():
+        return ModelDir(folder, folder, None)
+    snapshot = _snapshot(folder)
+    return _open(snapshot) if snapshot else None
+
+
+def _snapshot(repo: Path) -> Path | None:
+    """Of a repository in a cache: what the main branch was, otherwise the newest."""
+    snapshots = repo / "snapshots"
+    if not snapshots.is_dir():
+        return None
+    main = repo / "refs" / "main"
+    if main.is_file():
+        commit = main.read_text(encoding="utf-8").strip()
+        if commit and (snapshots / commit).is_dir():
+            return snapshots / commit
+    folders = [path for path in snapshots.iterdir() if path.is_dir()]
+    return max(folders, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _cached(name: str) -> ModelDir | None:
+    """A model of the platform's cache by its org/name; the case is not always the hub's."""
+    if name.count("/") != 1:
+        return None
+    for repo in _cached_repos():
+        if _repo_name(repo).lower() == name.lower():
+            return _open(repo)
+    return None
+
+
+def _cached_models() -> list[ModelDir]:
+    """The SDXL models of the platform's cache that can draw alone: not a refiner."""
+    found = [_open(repo) for repo in _cached_repos()]
+    return [model for model in found if model is not None and _is_sdxl_base(model.base)]
+
+
+def _cached_repos() -> list[Path]:
+    return sorted(PLATFORM_CACHE.glob("models--*--*")) if PLATFORM_CACHE.is_dir() else []
+
+
+def _is_sdxl_base(folder: Path) -> bool:
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    encoders = [(index.get(name) or [None])[0] for name in ("text_encoder", "text_encoder_2")]
+    return str(index.get("_class_name")).startswith("StableDiffusionXL") and all(encoders)
+
+
+def _repo_name(repo: Path) -> str:
+    """`models--org--name` is org/name."""
+    return repo.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def _names(models: list[ModelDir]) -> str:
+    return ", ".join(model.name for model in models)

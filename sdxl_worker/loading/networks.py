@@ -1,0 +1,49 @@
+"""The networks of a model: the one place that says what there is, of which class, and where."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Network:
+    folder: str
+    """In this worker's layout."""
+    class_path: str
+
+    def load_class(self) -> Any:
+        """Its class. Imported when it is asked for: the libraries take seconds."""
+        module, _, name = self.class_path.partition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def build(self, folder: Path) -> "torch.nn.Module":
+        """The network of a configuration, its tensors without memory (on the meta device)."""
+        import torch
+        from transformers import PreTrainedModel
+
+        kind = self.load_class()
+        with torch.device("meta"):
+            if issubclass(kind, PreTrainedModel):
+                network = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+            else:
+                network = kind.from_config(kind.load_config(folder, local_files_only=True))
+        return network.eval()
+
+    @property
+    def of_refiner(self) -> bool:
+        return self.folder.startswith("refiner/")
+
+
+# By their names in `Models`, in the order they are read: what draws the first latents comes first,
+# the refiner last.
+NETWORKS = {
+    "text_encoder": Network("base/text_encoder", "transformers.CLIPTextModel"),
+    "text_encoder_2": Network("base/text_encoder_2", "transformers.CLIPTextModelWithProjection"),
+    "unet": Network("base/unet", "diffusers.UNet2DConditionModel"),
+    "vae": Network("base/vae", "diffusers.AutoencoderKL"),
+    "refiner_unet": Network("refiner/unet", "diffusers.UNet2DConditionModel"),
+}

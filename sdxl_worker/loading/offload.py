@@ -1,0 +1,35 @@
+"""On a card that is too small for all networks: one at a time on the GPU, the others on the host.
+
+diffusers' own offloading belongs to a pipeline and is a chain: each network sends away the one
+before it. Here pipelines come and go, and share networks; so each network sends away all others.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import send_to_device
+
+
+def take_turns(networks: Collection[torch.nn.Module], device: torch.device) -> None:
+    """From now on, each of `networks` comes to `device` for its pass, and the others leave it.
+
+    Called again with more networks, it holds for all of them.
+    """
+    for network in networks:
+        add_hook_to_module(network, _Turn(network, networks, device))
+
+
+class _Turn(ModelHook):
+    def __init__(
+        self, network: torch.nn.Module, networks: Collection[torch.nn.Module], device: torch.device
+    ) -> None:
+        self._others = [other for other in networks if other is not network]
+        self.execution_device = device  # where pipelines make what goes into the network
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        for other in self._others:
+            other.to("cpu")
+        module.to(self.execution_device)
+        return tuple(send_to_device(inputs, self.execution_device) for inputs in (args, kwargs))

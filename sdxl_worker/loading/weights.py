@@ -1,0 +1,142 @@
+"""Reading weights: all networks side by side, by several threads, straight to the device.
+
+`from_pretrained` reads one network after the other with one thread, and two of it at once would
+disturb one another: it sets process-wide defaults while it builds a network.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sdxl_worker.errors import ModelError
+from sdxl_worker.gpu import choose_device
+from sdxl_worker.loading.model_dir import ModelDir
+from sdxl_worker.loading.networks import NETWORKS
+from sdxl_worker.loading.weight_files import network_files
+from sdxl_worker.placement import Placement, fits
+
+log = logging.getLogger(__name__)
+
+THREADS = 8
+# Large enough that opening the file again costs nothing beside it, small enough to spread a UNet.
+PART_BYTES = 256 * 1024**2
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Weights:
+    """The tensors of several networks while they are being read, in the order they were given."""
+
+    def __init__(
+        self, model_dir: ModelDir, files: Mapping[str, list[Path]], placement: Placement
+    ) -> None:
+        """
+        Args:
+            files: of each network, by its name in `NETWORKS`.
+        """
+        self.model_dir = model_dir
+        self.placement = placement
+        self.networks = tuple(files)
+        target = placement.device if placement.resident else torch.device("cpu")
+        with_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
+        self._parts: dict[str, list[Future[Tensors]]] = {
+            network: [
+                with_threads.submit(_read, path, names, target, placement.dtype)
+                for path in paths
+                for names in _parts(path)
+            ]
+            for network, paths in files.items()
+        }
+        with_threads.shutdown(wait=False)
+
+    def take(self, network: str) -> Tensors:
+        """All tensors of one network, once they are read. They are handed over, not kept.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
+        tensors: Tensors = {}
+        for part in self._parts.pop(network):
+            tensors |= part.result()
+        return tensors
+
+    def configs(self) -> dict[str, str]:
+        """The configuration file's text of each network."""
+        return {
+            name: (self.model_dir.folder(NETWORKS[name]) / "config.json").read_text("utf-8")
+            for name in self.networks
+        }
+
+
+def start_reading(model_dir: ModelDir, dtype_name: str | None) -> Weights:
+    """Begin to read the weights of a model, and do not wait for them.
+
+    On the GPU if there is one, and to stay there if they leave room to work.
+
+    Args:
+        dtype_name: None for the default, float16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ModelError: a network of it has no readable file, or the GPU cannot be used.
+    """
+    device = choose_device()
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, dtype_name or ("float16" if on_gpu else "float32"))
+    files = network_files(model_dir, half_precision=dtype == torch.float16)
+    if not on_gpu:
+        placement = Placement(device, dtype, resident=True)
+    else:
+        numbers = sum(_numbers(path) for paths in files.values() for path in paths)
+        weights_bytes, free_bytes = numbers * dtype.itemsize, torch.cuda.mem_get_info()[0]
+        resident = fits(weights_bytes, free_bytes)
+        log.info(
+            "weights %.1f GB, free on the GPU %.1f GB: %s",
+            weights_bytes / 1e9,
+            free_bytes / 1e9,
+            "resident" if resident else "too small, so models are offloaded to the host in turn",
+        )
+        placement = Placement(device, dtype, resident)
+    return Weights(model_dir, files, placement)
+
+
+def _read(path: Path, names: list[str], device: torch.device, dtype: torch.dtype) -> Tensors:
+    with _opened(path) as file:
+        return {name: _to(file.get_tensor(name), device, dtype) for name in names}
+
+
+def _to(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    # In one call, torch would round on the host.
+    moved = tensor.to(device)
+    return moved.to(dtype) if tensor.is_floating_point() else moved
+
+
+def _parts(path: Path) -> Iterator[list[str]]:
+    """The names of a file's tensors, in the order they lie there, cut to parts for one thread."""
+    part: list[str] = []
+    size = 0
+    with _opened(path) as file:
+        for name in file.offset_keys():
+            part.append(name)
+            size += math.prod(file.get_slice(name).get_shape()) * 2  # 2 bytes a number, or more
+            if size >= PART_BYTES:
+                yield part
+                part, size = [], 0
+    if part:
+        yield part
+
+
+def _numbers(path: Path) -> int:
+    with _opened(path) as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"MODEL_DIR: {path} cannot be read: {error}") from error

@@ -1,0 +1,110 @@
+"""`python handler.py` on a developer's machine: the forms of `--test_input`, and pictures as files.
+
+The SDK takes `--test_input` as a JSON string only and prints results to the log. Here it takes a
+path, or no value, too, and the pictures of a local job are saved.
+"""
+
+import base64
+import json
+import os
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from sdxl_worker.serving.job import Handler
+
+DEFAULT_JOB_FILE = "test_input.json"
+OUTPUT_DIR = Path("output")
+
+
+class Place(Enum):
+    """Where the SDK takes jobs from."""
+
+    LOCAL_JOB = "the command line or a file: one job"
+    SERVER = "the SDK's test server"
+    QUEUE = "the platform"
+
+
+def prepare(arguments: list[str]) -> tuple[list[str], Place]:
+    """Make the command line what the SDK takes.
+
+    Returns:
+        The arguments for the SDK, and where it will take jobs from.
+
+    Exits with a message where `--test_input` is neither JSON nor a file with JSON in it, and after
+    the help that `--help` asks for.
+    """
+    if {"-h", "--help"} & set(arguments):
+        from runpod.serverless import parser
+
+        parser.print_help()
+        print("\nHere --test_input takes JSON, the path of a file, or nothing: test_input.json.")
+        sys.exit(0)
+    # An empty variable is unset, but the SDK would read a number from this one.
+    if not os.environ.get("RUNPOD_REALTIME_PORT"):
+        os.environ.pop("RUNPOD_REALTIME_PORT", None)
+    # transformers warns at import that torchvision is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+    arguments, job = _job_of(arguments)
+    if "--rp_serve_api" in arguments or "RUNPOD_REALTIME_PORT" in os.environ:
+        return arguments, Place.SERVER
+    if job is None and os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+        return arguments, Place.QUEUE
+    return [*arguments, f"--test_input={job or _read(DEFAULT_JOB_FILE)}"], Place.LOCAL_JOB
+
+
+def saving(handler: Handler) -> Handler:
+    """The handler for a local job: it saves the pictures and answers with their paths."""
+
+    async def handle_and_save(job: dict[str, Any]) -> dict[str, Any]:
+        output = await handler(job)
+        if "images" not in output:
+            return output
+        OUTPUT_DIR.mkdir(exist_ok=True)
+        # The whole answer, as the platform's status route gives it.
+        (OUTPUT_DIR / "output.json").write_text(json.dumps({"output": output}), encoding="utf-8")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        paths = []
+        for i, data_uri in enumerate(output["images"]):
+            path = OUTPUT_DIR / f"{stamp}-seed{output['seed'] + i}.png"
+            path.write_bytes(base64.b64decode(data_uri.partition(",")[2]))
+            paths.append(str(path))
+            print(f"Saved {path}")
+        return {**output, "images": paths, "image_url": paths[0]}
+
+    return handle_and_save
+
+
+def _job_of(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Take `--test_input` and its value, if it has one, out of the arguments.
+
+    Returns:
+        The other arguments, and the job as JSON text, or None without `--test_input`.
+    """
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != "--test_input":
+            continue
+        rest = arguments[i + 1 :]
+        if not equals and rest and not rest[0].startswith("--"):
+            value, *rest = rest
+        return arguments[:i] + rest, _read(value or DEFAULT_JOB_FILE)
+    return arguments, None
+
+
+def _read(value: str) -> str:
+    """JSON text from `value`, which is JSON itself or the path of a file that holds it."""
+    is_json = value.lstrip().startswith(("{", "["))
+    try:
+        text = value if is_json else Path(value).read_text(encoding="utf-8")
+        job = json.loads(text)
+    except OSError as error:
+        sys.exit(f"--test_input: {value} cannot be read: {error.strerror}")
+    except ValueError as error:
+        sys.exit(f"--test_input: {'the value' if is_json else value} is not valid JSON: {error}")
+    if not isinstance(job, dict) or "input" not in job:
+        sys.exit('--test_input: a job must be an object with "input" in it: {"input": {...}}')
+    return json.dumps(job)

@@ -1,0 +1,94 @@
+"""One job, phase by phase."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from PIL import Image
+
+from sdxl_worker.gpu import reset_peak_memory
+from sdxl_worker.inputs.decode import load_image
+from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
+from sdxl_worker.request import parse_request
+from sdxl_worker.serving.gpu_thread import on_gpu_thread
+from sdxl_worker.serving.logs import timed
+from sdxl_worker.serving.start import ready_models
+from sdxl_worker.settings import load_settings
+
+log = logging.getLogger(__name__)
+
+# What the SDK calls with a job, and takes the answer of.
+Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+async def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """The output of a job: pictures, or the report of a check.
+
+    Cancelled, it leaves the GPU thread within one denoising step.
+
+    Raises:
+        RequestError: the caller's mistake.
+        ModelError: the models cannot be loaded.
+    """
+    job_id = str(job.get("id"))
+    request = parse_request(job.get("input"))
+    settled = request.model_dump(exclude={"image_url"})
+    log.debug("request: %s", settled, extra={"job_id": job_id})
+
+    settings = load_settings()
+    models = await ready_models(settings)
+
+    # torch and diffusers take seconds to import: a job that is refused need not wait for them.
+    from sdxl_worker.drawing.generate import generate
+    from sdxl_worker.drawing.stages import output_size_px, plan_stages, total_steps
+    from sdxl_worker.serving.progress import Progress
+    from sdxl_worker.serving.report import build_report
+
+    stages = plan_stages(request, models)  # refuses, while the picture is not fetched yet
+    input_picture = None
+    if request.image_url is not None:
+        with timed("fetch", job_id):
+            input_picture = await asyncio.to_thread(load_image, request)
+    if not request.check:
+        width, height = output_size_px(stages, input_picture)
+        check_expected_size(request, width * height, job_id)
+
+    queued_at = time.perf_counter()
+
+    def draw() -> tuple[list[Image.Image], float]:
+        reset_peak_memory()
+        with timed("generate", job_id, queued_at=queued_at) as timing:
+            pictures = generate(
+                request,
+                stages,
+                models,
+                input_picture,
+                progress.on_step,
+                step_cache_interval=settings.step_cache,
+            )
+        return pictures, timing.ms
+
+    async with Progress(job, latent_rgb=models.latent_rgb if request.preview else None) as progress:
+        pictures, generate_ms = await on_gpu_thread(draw)
+        with timed("encode", job_id):
+            if request.check:
+                return build_report(
+                    request,
+                    models,
+                    settings,
+                    pictures,
+                    generate_ms=generate_ms,
+                    steps=total_steps(stages),
+                )
+            output = await asyncio.to_thread(
+                build_output,
+                pictures,
+                request,
+                model_name=models.name,
+                lossy=settings.lossy,
+                metadata=settings.png_metadata,
+            )
+            check_size(output, job_id)
+            return output

@@ -1,0 +1,127 @@
+"""What the caller sees of a job while it runs, and how a job is stopped.
+
+The SDK's `progress_update` starts a thread for each call: updates can overtake one another and
+arrive after the result, which puts the job back to IN_PROGRESS for ever. Here one task a job posts
+them one after the other, and the result waits for the last.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import os
+import threading
+from typing import Any, Self
+
+from sdxl_worker.drawing.preview import preview_jpeg
+from sdxl_worker.drawing.steps import Step
+from sdxl_worker.loading.latent_rgb import LatentRgb
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_UPDATES = 1.0
+# A result is held back for so long at most by an update that is under way.
+UPDATE_TIMEOUT_SECONDS = 5.0
+
+
+class JobStopped(Exception):  # noqa: N818 - not an error: somebody wanted it
+    """Raised on the GPU thread, between two steps, in a job that nobody waits for any more."""
+
+
+class Progress:
+    """Watches one job: within `async with`, `on_step` is what `generate` calls.
+
+    Leaving the block, however, stops the job on the GPU thread within one step, and no update is
+    sent after it.
+    """
+
+    def __init__(self, job: dict[str, Any], *, latent_rgb: LatentRgb | None) -> None:
+        """
+        Args:
+            latent_rgb: how to draw previews, or None where none are wanted.
+        """
+        self._job_id = str(job.get("id"))
+        self._latent_rgb = latent_rgb
+        self._left = threading.Event()
+        # Set while an update may be made: the GPU thread makes none that would not be sent.
+        self._wanted = threading.Event()
+        self._updates: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._sending = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        if url := _update_url(self._job_id):
+            self._task = asyncio.create_task(self._send_updates(url))
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._left.set()
+        if self._task is None:
+            return
+        if kind is None:
+            async with self._sending:
+                self._task.cancel()
+        else:
+            self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    def on_step(self, step: Step) -> None:
+        """Called on the GPU thread after each denoising step.
+
+        Raises:
+            JobStopped: the job was left; the pipeline must not go on.
+        """
+        if self._left.is_set():
+            raise JobStopped
+        if not self._wanted.is_set():
+            return
+        self._wanted.clear()
+        progress = {
+            "stage": step.stage,
+            "step": step.step,
+            "steps": step.steps,
+            "percent": step.percent,
+        }
+        update: dict[str, Any] = {"progress": progress}
+        if self._latent_rgb is not None:
+            jpeg = preview_jpeg(step.latents(), self._latent_rgb)
+            update["preview"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+        self._loop.call_soon_threadsafe(self._updates.put_nowait, update)
+
+    async def _send_updates(self, url: str) -> None:
+        import aiohttp
+        from runpod.http_client import AsyncClientSession
+
+        timeout = aiohttp.ClientTimeout(total=UPDATE_TIMEOUT_SECONDS)
+        async with AsyncClientSession() as session:
+            while True:
+                self._wanted.set()
+                update = await self._updates.get()
+                body = json.dumps({"status": "IN_PROGRESS", "output": update})
+                try:
+                    async with (
+                        self._sending,
+                        session.post(url, data=body, timeout=timeout) as response,
+                    ):
+                        await response.read()
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    # An update is a courtesy; a job does not fail for one.
+                    log.debug("update not sent: %s", error, extra={"job_id": self._job_id})
+                await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
+
+
+def _update_url(job_id: str) -> str | None:
+    """Where the platform takes updates of this job, or None where there is no platform.
+
+    The variables are those that the SDK posts results with.
+    """
+    template = os.environ.get("RUNPOD_WEBHOOK_POST_OUTPUT")
+    if not template or not os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+        return None
+    from runpod.serverless.modules.worker_state import WORKER_ID
+
+    url = template.replace("$RUNPOD_POD_ID", WORKER_ID).replace("$ID", job_id)
+    return url + "&isStream=false"

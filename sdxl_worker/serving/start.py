@@ -1,0 +1,145 @@
+"""From nothing to a worker that draws: once, on the GPU thread.
+
+torch is imported where it is first needed, for that takes seconds.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from sdxl_worker.errors import ModelError
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.sparing_imports import sparing_imports
+from sdxl_worker.loading.weight_files import network_files, read_ahead
+from sdxl_worker.request import CHECK_INPUT, parse_request
+from sdxl_worker.serving.gpu_thread import start_on_gpu_thread
+from sdxl_worker.settings import Settings
+
+if TYPE_CHECKING:
+    from sdxl_worker.loading.models import Models
+
+log = logging.getLogger(__name__)
+
+# On a CPU a full-size model takes minutes at its native size.
+CPU_FIRST_PICTURE_PX = 64
+
+_lock = threading.Lock()
+_starts: dict[Settings, "Future[Models]"] = {}
+
+
+def start(
+    settings: Settings, before_drawing: Callable[[], object] = lambda: None
+) -> "Future[Models]":
+    """Begin to make the models ready, or go on with what an earlier call began.
+
+    Args:
+        before_drawing: called on the GPU thread before the first picture.
+
+    Returns:
+        The models, once they have drawn. Raises `ModelError` where they cannot be loaded, or draw
+        nothing: the GPU or the weights are broken.
+    """
+    with _lock:
+        begun = _starts.get(settings)
+        if begun is None or (begun.done() and begun.exception() is not None):
+            _starts.clear()
+            _starts[settings] = start_on_gpu_thread(_start, settings, before_drawing)
+        return _starts[settings]
+
+
+async def ready_models(settings: Settings) -> "Models":
+    """The models, once they are ready. A job that is cancelled meanwhile does not end the start."""
+    return await asyncio.shield(asyncio.wrap_future(start(settings)))
+
+
+def _start(settings: Settings, before_drawing: Callable[[], object]) -> "Models":
+    # Importing the libraries makes objects by the million that all stay: looking for rubbish among
+    # them took a sixth of the time.
+    gc.disable()
+    try:
+        return _load_and_draw(settings, before_drawing)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> "Models":
+    """The weights are read while the libraries are imported, and a refiner's while the base draws
+    its first picture."""
+    with _timed("imported the libraries"):
+        model_dir = find_model_dir(settings)
+        half_precision = settings.dtype in (None, "float16")
+        for files in network_files(model_dir, half_precision=half_precision).values():
+            read_ahead(files)
+
+        from sdxl_worker.loading.weights import start_reading
+
+        weights = start_reading(model_dir, settings.dtype)
+        with sparing_imports():
+            from sdxl_worker.drawing import generate  # noqa: F401  what a picture needs
+            from sdxl_worker.loading.models import add_refiner, load_base
+            from sdxl_worker.speed import compile_cache
+            from sdxl_worker.speed.optimize import (
+                MODES,
+                OF_A_WHOLE_UNET,
+                for_one_size,
+                optimizations_of,
+                optimize,
+            )
+            from sdxl_worker.speed.quantize import check_quantization
+
+    optimizations = optimizations_of(settings, weights.placement)
+    check_quantization(settings.quantize, optimizations, weights.placement)
+    if settings.step_cache is not None:
+        left_out = MODES[settings.compile] & OF_A_WHOLE_UNET
+        log.info(
+            "STEP_CACHE: one step in %d is a deep one%s",
+            settings.step_cache,
+            f"; not beside it, of COMPILE: {', '.join(sorted(left_out))}" if left_out else "",
+        )
+    with (
+        compile_cache.kept(
+            settings.compile_cache_dir, optimizations, weights.placement, weights.configs()
+        ),
+        for_one_size(optimizations),
+    ):
+        with _timed("loaded the base"):
+            models = load_base(weights)
+            optimize(optimizations, models.unet, models.vae)
+        before_drawing()
+        _draw_first_picture(models, settings)
+        if model_dir.refiner is not None:
+            with _timed("loaded the refiner"):
+                models = add_refiner(models, weights)
+                optimize(optimizations, models.refiner_unet)
+            _draw_first_picture(models, settings)
+    return models
+
+
+def _draw_first_picture(models: "Models", settings: Settings) -> None:
+    """The first one costs more than later ones, and tells whether there will be any."""
+    from sdxl_worker.drawing.generate import generate
+    from sdxl_worker.drawing.stages import plan_stages
+
+    with _timed("drew a first picture"):
+        size_px = None if models.device.type == "cuda" else CPU_FIRST_PICTURE_PX
+        request = parse_request({**CHECK_INPUT, "height": size_px, "width": size_px})
+        stages = plan_stages(request, models)
+        [picture] = generate(request, stages, models, step_cache_interval=settings.step_cache)
+    # Numbers that are not finite become one even colour.
+    if len(picture.getcolors(picture.width * picture.height) or []) == 1:
+        raise ModelError("the models draw an empty picture: the GPU or the weights are broken")
+
+
+@contextlib.contextmanager
+def _timed(what: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - started
+    log.info("%s in %.1f s", what, seconds, extra={"seconds": round(seconds, 2)})

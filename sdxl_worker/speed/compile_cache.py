@@ -1,0 +1,108 @@
+"""Keeping what was compiled, so that the next worker with the same GPU and versions need not.
+
+The artifacts are those of `torch.compiler.save_cache_artifacts`, made at start-up: for the model's
+native size, one picture. They hold code, and are taken only from the folder that the settings name.
+https://docs.pytorch.org/tutorials/recipes/torch_compile_caching_tutorial.html
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import platform
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+import sdxl_worker
+from sdxl_worker.placement import Placement
+from sdxl_worker.speed.optimize import compiles
+from sdxl_worker.versions import library_versions
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def kept(
+    folder: Path | None,
+    optimizations: Collection[str],
+    placement: Placement,
+    network_configs: Mapping[str, str],
+) -> Iterator[None]:
+    """Around what compiles: hand torch what an earlier worker compiled, or keep what this one does.
+
+    Does nothing where nothing is compiled, or without a folder.
+
+    Args:
+        network_configs: the configuration files' texts, by network.
+    """
+    if folder is None or not compiles(optimizations):
+        yield
+        return
+    path = folder / _file_name(optimizations, placement, network_configs)
+    loaded = _load(path)
+    yield
+    if not loaded:
+        _save(path)
+
+
+def _load(path: Path) -> bool:
+    """Whether there was anything that torch could use."""
+    if not path.is_file():
+        log.info("%s is not there yet: compiling", path)
+        return False
+    try:
+        artifacts = path.read_bytes()
+    except OSError as error:
+        log.warning("%s cannot be read, compiling anew: %s", path, error)
+        return False
+    # torch checks them, and takes none that are damaged.
+    loaded = torch.compiler.load_cache_artifacts(artifacts) is not None
+    if loaded:
+        log.info("took what was compiled from %s", path)
+    else:
+        log.warning("%s is damaged, compiling anew", path)
+    return loaded
+
+
+def _save(path: Path) -> None:
+    """Keep what this process compiled. A folder that cannot be written to is a warning."""
+    artifacts = torch.compiler.save_cache_artifacts()
+    if artifacts is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Other workers may write the same file: each makes its own and puts it there whole.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder, path.name)
+            whole.write_bytes(artifacts[0])
+            whole.replace(path)
+    except OSError as error:
+        log.warning("what was compiled could not be kept in %s: %s", path, error)
+        return
+    log.info("kept what was compiled in %s, %.1f MB", path, len(artifacts[0]) / 1e6)
+
+
+def _file_name(
+    optimizations: Collection[str], placement: Placement, network_configs: Mapping[str, str]
+) -> str:
+    """One file for each combination of what decides the compiled code."""
+    gpu = placement.device.type == "cuda"
+    device = torch.cuda.get_device_name() if gpu else platform.machine()
+    key = {
+        "device": device,
+        "capability": torch.cuda.get_device_capability()
+        if gpu
+        else torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda,
+        "versions": library_versions(quantized=not {"int8", "fp8"}.isdisjoint(optimizations)),
+        "worker": sdxl_worker.__version__,
+        "optimizations": sorted(optimizations),
+        "dtype": str(placement.dtype),
+        "networks": dict(network_configs),
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    name = "".join(letter if letter.isalnum() else "-" for letter in device)
+    return f"{name}-{digest[:16]}.torchcompile"

@@ -1,0 +1,112 @@
+"""A UNet's forward pass recorded once for each shape of its inputs, and replayed."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sdxl_worker.gpu import graph_memory
+
+# Of each UNet. To record one costs as much as four of its passes.
+MAX_SHAPES = 4
+# What libraries set up at first use, and what compiles, must not end up in a recording.
+WARM_UP_RUNS = 3
+
+Key = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+class GraphedForward:
+    """Takes the place of `UNet2DConditionModel.forward` as the SDXL pipelines call it."""
+
+    def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
+        self._forward = forward
+        self._device = device
+        self._graph = functools.lru_cache(maxsize=MAX_SHAPES)(self._record)
+
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        added_cond_kwargs: dict[str, torch.Tensor],
+        **rest: Any,
+    ) -> tuple[torch.Tensor]:
+        """
+        Args:
+            timestep: on the device, without dimensions.
+            rest: what the pipelines pass and SDXL does not use: None, or the way without a graph.
+        """
+        if any(value is not None for name, value in rest.items() if name != "return_dict"):
+            return self._forward(
+                sample,
+                timestep,
+                encoder_hidden_states,
+                added_cond_kwargs=added_cond_kwargs,
+                **rest,
+            )
+        inputs = (
+            sample,
+            timestep,
+            encoder_hidden_states,
+            added_cond_kwargs["text_embeds"],
+            added_cond_kwargs["time_ids"],
+        )
+        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        # The next replay writes to the same memory, and some schedulers remember earlier outputs.
+        return (self._graph(key)(*inputs).clone(),)
+
+    def _record(self, key: Key) -> Callable[..., torch.Tensor]:
+        """
+        Returns:
+            The forward pass for inputs of these shapes; what it gives is overwritten by the next.
+        """
+        inputs = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in key]
+        stream = torch.cuda.current_stream()
+        _stream().wait_stream(stream)
+        with torch.cuda.stream(_stream()):
+            for _ in range(WARM_UP_RUNS):
+                self._flat(*inputs)
+        stream.wait_stream(_stream())
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on meanwhile: at the start they bring the refiner's weights to the GPU,
+        # which they may not during a recording of the usual, "global" kind. A recording that fails
+        # would leave this thread on the other stream: hence the outer context. All recordings have
+        # the same memory for their activations: one is replayed at a time, and its output copied
+        # before the next is.
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, graph_memory(), _stream(), capture_error_mode="thread_local"),
+        ):
+            output = self._flat(*inputs)
+
+        def replay(*values: torch.Tensor) -> torch.Tensor:
+            for place, value in zip(inputs, values, strict=True):
+                place.copy_(value)
+            graph.replay()
+            return output
+
+        return replay
+
+    def _flat(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor,
+        time_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        return self._forward(
+            sample,
+            timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )[0]
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """That all recordings are made on."""
+    return torch.cuda.Stream()

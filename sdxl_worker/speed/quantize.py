@@ -1,0 +1,109 @@
+"""Linears in 8 bits, by torchao: lossy, and off unless `QUANTIZE` is set.
+
+The weights are rounded once, what comes in at each pass. On a GPU that pays only in compiled code,
+which rounds in the same kernel as what stands before.
+"""
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from sdxl_worker.errors import ModelError
+from sdxl_worker.placement import Placement
+from sdxl_worker.settings import Quantization
+
+# The first GPUs that multiply in fp8: Ada, then Hopper and Blackwell.
+FP8_CAPABILITY = (8, 9)
+# cuBLAS multiplies in int8 only more than 16 rows. A small picture has fewer where it is deepest.
+INT8_ROWS = 17
+# A tensor of zeros would be divided by its own largest number.
+FP8_LEAST_RANGE = 1e-3
+
+
+def check_quantization(
+    quantization: Quantization | None, optimizations: Collection[str], placement: Placement
+) -> None:
+    """
+    Args:
+        optimizations: those taken beside it, by their names in `optimize.py`.
+
+    Raises:
+        ModelError: this machine or these settings cannot do it; the message says what to change.
+    """
+    if quantization is None:
+        return
+    gpu = placement.device.type == "cuda"
+    if quantization == "fp8" and not (gpu and torch.cuda.get_device_capability() >= FP8_CAPABILITY):
+        raise ModelError(
+            "QUANTIZE: fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper, "
+            "Blackwell); take int8, or leave it unset"
+        )
+    if not gpu:
+        return
+    if not placement.resident:
+        raise ModelError(
+            "QUANTIZE: needs weights that stay on the GPU, and this one has too little memory for "
+            "them; leave it unset, or take a larger GPU"
+        )
+    # Uncompiled, rounding takes kernels of its own, and torchao's int8 reads from the GPU before
+    # each product, which no CUDA graph can record.
+    if not {"compile_blocks", "compile_unet"} & set(optimizations):
+        raise ModelError(
+            "QUANTIZE: needs compiled UNets; set COMPILE=blocks (COMPILE=full does without "
+            "STEP_CACHE), or leave QUANTIZE unset"
+        )
+
+
+def quantize(unet: Any, quantization: Quantization) -> None:
+    """Round the linears of the transformer blocks, in place, where they are.
+
+    These are 63% of the base's operations and 49% of the refiner's at 1024x1024 (computed), and
+    what `COMPILE=blocks` compiles. Their text keys and values are left as they are: 0.8% of the
+    operations, which would bring every step the same error. So are the embeddings of time and size,
+    of one row, and what is outside of the UNets.
+    """
+    # It would tell that its own kernels, which are for other formats, do not load without CUDA,
+    # and torch that it is registered in a way that will change.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        quantize_,
+    )
+
+    # torchao's options for the compiler would hold for all networks.
+    config: Any
+    if quantization == "int8":
+        # A scale for each row: no picture of a batch depends on the others.
+        config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    else:
+        # One scale for the whole tensor: torchao's scales for each row take bfloat16 alone.
+        config = Float8DynamicActivationFloat8WeightConfig(
+            activation_value_lb=FP8_LEAST_RANGE, set_inductor_config=False
+        )
+    quantize_(unet, config, _is_quantized)
+    if quantization == "int8":
+        for name, module in unet.named_modules():
+            if _is_quantized(module, name):
+                module.__class__ = _InEnoughRows
+
+
+class _InEnoughRows(torch.nn.Linear):
+    """Of [n, tokens, features]."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        tokens = states.shape[1]
+        if tokens < INT8_ROWS:
+            states = torch.nn.functional.pad(states, (0, 0, 0, INT8_ROWS - tokens))
+        return super().forward(states)[:, :tokens]
+
+
+def _is_quantized(module: torch.nn.Module, name: str) -> bool:
+    return (
+        isinstance(module, torch.nn.Linear)
+        and ".transformer_blocks." in name
+        and not name.endswith((".attn2.to_k", ".attn2.to_v"))
+    )

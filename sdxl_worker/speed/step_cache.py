@@ -1,0 +1,74 @@
+"""Shallow steps, which run a UNet's outermost level alone: faster, another picture.
+
+The deep features of adjacent steps are nearly the same. So every n-th step is a deep one, which
+runs the UNet from end to end, and in the shallow steps between, the blocks below the outermost
+level give what they gave last. That is DeepCache, https://arxiv.org/abs/2312.00858; the package of
+that name has had no release since 2023, and diffusers' own caches are for transformers.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def step_cache(pipeline: Any, interval: int | None) -> Iterator[None]:
+    """Around one stage, whose first step is a deep one. Nothing outlasts it.
+
+    Args:
+        pipeline: whose UNet is called once a step.
+        interval: steps from one deep step to the next; None for deep steps only.
+    """
+    if interval is None:
+        yield
+        return
+    unet = pipeline.unet
+    kept: dict[torch.nn.Module, Any] = {}
+    steps = itertools.count(1)
+
+    def after_step(*_: Any) -> None:
+        # Let go before the next deep step, and before the decoder needs the memory.
+        step = next(steps)
+        if step % interval == 0 or step == pipeline.num_timesteps:
+            kept.clear()
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(unet.register_forward_hook(after_step).remove)
+        deep = _below_the_outermost_level(unet)
+        for block in deep:
+            undo.callback(setattr, block, "forward", block.forward)
+            block.forward = _kept_forward(block, kept, is_read=block is deep[-1])
+        yield
+
+
+def _below_the_outermost_level(unet: Any) -> list[torch.nn.Module]:
+    """In the order they run; the outermost level reads nothing but the last one's output."""
+    outermost, *down = unet.down_blocks
+    *up, _ = unet.up_blocks
+    blocks = [*outermost.downsamplers, *down, unet.mid_block, *up]
+    return [block for block in blocks if block is not None]  # a mid block may be missing
+
+
+def _kept_forward(
+    block: torch.nn.Module, kept: dict[torch.nn.Module, Any], *, is_read: bool
+) -> Callable[..., Any]:
+    forward = block.forward
+
+    def kept_forward(*args: Any, **kwargs: Any) -> Any:
+        if block in kept:
+            return kept[block]
+        output = forward(*args, **kwargs)
+        kept[block] = output if is_read else _without_memory(output)
+        return output
+
+    return kept_forward
+
+
+def _without_memory(output: Any) -> Any:
+    """The form of a block's output. Reading a number of it is an error."""
+    if isinstance(output, tuple):
+        return tuple(map(_without_memory, output))
+    return torch.empty_like(output, device="meta")

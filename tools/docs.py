@@ -1,0 +1,77 @@
+"""Writes what is derived from the code: the documents' tables, the input's JSON Schema, and the
+settings in the Hub's form.
+
+Run as `make docs`; a test checks that all of it is as this writes it.
+"""
+
+import json
+from pathlib import Path
+
+from sdxl_worker.request import Request, field_schemas, rule
+from sdxl_worker.settings import Settings
+from tools.hub import env_inputs, gpu_table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = REPOSITORY / "README.md"
+DEPLOY = REPOSITORY / "docs" / "deploy.md"
+SCHEMA = REPOSITORY / "docs" / "input.schema.json"
+HUB = REPOSITORY / ".runpod" / "hub.json"
+
+
+def input_table() -> str:
+    rows = ["| field | value | default | meaning |", "|---|---|---|---|"]
+    for name, schema in field_schemas().items():
+        default = "-" if schema["default"] in (None, "") else f"`{_json(schema['default'])}`"
+        rows.append(f"| `{name}` | {rule(name)} | {default} | {schema['description']} |")
+    return "\n".join(rows)
+
+
+def _json(default: object) -> str:
+    """As in a request, but for text, which goes without its quotes."""
+    return default if isinstance(default, str) else json.dumps(default)
+
+
+def settings_table() -> str:
+    rows = ["| variable | meaning | default |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "-" if field.default is None else f"`{str(field.default).lower()}`"
+        rows.append(f"| `{name.upper()}` | {field.description} | {default} |")
+    return "\n".join(rows)
+
+
+def with_tables(document: Path, **tables: str) -> str:
+    """The document with the text between its `<!-- name -->` and `<!-- /name -->` made anew."""
+    text = document.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{document.name} has no {start!r} ... {end!r}")
+        text = before + start + table + end + after
+    return text
+
+
+def hub_text() -> str:
+    hub = json.loads(HUB.read_text(encoding="utf-8"))
+    hub["config"]["env"] = env_inputs()
+    return _document(hub)
+
+
+def _document(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def derived() -> dict[Path, str]:
+    """Each file with something derived in it, and what it must hold."""
+    return {
+        README: with_tables(README, input=input_table(), settings=settings_table()),
+        DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
+        SCHEMA: _document(Request.model_json_schema()),
+        HUB: hub_text(),
+    }
+
+
+if __name__ == "__main__":
+    for path, text in derived().items():
+        path.write_text(text, encoding="utf-8")
