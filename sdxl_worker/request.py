@@ -1,19 +1,28 @@
 """A job's input becomes an immutable, fully validated `Request`, or one readable `RequestError`.
 
-The fields, names and defaults are those of worker-sdxl 2.1.0. Each is declared once, in `Request`:
-validation, error messages, JSON Schema and the README's table all come from that declaration.
+The fields, names and defaults are those of worker-sdxl 2.1.0. Each is declared once, in `Request`,
+with the rules that tie it to others: validation, error messages, JSON Schema and the documents'
+table all come from that declaration.
 """
 
-import difflib
-import functools
-import json
 import secrets
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.wording import IN_WORDS, RULE, problems, shown
 
 SchedulerName = Literal[
     "PNDM",
@@ -29,8 +38,6 @@ SchedulerName = Literal[
 MAX_PROMPT_CHARACTERS = 20_000
 # JSON numbers are exact up to here in every client, JavaScript's included.
 MAX_SEED = 2**53 - 1
-# An error describes a longer value instead of repeating it.
-MAX_SHOWN_CHARACTERS = 60
 # Two steps of the base, and one of the refiner where there is one.
 CHECK_INPUT = {"prompt": "a red circle", "seed": 0, "num_inference_steps": 2, "strength": 0.02}
 
@@ -40,17 +47,89 @@ def _integral(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _drawn(seed: int) -> int:
+    return secrets.randbits(32) if seed == -1 else seed
+
+
 FromIntegralFloat = BeforeValidator(_integral)
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 # With at most 2048 a side, no picture is over 2048 * 2048 pixels.
-Side = Annotated[int, Field(ge=64, le=2048, multiple_of=8), FromIntegralFloat]
-ImageUrl = Annotated[str, Field(pattern=r"(?i)^(https?://[^/]|data:image/)")]
+MIN_SIDE_PX, MAX_SIDE_PX, SIDE_MULTIPLE_PX = 64, 2048, 8
+Side = Annotated[
+    int, Field(ge=MIN_SIDE_PX, le=MAX_SIDE_PX, multiple_of=SIDE_MULTIPLE_PX), FromIntegralFloat
+]
+ImageUrl = Annotated[
+    str,
+    Field(
+        pattern=r"(?i)^(https?://[^/]|data:image/)",
+        json_schema_extra={RULE: "an http:// or https:// address, or a data:image/ URI"},
+    ),
+]
 
 
-class Request(BaseModel):
-    """What to make. Sizes are in pixels; `seed` is never negative here: a random one is drawn."""
+class InputModel(BaseModel):
+    """An object that a caller sends, immutable once it is validated. `null` means "not given"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def as_given(cls, fields: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The fields that were given: what a model takes for nothing is left out."""
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @classmethod
+    def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:  # noqa: ARG003
+        """Rules between fields that the input breaks: the field, and the problem in words.
+
+        What is told here is to be in the model's JSON Schema as well.
+        """
+        yield from ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tell_all_problems(cls, fields: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """As pydantic validates, but with broken ties beside the other problems, not after them."""
+        if not isinstance(fields, Mapping):
+            return validate(fields)
+        given = cls.as_given(fields)
+        errors = [
+            InitErrorDetails(type=PydanticCustomError(IN_WORDS, problem), loc=(name,), input=None)
+            for name, problem in cls.broken_ties(given)
+        ]
+        try:
+            model = validate(given)
+        except ValidationError as error:
+            errors += [_again(details) for details in error.errors()]
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return model
+
+
+def _again(details: Any) -> InitErrorDetails:
+    """An error that was raised, in the form in which it can be raised once more."""
+    kind = details["type"]
+    if kind == IN_WORDS:
+        kind = PydanticCustomError(IN_WORDS, details["msg"])
+    again = InitErrorDetails(type=kind, loc=details["loc"], input=details["input"])
+    return InitErrorDetails(**again, ctx=details["ctx"]) if "ctx" in details else again
+
+
+class Request(InputModel):
+    """What to make. Sizes are in pixels; a random seed is drawn already."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["prompt"]},
+                {"required": ["image_url"]},
+                {
+                    "required": ["check"],
+                    "maxProperties": 1,
+                    "properties": {"check": {"const": True}},
+                },
+            ]
+        }
+    )
 
     prompt: Prompt = Field(
         default="",
@@ -66,10 +145,13 @@ class Request(BaseModel):
         "`image_url` has.",
     )
     width: Side | None = Field(default=None, description="As `height`.")
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED), FromIntegralFloat] = Field(
-        default=-1,
-        description="Picture i is drawn from `seed` + i. -1 or not given: a random one of 32 "
-        "bits, told in the output.",
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED), FromIntegralFloat, AfterValidator(_drawn)] = (
+        Field(
+            default=-1,
+            validate_default=True,
+            description="Picture i is drawn from `seed` + i. -1 or not given: a random one of 32 "
+            "bits, told in the output.",
+        )
     )
     scheduler: SchedulerName = Field(
         default="DDIM", description="The sampler, of the base and the refiner alike."
@@ -115,6 +197,19 @@ class Request(BaseModel):
         "picture in 2 steps; beside other fields, the picture that they ask for.",
     )
 
+    @classmethod
+    def as_given(cls, fields: Mapping[Any, Any]) -> dict[Any, Any]:
+        """An empty `image_url` is none, as in 2.1.0. A check alone stands for a small request."""
+        given = super().as_given(fields)
+        if given.get("image_url") == "":
+            del given["image_url"]
+        return given | CHECK_INPUT if given == {"check": True} else given
+
+    @classmethod
+    def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+        if "prompt" not in given and "image_url" not in given:
+            yield "prompt", "required, unless image_url is given; got nothing"
+
     @property
     def refiner_steps_run(self) -> int:
         """Denoising steps of the refiner where `strength` rules, as diffusers counts them."""
@@ -124,108 +219,12 @@ class Request(BaseModel):
 def parse_request(job_input: object) -> Request:
     """Validate `job["input"]`.
 
-    `null` means "not given" for every field, and so does an empty `image_url`, as in 2.1.0.
-    `{"check": true}` alone stands for a small request of its own.
-
     Raises:
         RequestError: with every problem, one a line: the field, the rule and the value.
     """
     if not isinstance(job_input, Mapping):
         raise RequestError(f"input: must be an object with a prompt in it; got {shown(job_input)}")
-    given = {name: value for name, value in job_input.items() if value is not None}
-    if given.get("image_url") == "":
-        del given["image_url"]
-
-    if given == {"check": True}:
-        given |= CHECK_INPUT
-
-    problems = [_unknown_field(name) for name in given if name not in Request.model_fields]
-    if "prompt" not in given and "image_url" not in given:
-        problems.append("prompt: required, unless image_url is given; got nothing")
     try:
-        known = {name: given[name] for name in Request.model_fields if name in given}
-        request = Request.model_validate(known)
+        return Request.model_validate(job_input)
     except ValidationError as error:
-        # A field that breaks several of its rules gets one line all the same.
-        names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors())
-        problems += [_broken_rule(name, given[name]) for name in names]
-    if problems:
-        raise RequestError("\n".join(problems))
-
-    if request.seed == -1:
-        # model_copy keeps the record of which fields were given, which tells wish from default.
-        request = request.model_copy(update={"seed": secrets.randbits(32)})
-    return request
-
-
-@functools.cache
-def field_schemas() -> dict[str, dict[str, Any]]:
-    """JSON Schema of each field, with the bounds of an optional one at its top level."""
-    schemas = {}
-    for name, schema in Request.model_json_schema()["properties"].items():
-        given, *_ = schema.get("anyOf", [schema])
-        schemas[name] = {**schema, **given}
-    return schemas
-
-
-def rule(name: str) -> str:
-    """The rule of field `name` in words: "an integer from 1 to 8"."""
-    schema = field_schemas()[name]
-    if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
-    if "pattern" in schema:
-        return "an http:// or https:// address, or a data:image/ URI"
-    if schema["type"] == "boolean":
-        return "true or false"
-    words = {"integer": "an integer", "number": "a number", "string": "a string"}[schema["type"]]
-    if "minimum" in schema:
-        words += f" from {schema['minimum']} to {schema['maximum']}"
-    if "exclusiveMinimum" in schema:
-        words += f" above {schema['exclusiveMinimum']} and below {schema['exclusiveMaximum']}"
-    if "multipleOf" in schema:
-        words += f", a multiple of {schema['multipleOf']}"
-    if "maxLength" in schema:
-        words += f" of at most {schema['maxLength']} characters"
-    return words
-
-
-def _unknown_field(name: object) -> str:
-    fields = Request.model_fields
-    return (
-        f"{shown(name)}: no such field{_near_match(name, fields)}; "
-        f"the fields are {', '.join(fields)}"
-    )
-
-
-def _broken_rule(name: str, value: object) -> str:
-    hint = _near_match(value, field_schemas()[name].get("enum", ()))
-    return f"{name}: must be {rule(name)}; got {shown(value)}{hint}"
-
-
-def _near_match(value: object, choices: Iterable[str]) -> str:
-    by_lower_case = {choice.lower(): choice for choice in choices}
-    matches = difflib.get_close_matches(str(value)[:100].lower(), by_lower_case, n=1)
-    return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""
-
-
-def shown(value: object) -> str:
-    """A value as JSON, for an error message: short, and without the secrets of a URL's query."""
-    if isinstance(value, str):
-        if len(value) > MAX_SHOWN_CHARACTERS:
-            return f"a string of {len(value)} characters"
-        if "?" in value and "://" in value:
-            value = without_secrets(value)
-    text = json.dumps(value, ensure_ascii=False, default=lambda other: type(other).__name__)
-    # JSON can carry half a character (a lone surrogate), which no answer can be encoded with.
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
-
-
-def without_secrets(url: str) -> str:
-    """The address without user, password, query and fragment, any of which may hold a secret.
-
-    It need not be a valid one, and is not parsed: `urlsplit` raises at "http://[".
-    """
-    scheme, _, rest = url.partition("://")
-    authority, slash, path = rest.partition("?")[0].partition("#")[0].partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+        raise RequestError("\n".join(problems(error, Request, job_input))) from None

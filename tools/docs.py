@@ -7,8 +7,9 @@ Run as `make docs`; a test checks that all of it is as this writes it.
 import json
 from pathlib import Path
 
-from sdxl_worker.request import Request, field_schemas, rule
+from sdxl_worker.request import Request
 from sdxl_worker.settings import Settings
+from sdxl_worker.wording import field_schemas, rule
 from tools.hub import env_inputs, gpu_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -20,9 +21,9 @@ HUB = REPOSITORY / ".runpod" / "hub.json"
 
 def input_table() -> str:
     rows = ["| field | value | default | meaning |", "|---|---|---|---|"]
-    for name, schema in field_schemas().items():
+    for name, schema in field_schemas(Request).items():
         default = "-" if schema["default"] in (None, "") else f"`{_json(schema['default'])}`"
-        rows.append(f"| `{name}` | {rule(name)} | {default} | {schema['description']} |")
+        rows.append(f"| `{name}` | {rule(schema)} | {default} | {schema['description']} |")
     return "\n".join(rows)
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 import sdxl_worker
 from sdxl_worker.errors import RequestError
 from sdxl_worker.outputs.png import encode_png
-from sdxl_worker.request import Request, without_secrets
+from sdxl_worker.request import Request
 from sdxl_worker.versions import library_versions
+from sdxl_worker.wording import without_secrets
 
 # What the platform takes as a result: https://docs.runpod.io/serverless/endpoints/operation-reference
 RUN_LIMIT_BYTES = 10_000_000

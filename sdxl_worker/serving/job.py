@@ -9,9 +9,10 @@ from typing import Any
 from PIL import Image
 
 from sdxl_worker.gpu import reset_peak_memory
-from sdxl_worker.inputs.decode import load_image
+from sdxl_worker.inputs.decode import decode, fit
+from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
-from sdxl_worker.request import parse_request
+from sdxl_worker.request import Request, parse_request
 from sdxl_worker.serving.gpu_thread import on_gpu_thread
 from sdxl_worker.serving.logs import timed
 from sdxl_worker.serving.start import ready_models
@@ -50,7 +51,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     input_picture = None
     if request.image_url is not None:
         with timed("fetch", job_id):
-            input_picture = await asyncio.to_thread(load_image, request)
+            input_picture = await asyncio.to_thread(_input_picture, request)
     if not request.check:
         width, height = output_size_px(stages, input_picture)
         check_expected_size(request, width * height, job_id)
@@ -92,3 +93,9 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             )
             check_size(output, job_id)
             return output
+
+
+def _input_picture(request: Request) -> Image.Image:
+    data = fetch(str(request.image_url), "image_url")
+    picture = decode(data, "image_url")
+    return fit(picture, "image_url", height_px=request.height, width_px=request.width)

@@ -1,0 +1,212 @@
+"""What a caller is told of an input that breaks its rules, in words made from the rules themselves.
+
+For any pydantic model, with objects, lists and unions inside: one line for each problem, with the
+path of the field, the rule and the value: "loras[1].scale: must be a number from -5 to 5; got 7".
+"""
+
+import difflib
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+# An error describes a longer value instead of repeating it.
+MAX_SHOWN_CHARACTERS = 60
+# Of errors that say themselves what is wrong: rules between fields.
+IN_WORDS = "in_words"
+RULE = "x-rule"
+"""In a field's JSON Schema: its rule in words, where the schema's own words would be a riddle."""
+
+Schema = dict[str, Any]
+
+
+def problems(error: ValidationError, model: type[BaseModel], given: object) -> list[str]:
+    """All problems of an input, one line each: unknown fields first.
+
+    Args:
+        given: the input that `model` refused.
+    """
+    unknown: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for details in error.errors():
+        found = _find(details["loc"], _schema(model), given)
+        if found is None:
+            continue
+        path, schema, parent = found
+        if details["type"] in ("extra_forbidden", "invalid_key"):
+            unknown.setdefault(path, _unknown_field(path, details["loc"][-1], parent))
+        else:
+            # A field that breaks several of its rules gets one line all the same.
+            others.setdefault(path, _problem(path, schema, details))
+    return [*unknown.values(), *others.values()]
+
+
+def rule(schema: Schema) -> str:
+    """The rule of a JSON Schema in words: "an integer from 1 to 8"."""
+    schema, *others = _alternatives(schema)
+    if others:
+        return " or ".join(rule(one) for one in (schema, *others))
+    if RULE in schema:
+        return str(schema[RULE])
+    if "enum" in schema:
+        return "one of " + ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    kind = schema.get("type")
+    if kind == "object":
+        return "an object with " + ", ".join(schema.get("properties", ["any fields"]))
+    if kind == "array":
+        bounds = [("at least", schema.get("minItems")), ("at most", schema.get("maxItems"))]
+        count = " and ".join(f"{words} {number}" for words, number in bounds if number)
+        return f"a list{count and ' of '}{count}, each {rule(schema['items'])}"
+    if kind == "boolean":
+        return "true or false"
+    words = {"integer": "an integer", "number": "a number", "string": "a string"}[str(kind)]
+    if "minimum" in schema:
+        words += f" from {schema['minimum']} to {schema['maximum']}"
+    if "exclusiveMinimum" in schema:
+        words += f" above {schema['exclusiveMinimum']} and below {schema['exclusiveMaximum']}"
+    if "multipleOf" in schema:
+        words += f", a multiple of {schema['multipleOf']}"
+    if "maxLength" in schema:
+        words += f" of at most {schema['maxLength']} characters"
+    return words
+
+
+def _problem(path: str, schema: Schema, details: ErrorDetails) -> str:
+    if details["type"] == IN_WORDS:
+        return f"{path}: {details['msg']}"
+    if details["type"] == "missing":
+        return f"{path}: required, {rule(schema)}; got nothing"
+    value = details["input"]
+    if details["type"] in ("too_long", "too_short"):
+        return f"{path}: must be {rule(schema)}; got a list of {len(value)}"
+    choices = [str(one) for part in _alternatives(schema) for one in part.get("enum", ())]
+    return f"{path}: must be {rule(schema)}; got {shown(value)}{_near_match(value, choices)}"
+
+
+def _unknown_field(path: str, name: object, parent: Schema) -> str:
+    fields = parent["properties"]
+    where = path if "." in path else shown(name)
+    return f"{where}: no such field{_near_match(name, fields)}; the fields are {', '.join(fields)}"
+
+
+def _find(
+    location: tuple[int | str, ...], root: Schema, given: object
+) -> tuple[str, Schema, Schema] | None:
+    """Where in the input, and in the schema, pydantic's `loc` of an error leads.
+
+    Returns:
+        The path in words, the schema there and the schema around it. None for an alternative of a
+        union that the value was not meant for: an object is judged as an object.
+    """
+    path, parent, schema, value = "", root, root, given
+    rest = list(location)
+    while rest:
+        options = _alternatives(schema)
+        name = rest.pop(0)
+        if len(options) > 1:
+            # Here pydantic names the alternative that it tried; what is wrong inside comes after.
+            meant = next((one for one in options if _is_meant(one, value)), None)
+            if meant is None:
+                break
+            if not rest:
+                return None
+            schema = meant
+            continue
+        parent, value = options[0], _inside(value, name)
+        if isinstance(name, int):
+            path, schema = f"{path}[{name}]", parent.get("items", {})
+        else:
+            path = f"{path}.{name}" if path else name
+            schema = parent.get("properties", {}).get(name, {})
+    return path, schema, parent
+
+
+def _is_meant(option: Schema, value: object) -> bool:
+    kind = {"object": Mapping, "array": list}.get(str(option.get("type")))
+    return kind is not None and isinstance(value, kind)
+
+
+def _inside(value: object, name: int | str) -> object:
+    try:
+        return value[name]  # type: ignore[index]
+    except (LookupError, TypeError):
+        return None
+
+
+def _alternatives(schema: Schema) -> list[Schema]:
+    """What a value may be, but for null, which means "not given"."""
+    if "type" in schema:
+        return [schema]  # an object's own `anyOf` ties its fields together
+    options = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
+    # A field's own description and default stand beside its only alternative.
+    return [{**schema, **options[0]}] if len(options) == 1 else options
+
+
+def field_schemas(model: type[BaseModel]) -> dict[str, Schema]:
+    """JSON Schema of each field, with the bounds of an optional one at its top level."""
+    properties = _schema(model)["properties"]
+    return {name: {**schema, **_alternatives(schema)[0]} for name, schema in properties.items()}
+
+
+@functools.cache
+def _schema(model: type[BaseModel]) -> Schema:
+    """Of a model, with each definition in the places that refer to it."""
+    root = model.model_json_schema()
+
+    def resolved(part: Any) -> Any:
+        if isinstance(part, list):
+            return [resolved(one) for one in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            definition = root["$defs"][part["$ref"].rpartition("/")[2]]
+            part = {**definition, **part}
+        return {name: resolved(one) for name, one in part.items() if name not in ("$ref", "$defs")}
+
+    return resolved(root)
+
+
+def _near_match(value: object, choices: Iterable[str]) -> str:
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(str(value)[:100].lower(), by_lower_case, n=1)
+    return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""
+
+
+def shown(value: object) -> str:
+    """A value as JSON, for an error message: short, and without the secrets of a URL's query."""
+    if isinstance(value, str) and len(value) > MAX_SHOWN_CHARACTERS:
+        return f"a string of {len(value)} characters"
+    text = json.dumps(_without_secrets_inside(value), ensure_ascii=False, default=_kind)
+    # JSON can carry half a character (a lone surrogate), which no answer can be encoded with.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
+
+
+def _without_secrets_inside(value: object) -> object:
+    match value:
+        case str():
+            return without_secrets(value) if "://" in value else value
+        case dict():
+            return {str(name): _without_secrets_inside(one) for name, one in value.items()}
+        case list():
+            return [_without_secrets_inside(one) for one in value]
+    return value
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def without_secrets(url: str) -> str:
+    """The address without user, password, query and fragment, any of which may hold a secret.
+
+    It need not be a valid one, and is not parsed: `urlsplit` raises at "http://[".
+    """
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("?")[0].partition("#")[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
