@@ -57,6 +57,7 @@ def _describe_failure(error: Exception) -> dict[str, Any]:
             "refresh_worker": True,
         }
     if isinstance(error, torch.OutOfMemoryError):
+        # What the pass held is free by now: an error leaves the GPU thread without it.
         torch.cuda.empty_cache()
         return {
             "error": "not enough GPU memory for this job; ask for fewer or smaller pictures "

@@ -75,9 +75,9 @@ def host_phases() -> dict[str, Callable[[], Any]]:
 
     def schedules() -> None:
         for steps in (request.num_inference_steps, request.refiner_inference_steps):
-            build_scheduler(request.scheduler, models.scheduler_config).set_timesteps(
-                steps, device="cpu"
-            )
+            build_scheduler(
+                request.scheduler, models.scheduler_config, begins_in_mid_schedule=False
+            ).set_timesteps(steps, device="cpu")
 
     def latents() -> None:
         generator = torch.Generator("cpu").manual_seed(request.seed)

@@ -1,5 +1,7 @@
 """Failures told apart by type. The third kind, a job too large for the memory, is torch's own."""
 
+import traceback
+
 
 class RequestError(Exception):
     """The caller's mistake. The message tells the caller what to change; the worker is unharmed."""
@@ -7,3 +9,15 @@ class RequestError(Exception):
 
 class ModelError(Exception):
     """The models cannot be loaded as configured. The worker must stop: no job can succeed."""
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the frames of a traceback hold: after an out-of-memory error, the tensors of the
+    pass that failed, for as long as anybody keeps the error.
+
+    To be called in the thread that failed, before the error reaches a coroutine: clearing a frame
+    that only waits would end it.
+    """
+    for one in (error, error.__cause__, error.__context__):
+        if one is not None:
+            traceback.clear_frames(one.__traceback__)

@@ -210,6 +210,10 @@ class Request(InputModel):
         if "prompt" not in given and "image_url" not in given:
             yield "prompt", "required, unless image_url is given; got nothing"
 
+    def seed_of(self, index: int) -> int:
+        """Of picture `index`. After the largest seed comes 0."""
+        return (self.seed + index) % (MAX_SEED + 1)
+
     @property
     def refiner_steps_run(self) -> int:
         """Denoising steps of the refiner where `strength` rules, as diffusers counts them."""

@@ -13,6 +13,7 @@ from sdxl_worker.drawing.prompts import Encoding, encode_pair
 from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.drawing.stages import Stage, output_size_px, total_steps
 from sdxl_worker.drawing.steps import Step, StepCounter
+from sdxl_worker.errors import let_go
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
 from sdxl_worker.speed.no_waits import timesteps_on_device
@@ -54,18 +55,22 @@ def generate(
     # seed + i for one picture gives, within rounding, on any device. The refiner goes on where the
     # base stopped: from a fresh generator it would add the very noise that the base began with.
     generators = [
-        torch.Generator("cpu").manual_seed(request.seed + i) for i in range(request.num_images)
+        torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in range(request.num_images)
     ]
     starts = range(0, request.num_images, plan.batch_size)
     counter = StepCounter(on_step, total_steps(stages) * len(starts), models.device)
     pictures: list[Image.Image] = []
-    with _decoder_set_up(models.vae, plan):
+    with _decoding_as_planned(models.vae, plan):
         for start in starts:
             batch = generators[start : start + plan.batch_size]
             images: Any = input_picture
             for stage in stages:
                 pipeline = _pipeline(stage, models)
-                pipeline.scheduler = build_scheduler(request.scheduler, models.scheduler_config)
+                pipeline.scheduler = build_scheduler(
+                    request.scheduler,
+                    models.scheduler_config,
+                    begins_in_mid_schedule=stage.begins_in_mid_schedule,
+                )
                 call = {
                     **stage.options,
                     **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
@@ -113,9 +118,21 @@ def _pipeline(stage: Stage, models: Models) -> Any:
 
 
 @contextlib.contextmanager
-def _decoder_set_up(vae: Any, plan: batches.Plan) -> Iterator[None]:
+def _decoding_as_planned(vae: Any, plan: batches.Plan) -> Iterator[None]:
+    """Around what decodes, or encodes. Whatever it raises, the VAE is as it was afterwards.
+
+    diffusers sets a VAE with `force_upcast` to float32 and, where its pass fails, leaves it so.
+    """
+    dtype, slicing, tiling = vae.dtype, vae.use_slicing, vae.use_tiling
     vae.use_slicing, vae.use_tiling = plan.slicing, plan.tiling
-    yield
+    try:
+        yield
+    except BaseException as error:
+        let_go(error)  # there may be no memory left to set the VAE back with
+        raise
+    finally:
+        vae.use_slicing, vae.use_tiling = slicing, tiling
+        vae.to(dtype=dtype)
 
 
 def _to_pictures(images: torch.Tensor) -> list[Image.Image]:

@@ -1,10 +1,12 @@
 """The samplers by the names of worker-sdxl 2.1.0."""
 
+import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import SchedulerMixin
 
 from sdxl_worker.request import SchedulerName
@@ -18,10 +20,12 @@ class Sampler:
     class_name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     """What takes the place of the model's own configuration."""
+    begin_in_mid_schedule: Callable[[Any], None] | None = None
+    """What a new one needs to begin right with another step than the first."""
 
     def load_class(self) -> type[SchedulerMixin]:
         module = importlib.import_module(f"diffusers.schedulers.{self.module}")
-        if "integrate" in vars(module) or self.class_name == "LMSDiscreteScheduler":
+        if self.class_name == "LMSDiscreteScheduler":
             # The module did without it where `sparing_imports` had hidden it.
             vars(module)["integrate"] = importlib.import_module("scipy.integrate")
         if self.class_name == "EulerAncestralDiscreteScheduler":
@@ -29,9 +33,76 @@ class Sampler:
         return getattr(module, self.class_name)
 
 
+def build_scheduler(
+    name: SchedulerName, config: Mapping[str, Any], *, begins_in_mid_schedule: bool
+) -> Any:
+    """A new scheduler for one stage of one job.
+
+    Always from the configuration as it was loaded, never from that of a scheduler that ran: what
+    one job sets would stay for the next, and some classes change their own configuration.
+
+    Args:
+        begins_in_mid_schedule: whether its first step is not the first one of its schedule.
+    """
+    sampler = SAMPLERS[name]
+    scheduler: Any = sampler.load_class().from_config({**config, **sampler.config})
+    keep_tables_on_host(scheduler)
+    if begins_in_mid_schedule and sampler.begin_in_mid_schedule is not None:
+        sampler.begin_in_mid_schedule(scheduler)
+    return scheduler
+
+
+def _take_the_order_that_is_held(scheduler: Any) -> None:
+    """A linear multistep method of order n weighs the derivatives of the last n steps.
+
+    diffusers takes the order from the place in the schedule, four in the middle, also where the
+    first step is there; without the other derivatives the weights do not add up to the step.
+    """
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def step_with_order(*args: Any, **options: Any) -> Any:
+        return step(*args, **options, order=min(len(scheduler.derivatives) + 1, LMS_ORDER))
+
+    scheduler.step = step_with_order
+
+
+def _begin_without_repeating(scheduler: Any) -> None:
+    """PNDM makes up for the history it lacks by doing its first step twice, from one repeated
+    timestep. Only a whole schedule has that; in a part of one, diffusers takes the second step for
+    the repetition, and all later ones then expect less noise than there is.
+
+    So begin with order one, as the other multistep schedulers do, and one more with each step.
+    """
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    # Runge-Kutta steps, which some configurations begin with, repeat timesteps as well.
+    scheduler.register_to_config(skip_prk_steps=True)
+
+    @functools.wraps(set_timesteps)
+    def without_repetition(*args: Any, **options: Any) -> None:
+        set_timesteps(*args, **options)
+        scheduler.timesteps = torch.unique_consecutive(scheduler.timesteps)
+
+    @functools.wraps(step)
+    def step_once(*args: Any, **options: Any) -> Any:
+        result = step(*args, **options)
+        scheduler.counter = max(scheduler.counter, 2)  # 1 is for the repetition
+        return result
+
+    scheduler.set_timesteps, scheduler.step = without_repetition, step_once
+
+
+LMS_ORDER = 4
+
 SAMPLERS: dict[SchedulerName, Sampler] = {
-    "PNDM": Sampler("scheduling_pndm", "PNDMScheduler"),
-    "KLMS": Sampler("scheduling_lms_discrete", "LMSDiscreteScheduler"),
+    "PNDM": Sampler(
+        "scheduling_pndm", "PNDMScheduler", begin_in_mid_schedule=_begin_without_repeating
+    ),
+    "KLMS": Sampler(
+        "scheduling_lms_discrete",
+        "LMSDiscreteScheduler",
+        begin_in_mid_schedule=_take_the_order_that_is_held,
+    ),
     "DDIM": Sampler("scheduling_ddim", "DDIMScheduler"),
     "K_EULER": Sampler("scheduling_euler_discrete", "EulerDiscreteScheduler"),
     "K_EULER_ANCESTRAL": Sampler(
@@ -42,15 +113,3 @@ SAMPLERS: dict[SchedulerName, Sampler] = {
         "scheduling_dpmsolver_singlestep", "DPMSolverSinglestepScheduler"
     ),
 }
-
-
-def build_scheduler(name: SchedulerName, config: Mapping[str, Any]) -> SchedulerMixin:
-    """A new scheduler for one stage of one job.
-
-    Always from the configuration as it was loaded, never from that of a scheduler that ran: what
-    one job sets would stay for the next, and some classes change their own configuration.
-    """
-    sampler = SAMPLERS[name]
-    scheduler = sampler.load_class().from_config({**config, **sampler.config})
-    keep_tables_on_host(scheduler)
-    return scheduler

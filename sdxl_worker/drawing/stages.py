@@ -29,6 +29,10 @@ class Stage:
     options: Mapping[str, Any]
     """What the pipeline is called with beside what every stage takes from the request."""
 
+    @property
+    def begins_in_mid_schedule(self) -> bool:
+        return "denoising_start" in self.options or self.options.get("strength", 1) < 1
+
 
 def plan_stages(request: Request, models: Models) -> tuple[Stage, ...]:
     """The stages of a request, in order. None at all: the input picture is returned as it is.
@@ -83,6 +87,16 @@ def _refine(request: Request) -> Stage:
         "strength": request.strength,
     }
     return Stage("refiner", StableDiffusionXLImg2ImgPipeline, request.refiner_steps_run, options)
+
+
+def as_drawn(request: Request, stages: Sequence[Stage]) -> Request:
+    """The request that asks for these stages by name, on a worker with a refiner as well.
+
+    A base drew alone where there is no refiner, though by default a request wants one.
+    """
+    if request.image_url is None and all(stage.name == "base" for stage in stages):
+        return request.model_copy(update={"refiner_inference_steps": 0})
+    return request
 
 
 def total_steps(stages: Sequence[Stage]) -> int:

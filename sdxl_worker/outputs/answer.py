@@ -37,7 +37,8 @@ def build_output(
     """The output of worker-sdxl 2.1.0: `images`, the first of them as `image_url`, the first seed.
 
     Args:
-        pictures: RGB; picture i was made from seed `request.seed + i`.
+        pictures: RGB; picture i was made from `request.seed_of(i)`.
+        request: as `as_drawn` gives it.
         lossy: `Settings.lossy` of the worker.
         metadata: whether the PNGs carry `describe(...)` as text chunks.
     """
@@ -96,7 +97,7 @@ def describe(
 ) -> dict[str, str]:
     """What made picture `index`: `request` is an input that makes it again, alone, on a worker with
     the same `settings`."""
-    again = request.model_copy(update={"seed": request.seed + index, "num_images": 1})
+    again = request.model_copy(update={"seed": request.seed_of(index), "num_images": 1})
     job_input = again.model_dump(exclude_none=True, exclude={"preview", "check"})
     if request.image_url is not None:
         job_input["image_url"] = _without_picture(request.image_url)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from sdxl_worker.errors import let_go
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -20,4 +22,13 @@ async def on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
 
 def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
     """As `on_gpu_thread`, without waiting for it."""
-    return _thread.submit(function, *args, **kwargs)
+    return _thread.submit(_run, function, *args, **kwargs)
+
+
+def _run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    try:
+        return function(*args, **kwargs)
+    except BaseException as error:
+        # The error is kept until it is told and logged, and other jobs need the memory before.
+        let_go(error)
+        raise

@@ -43,7 +43,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
     from sdxl_worker.drawing.generate import generate
-    from sdxl_worker.drawing.stages import output_size_px, plan_stages, total_steps
+    from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
     from sdxl_worker.serving.progress import Progress
     from sdxl_worker.serving.report import build_report
 
@@ -86,7 +86,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             output = await asyncio.to_thread(
                 build_output,
                 pictures,
-                request,
+                as_drawn(request, stages),
                 model_name=models.name,
                 lossy=settings.lossy,
                 metadata=settings.png_metadata,

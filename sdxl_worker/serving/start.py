@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.gpu import gpu_is_there
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.sparing_imports import sparing_imports
 from sdxl_worker.loading.weight_files import network_files, read_ahead
@@ -74,9 +75,10 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
     its first picture."""
     with _timed("imported the libraries"):
         model_dir = find_model_dir(settings)
-        half_precision = settings.dtype in (None, "float16")
-        for files in network_files(model_dir, half_precision=half_precision).values():
-            read_ahead(files)
+        # As `start_reading` will choose them; torch, which knows for sure, is not imported yet.
+        half_precision = settings.dtype == "float16" or (settings.dtype is None and gpu_is_there())
+        files = network_files(model_dir, half_precision=half_precision)
+        read_ahead(path for paths in files.values() for path in paths)
 
         from sdxl_worker.loading.weights import start_reading
 

@@ -74,9 +74,14 @@ def quantize(unet: Any, quantization: Quantization) -> None:
         quantize_,
     )
 
-    # torchao's options for the compiler would hold for all networks.
+    # Of the options for the compiler that torchao recommends, only the one that int8 cannot do
+    # without is taken; the others would hold for all networks.
     config: Any
     if quantization == "int8":
+        # Or the products' 32-bit sums go through memory, where the scales are multiplied in.
+        from torch._inductor import config as compiler_config  # takes a second
+
+        compiler_config.force_fuse_int_mm_with_mul = True
         # A scale for each row: no picture of a batch depends on the others.
         config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     else:
