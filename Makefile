@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 WORKERS ?= 1
+# Builds of torch without CUDA's libraries, for machines without an NVIDIA GPU.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: run endpoint test image-test lint types docs clean
 
@@ -38,8 +40,12 @@ docs: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) output
 
+# torch first, and without what it needs: pip would take any package from the second index that has a
+# higher version there, whoever put it there.
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps "$$(grep -o '^torch==[^ ]*' requirements.txt)" \
+	    $$($(BIN)/python -m tools.torch_index "$(TORCH_INDEX)")
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	@touch $@
 

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 from sdxl_worker.errors import ModelError, RequestError
@@ -77,9 +78,16 @@ def main() -> None:
     sys.argv[1:], place = command_line.prepare(sys.argv[1:])
     if os.environ.get("BUCKET_ENDPOINT_URL"):
         log.warning("BUCKET_ENDPOINT_URL is not used yet: answers hold the pictures themselves")
+    sdk_checks_done = threading.Event()
+
+    def wait_for_sdk_checks() -> None:
+        # They wait for all work of the GPU, which is forbidden while CUDA graphs are recorded.
+        if place is command_line.Place.QUEUE and settings.compile is not None:
+            sdk_checks_done.wait()
+
     try:
         settings = load_settings()
-        models_start = start(settings)
+        models_start = start(settings, before_drawing=wait_for_sdk_checks)
 
         import runpod  # which takes more than a second, meanwhile
 
@@ -88,12 +96,17 @@ def main() -> None:
     except ModelError as error:
         sys.exit(f"The worker cannot start. {error}")
 
-    async def models_work() -> None:
+    async def models_draw() -> None:
+        sdk_checks_done.set()
         await asyncio.wrap_future(models_start)
 
-    # On the platform a worker whose check fails is reported unhealthy and takes no job. The SDK's
-    # own come after: they synchronize the GPU, which nobody may while CUDA graphs are recorded.
-    runpod.serverless.register_fitness_check(models_work)
+    def come_after_the_sdk_checks() -> None:
+        runpod.serverless.register_fitness_check(models_draw)
+
+    # On the platform a worker whose check fails is reported unhealthy and takes no job. The SDK
+    # puts its own checks behind those that are there when it begins, and runs them one by one; so
+    # ours is added when it has begun. Meanwhile the models load.
+    runpod.serverless.register_fitness_check(come_after_the_sdk_checks)
     wrap = {
         command_line.Place.LOCAL_JOB: command_line.saving,
         command_line.Place.SERVER: lambda handler: handler,

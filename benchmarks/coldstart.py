@@ -3,7 +3,7 @@
 Two workers in turn, on the local endpoint and the same model: this one, and a straightforward one
 (`straightforward_worker.py`). MODEL_DIR counts for both, DTYPE, COMPILE and COMPILE_CACHE_DIR for
 this one; what compilers keep by themselves does not last from start to start. The files are in the
-page cache: the first pair of starts is not counted.
+page cache: the first pair of starts is not counted. The SDK's own checks run, as on the platform.
 
     python -m benchmarks.coldstart --repeats 5
     COMPILE=blocks COMPILE_CACHE_DIR=compiled python -m benchmarks.coldstart --model full
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import socket
 import statistics
 import sys
 import tempfile
@@ -28,14 +29,17 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks import common
+from benchmarks.offline_worker import NAME_SERVER
 from benchmarks.sdxl_architecture import write_configs
 from local_endpoint.local import LocalEndpoint
 from local_endpoint.queue import Rules
 
-COMMANDS = {
-    "sdxl-worker": [sys.executable, "handler.py"],
-    "straightforward": [sys.executable, "-m", "benchmarks.straightforward_worker"],
+WORKERS = {
+    "sdxl-worker": "handler.py",
+    "straightforward": "benchmarks/straightforward_worker.py",
 }
+# What the local endpoint sets for workers under development, not to run the SDK's own checks.
+WITH_SDK_CHECKS = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "", "RUNPOD_SKIP_GPU_CHECK": ""}
 TARGET_RATIO = 0.7
 # Requests for jobs are recorded when they are answered.
 POLL_SECONDS = 0.02
@@ -83,6 +87,13 @@ def phases(log: str) -> dict[str, float]:
     return seconds
 
 
+def command(worker: str) -> list[str]:
+    """What starts one of `WORKERS`."""
+    with contextlib.suppress(OSError), socket.create_connection(NAME_SERVER, timeout=2):
+        return [sys.executable, WORKERS[worker]]
+    return [sys.executable, "-m", "benchmarks.offline_worker", WORKERS[worker]]
+
+
 def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Start:
     """Start one worker, wait until it asks for a job, and end it."""
     # The process's own start time is known to a second only. The endpoint takes some ms to listen.
@@ -91,7 +102,11 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
         tempfile.TemporaryDirectory() as compiled,
         LocalEndpoint(
             worker_command=command,
-            environment={**(environment or {}), "TORCHINDUCTOR_CACHE_DIR": compiled},
+            environment={
+                **WITH_SDK_CHECKS,
+                **(environment or {}),
+                "TORCHINDUCTOR_CACHE_DIR": compiled,
+            },
             start_timeout_seconds=600,
             stop_grace_seconds=0,
             rules=Rules(poll_seconds=POLL_SECONDS),
@@ -147,11 +162,11 @@ def chart(ours: Start, other: Start, path: Path) -> None:
         path,
         "Process start to ready for jobs, medians",
         "seconds",
-        list(COMMANDS),
+        list(WORKERS),
         {
             "imports": [ours.imported_s, 0.0],
             "loading": [ours.loaded_s, 0.0],
-            "warm-up": [ours.first_pictures_s, 0.0],
+            "first pictures": [ours.first_pictures_s, 0.0],
             "the rest, or not told": [ours.rest_s, other.rest_s],
         },
         target=TARGET_RATIO * other.ready_s,
@@ -179,20 +194,20 @@ def main() -> None:
     columns = [*setup, "worker", *(field.name for field in fields(Start))]
     name = "-".join(["coldstart", on, *([compile_mode] if compile_mode else [])])
     results = common.CsvFile(arguments.out / f"{name}.csv", columns)
-    starts: dict[str, list[Start]] = {worker: [] for worker in COMMANDS}
+    starts: dict[str, list[Start]] = {worker: [] for worker in WORKERS}
     pairs = range(arguments.repeats + 1)
     with model_dir(arguments.model) as environment:
-        for pair, worker in tqdm([(pair, worker) for pair in pairs for worker in COMMANDS]):
-            start = measure(COMMANDS[worker], environment)
+        for pair, worker in tqdm([(pair, worker) for pair in pairs for worker in WORKERS]):
+            start = measure(command(worker), environment)
             if pair > 0:
                 starts[worker].append(start)
                 seconds = {name: round(value, 2) for name, value in asdict(start).items()}
                 results.add({**setup, "worker": worker, **seconds})
 
-    ours, other = (medians(starts[worker]) for worker in COMMANDS)
+    ours, other = (medians(starts[worker]) for worker in WORKERS)
     phases_s = (ours.imported_s, ours.loaded_s, ours.first_pictures_s, ours.rest_s)
     table = [
-        ("median of", "ready", "CPU time", "imports", "loading", "warm-up", "the rest"),
+        ("median of", "ready", "CPU time", "imports", "loading", "first pictures", "the rest"),
         ("sdxl-worker", *(f"{value:.1f} s" for value in (ours.ready_s, ours.cpu_s, *phases_s))),
         ("straightforward", f"{other.ready_s:.1f} s", f"{other.cpu_s:.1f} s", *"----"),
     ]
