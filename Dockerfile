@@ -78,11 +78,14 @@ COPY requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --requirement requirements.txt
 
+# Of the host's driver, for that build of torch: below it, the SDK's check ends the worker at once.
+ARG MIN_CUDA_VERSION=13.0
 # The NVIDIA variables are those of NVIDIA's own images: without them some hosts hand over no GPU.
 ENV HF_HUB_OFFLINE=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_VISIBLE_DEVICES=all \
     PYTHONUNBUFFERED=1 \
+    RUNPOD_MIN_CUDA_VERSION=${MIN_CUDA_VERSION} \
     RUNPOD_LOG_LEVEL=INFO
 
 COPY LICENSE handler.py test_input.json ./

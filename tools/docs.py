@@ -5,6 +5,7 @@ Run as `make docs`; a test checks that all of it is as this writes it.
 """
 
 import json
+import tomllib
 from pathlib import Path
 
 from sdxl_worker.request import Request
@@ -14,6 +15,7 @@ from tools.hub import env_inputs, gpu_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
+MODELS = REPOSITORY / "docs" / "models.md"
 DEPLOY = REPOSITORY / "docs" / "deploy.md"
 SCHEMA = REPOSITORY / "docs" / "input.schema.json"
 HUB = REPOSITORY / ".runpod" / "hub.json"
@@ -53,8 +55,26 @@ def with_tables(document: Path, **tables: str) -> str:
     return text
 
 
+def publisher() -> str:
+    """The owner and name on GitHub, which are those of the Hub's listing as well."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return str(project["urls"]["repository"]).removeprefix("https://github.com/")
+
+
+def listing() -> str:
+    name = publisher()
+    url = f"https://console.runpod.io/hub/{name}"
+    return (
+        f"[![Runpod](https://api.runpod.io/badge/{name})]({url})\n\n"
+        f"**Today the Hub's [listing of `{name}`]({url}) deploys the old worker, 2.1.0.** It "
+        "deploys this one\nonce a release of this repository is published under that name. Until "
+        "then, [build your own image](docs/deploy.md#your-own-build)."
+    )
+
+
 def hub_text() -> str:
     hub = json.loads(HUB.read_text(encoding="utf-8"))
+    hub["iconUrl"] = f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
     hub["config"]["env"] = env_inputs()
     return _document(hub)
 
@@ -66,7 +86,8 @@ def _document(value: object) -> str:
 def derived() -> dict[Path, str]:
     """Each file with something derived in it, and what it must hold."""
     return {
-        README: with_tables(README, input=input_table(), settings=settings_table()),
+        README: with_tables(README, listing=listing(), input=input_table()),
+        MODELS: with_tables(MODELS, settings=settings_table()),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
         SCHEMA: _document(Request.model_json_schema()),
         HUB: hub_text(),

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
 
     optimizations = optimizations_of(settings, weights.placement)
     check_quantization(settings.quantize, optimizations, weights.placement)
+    _warn_of_a_long_start(settings)
     if settings.step_cache is not None:
         left_out = MODES[settings.compile] & OF_A_WHOLE_UNET
         log.info(
@@ -122,6 +124,16 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
                 optimize(optimizations, models.refiner_unet)
             _draw_first_picture(models, settings)
     return models
+
+
+def _warn_of_a_long_start(settings: Settings) -> None:
+    on_platform = bool(os.environ.get("RUNPOD_WEBHOOK_GET_JOB"))
+    if settings.compile == "full" and on_platform and not os.environ.get("RUNPOD_INIT_TIMEOUT"):
+        log.warning(
+            "COMPILE=full can take longer than the 7 minutes after which the platform replaces a "
+            "worker that is not ready: set RUNPOD_INIT_TIMEOUT to more seconds, or let "
+            "COMPILE_CACHE_DIR keep what is compiled"
+        )
 
 
 def _draw_first_picture(models: "Models", settings: Settings) -> None:
