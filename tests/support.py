@@ -4,22 +4,32 @@ import asyncio
 import base64
 import functools
 import io
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 import handler
+from sdxl_worker.drawing import generate as generate_module
+from sdxl_worker.drawing.generate import generate
+from sdxl_worker.drawing.stages import plan_stages
+from sdxl_worker.drawing.steps import Step
 from sdxl_worker.loading.model_dir import find_model_dir
-from sdxl_worker.loading.models import Models, load, load_models
+from sdxl_worker.loading.models import Models, add_refiner, load_base
 from sdxl_worker.loading.weight_files import network_files
-from sdxl_worker.loading.weights import Placement, Weights
+from sdxl_worker.loading.weights import Weights
+from sdxl_worker.placement import Placement
+from sdxl_worker.request import Request
+from sdxl_worker.serving.start import start
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from sdxl_worker.speed.optimize import optimize
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle on a blue background"
 # The names of 2.1.0 and the classes of diffusers that they stood for.
 SCHEDULERS = {
@@ -91,7 +101,32 @@ def largest_difference(one: Image.Image, other: Image.Image) -> int:
 
 def models() -> Models:
     """The models that the handler uses."""
-    return load_models(Settings())
+    return start(Settings()).result()
+
+
+def replace_generate(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
+    """What jobs call in place of `generate`; the worker's start, which draws too, is over."""
+    models()
+    monkeypatch.setattr(generate_module, "generate", function)
+
+
+def draw(
+    request: Request,
+    some_models: Models,
+    input_picture: Image.Image | None = None,
+    on_step: Callable[[Step], None] = lambda _: None,
+    *,
+    step_cache_interval: int | None = None,
+) -> list[Image.Image]:
+    """What a worker with these models makes of a request."""
+    return generate(
+        request,
+        plan_stages(request, some_models),
+        some_models,
+        input_picture,
+        on_step,
+        step_cache_interval=step_cache_interval,
+    )
 
 
 @functools.cache
@@ -131,12 +166,17 @@ def weights_being_read(
     return Weights(model_dir, files, Placement(torch.device(device), dtype, resident=True))
 
 
+def load(weights: Weights) -> Models:
+    """Base and refiner, as far as there is one."""
+    return add_refiner(load_base(weights), weights)
+
+
 def fresh_models(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
     """Models of its own, which a test may change."""
     return load(weights_being_read(device, dtype))
 
 
-def optimize_models(some_models: Models, steps: Collection[str]) -> None:
-    assert some_models.refiner is not None
-    optimize(steps, some_models.base.unet, some_models.base.vae)
-    optimize(steps, some_models.refiner.unet)
+def optimize_models(some_models: Models, optimizations: Collection[str]) -> None:
+    assert some_models.refiner_unet is not None
+    optimize(optimizations, some_models.unet, some_models.vae)
+    optimize(optimizations, some_models.refiner_unet)

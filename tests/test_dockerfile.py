@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 from dockerfile_parse import DockerfileParser
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.support import REPOSITORY
+
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
 LAYER_MAX_BYTES = 5_500_000_000
 # A little more than the files have to which the table gives no size.
@@ -187,8 +188,11 @@ def test_the_environment_is_that_of_the_platform() -> None:
         "tests/test_dockerfile.py",
         "docs/pictures.png",
         "local_endpoint/server.py",
-        "builder/shapes/train.py",
+        "shapes/train.py",
+        "tools/hub.py",
+        "benchmarks/pictures.py",
         "sdxl_worker/__pycache__/gpu.cpython-311.pyc",
+        "sdxl_worker/speed/__pycache__/optimize.cpython-311.pyc",
     ],
 )
 def test_builds_do_not_see(path: str) -> None:
@@ -201,5 +205,5 @@ def test_builds_see_what_they_copy() -> None:
     assert "handler.py" in sources
     for path in sources - {"builder"}:
         assert in_context(path), path
-    for module in (REPOSITORY / "sdxl_worker").glob("*.py"):
-        assert in_context(f"sdxl_worker/{module.name}"), module
+    for module in (REPOSITORY / "sdxl_worker").rglob("*.py"):
+        assert in_context(module.relative_to(REPOSITORY).as_posix()), module

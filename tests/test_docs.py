@@ -15,9 +15,9 @@ import sdxl_worker
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import parse_request
 from tests import tutorial
+from tests.support import REPOSITORY
 from tools import docs
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = [docs.README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
@@ -100,7 +100,7 @@ def test_messages_in_the_troubleshooting_are_the_worker_s() -> None:
     text = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r'"([^"\n]+)"', re.sub(r"`[^`\n]*`", "", text))
     assert len(messages) >= 8
-    sources = [REPOSITORY / "handler.py", *(REPOSITORY / "sdxl_worker").glob("*.py")]
+    sources = [REPOSITORY / "handler.py", *(REPOSITORY / "sdxl_worker").rglob("*.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     code = re.sub(r'"\n\s*f?"', "", code)  # a message over several lines
     assert [message for message in messages if message not in code] == []
@@ -148,5 +148,5 @@ def test_requirements_are_pinned() -> None:
 
 
 def test_the_worker_never_imports_the_local_endpoint() -> None:
-    for path in [REPOSITORY / "handler.py", *(REPOSITORY / "sdxl_worker").glob("*.py")]:
+    for path in [REPOSITORY / "handler.py", *(REPOSITORY / "sdxl_worker").rglob("*.py")]:
         assert "local_endpoint" not in path.read_text(encoding="utf-8"), path.name

@@ -1,0 +1,41 @@
+"""The memory of a pass."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import (
+    memory,
+)
+from sdxl_worker.drawing import batches as worker_memory
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("refiner UNet", worker_memory.UNET_BYTES_PER_PIXEL),
+        ("decoder", worker_memory.DECODER_BYTES_PER_PIXEL),
+    ],
+)
+def test_the_worker_plans_with_the_memory_that_is_counted(
+    name: str, known: int, networks: dict[str, Any]
+) -> None:
+    counted = memory.count(networks, name, pictures=1).bytes_per_pixel
+    assert known == pytest.approx(counted, rel=0.005)
+
+
+def test_the_refiner_needs_more_memory_than_the_base(networks: dict[str, Any]) -> None:
+    assert memory.count(networks, "base UNet", 1).bytes_per_pixel == pytest.approx(315, abs=2)
+    assert memory.weights_gb(networks) == pytest.approx(11.46, abs=0.01)
+
+
+def test_memory_counts_only_tensors_that_are_alive() -> None:
+    network = torch.nn.Linear(1000, 1000, device="meta")
+
+    def run() -> None:
+        values = torch.empty(1000, 1000, device="meta")
+        for _ in range(5):
+            values = network(values)
+
+    assert memory.peak_bytes(network, run) == 2 * 1000 * 1000 * 4

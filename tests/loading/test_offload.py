@@ -1,0 +1,92 @@
+"""Where not all networks fit: each comes for its pass, and no other is there meanwhile."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_worker.loading.models import Models
+from sdxl_worker.placement import Placement
+from sdxl_worker.request import parse_request
+from tests.support import REQUESTS, draw, largest_difference, load, models, weights_being_read
+
+# Here from the host to the host, under another name: what is seen is where each was sent.
+DEVICE = torch.device("cpu", 0)
+
+
+class Places:
+    """Where each network was sent last, and which were on the device in each pass."""
+
+    def __init__(self, offloaded: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+        networks = offloaded.networks()
+        self.places = dict.fromkeys(networks, "cpu")
+        self.passes: list[tuple[str, list[str]]] = []
+        for name, network in networks.items():
+            send = functools.partial(self._send, name, network.to)
+            monkeypatch.setattr(network, "to", send)
+            # A VAE's own `forward` is not what pipelines call.
+            inside: Any = network.decoder if name == "vae" else network
+            inside.register_forward_hook(functools.partial(self._note, name))
+
+    def on_device(self) -> list[str]:
+        return [name for name, place in self.places.items() if place == str(DEVICE)]
+
+    def _send(self, name: str, send: Any, *args: Any, **options: Any) -> Any:
+        if args and isinstance(args[0], str | torch.device):
+            self.places[name] = str(args[0])
+        return send(*args, **options)
+
+    def _note(self, name: str, *_: Any) -> None:
+        self.passes.append((name, self.on_device()))
+
+
+@pytest.fixture
+def offloaded() -> Models:
+    weights = weights_being_read()
+    weights.placement = Placement(DEVICE, torch.float32, resident=False)
+    return load(weights)
+
+
+@pytest.fixture
+def places(offloaded: Models, monkeypatch: pytest.MonkeyPatch) -> Places:
+    return Places(offloaded, monkeypatch)
+
+
+@pytest.mark.parametrize("mode", REQUESTS)
+def test_offloaded_networks_draw_the_same_job_after_job(
+    mode: str, offloaded: Models, places: Places
+) -> None:
+    """And each is on the device for its pass, alone."""
+    request = parse_request(REQUESTS[mode])
+    for _ in range(2):
+        places.passes.clear()
+        [picture] = draw(request, offloaded)
+        assert largest_difference(picture, draw(request, models())[0]) == 0
+        expected = {"text_encoder", "text_encoder_2", "unet", "vae"}
+        assert {name for name, _ in places.passes} == expected | (
+            {"refiner_unet"} if mode != "base" else set()
+        )
+        assert [(name, [name]) for name, _ in places.passes] == places.passes
+
+
+def test_a_unet_leaves_before_the_decoder_comes_also_after_the_refiner_s_turn(
+    offloaded: Models, places: Places
+) -> None:
+    """Jobs with and without the refiner share the decoder, and follow one another in any order."""
+    draw(parse_request(REQUESTS["refined"]), offloaded)
+    places.passes.clear()
+    draw(parse_request(REQUESTS["base"]), offloaded)
+    assert [on_device for name, on_device in places.passes if name == "vae"] == [["vae"]]
+    assert set(places.on_device()) == {"vae"}
+
+
+def test_networks_that_fit_are_left_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_being_read()
+    weights.placement = dataclasses.replace(weights.placement, resident=True)
+    resident = load(weights)
+    places = Places(resident, monkeypatch)
+    draw(parse_request(REQUESTS["refined"]), resident)
+    assert places.passes
+    assert not any(hasattr(network, "_hf_hook") for network in resident.networks().values())

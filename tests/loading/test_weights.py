@@ -1,0 +1,113 @@
+"""Reading weights: which files, where to, and whole however many threads read."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdxl_worker.errors import ModelError
+from sdxl_worker.loading import weights as weights_module
+from sdxl_worker.loading.model_dir import ModelDir
+from sdxl_worker.loading.weight_files import network_files, weight_files
+from sdxl_worker.loading.weights import Weights, start_reading
+from sdxl_worker.placement import WORKING_MEMORY_BYTES, Placement
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR
+
+EMBEDDED = ModelDir(EMBEDDED_MODEL_DIR, EMBEDDED_MODEL_DIR / "base", EMBEDDED_MODEL_DIR / "refiner")
+CPU = Placement(torch.device("cpu"), torch.float32, resident=True)
+
+
+def test_every_thread_s_part_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files of one network, each in many parts, whole numbers among the tensors."""
+    monkeypatch.setattr(weights_module, "PART_BYTES", 500)
+    tensors = {f"t{i}": torch.randn(i + 1, 10) for i in range(30)}
+    save_file({name: tensors[name] for name in list(tensors)[:12]}, tmp_path / "one.safetensors")
+    save_file({name: tensors[name] for name in list(tensors)[12:]}, tmp_path / "two.safetensors")
+    save_file({"ids": torch.arange(5)}, tmp_path / "three.safetensors")
+    files = weight_files(tmp_path, half_precision=False)
+    assert sum(1 for file in files for _ in weights_module._parts(file)) > 5
+    narrow = Placement(torch.device("cpu"), torch.float16, resident=True)
+    read = Weights(EMBEDDED, {"network": files}, narrow).take("network")
+    assert read.pop("ids").tolist() == [0, 1, 2, 3, 4]
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor.half())
+
+
+def test_parts_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = weight_files(EMBEDDED_MODEL_DIR / "base" / "unet", half_precision=True)
+    together = threading.Barrier(8, timeout=30)
+    monkeypatch.setattr(weights_module, "_parts", lambda _: ([str(i)] for i in range(8)))
+    monkeypatch.setattr(weights_module, "_read", lambda _, names, *__: {names[0]: together.wait()})
+    assert len(Weights(EMBEDDED, {"network": files}, CPU).take("network")) == 8
+
+
+def test_numbers_are_rounded_where_they_go() -> None:
+    """On a GPU that is much faster; in one call, torch would round on the host."""
+    moved: list[tuple[str, torch.dtype]] = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            moved.append((out.device.type, out.dtype))
+            return out
+
+    tensor = torch.ones(3)
+    with Noted():
+        weights_module._to(tensor, torch.device("meta"), torch.float16)
+    assert moved == [("meta", torch.float32), ("meta", torch.float16)]
+
+
+def test_a_part_that_cannot_be_read_fails_the_network(tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    save_file({"t": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="one.safetensors cannot be read"):
+        Weights(EMBEDDED, {"network": [path]}, CPU)
+
+
+@pytest.mark.parametrize(("missing_bytes", "resident"), [(0, True), (1, False)])
+def test_weights_stay_on_the_gpu_where_they_leave_room_to_work(
+    missing_bytes: int,
+    resident: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A GPU is not at hand: its memory is a number here, and reading ends before it begins."""
+    caplog.set_level(logging.INFO)
+    files = network_files(EMBEDDED, half_precision=True)
+    numbers = sum(weights_module._numbers(path) for [path] in files.values())
+    free_bytes = 2 * numbers + WORKING_MEMORY_BYTES - missing_bytes  # float16
+    monkeypatch.setattr(weights_module, "choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 0))
+    monkeypatch.setattr(weights_module, "_read", lambda *_: {})
+    placement = start_reading(EMBEDDED, None).placement
+    assert placement == Placement(torch.device("cuda"), torch.float16, resident)
+    assert ("resident" in caplog.text) == resident
+    assert ("too small" in caplog.text) == (not resident)
+
+
+def test_weights_that_do_not_stay_on_the_gpu_are_read_to_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets = set()
+
+    def read(*arguments: Any) -> dict[str, torch.Tensor]:
+        targets.add(arguments[2])
+        return {}
+
+    monkeypatch.setattr(weights_module, "_read", read)
+    files = network_files(EMBEDDED, half_precision=True)
+    for resident, target in ((False, "cpu"), (True, "cuda")):
+        targets.clear()
+        weights = Weights(EMBEDDED, files, Placement(torch.device("cuda"), torch.float16, resident))
+        weights.take("unet")
+        weights.take("refiner_unet")
+        assert targets == {torch.device(target)}

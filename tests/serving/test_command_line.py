@@ -1,0 +1,210 @@
+"""`python handler.py` as a process: what a developer types, sees and gets back."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.support import REPOSITORY, decoded
+
+QUICK = {
+    "prompt": "a red circle",
+    "seed": 5,
+    "num_inference_steps": 2,
+    "refiner_inference_steps": 0,
+}
+
+
+def environment(**variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RUNPOD_")}
+    return {**kept, **variables}
+
+
+def handler_process(
+    *arguments: str, folder: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "handler.py"), *arguments],
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def assert_saved_one_picture(
+    done: subprocess.CompletedProcess[str], folder: Path, seed: int
+) -> Image.Image:
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = re.findall(r"^Saved (.+\.png)$", done.stdout, re.MULTILINE)
+    assert path.startswith("output/")
+    assert f"seed{seed}" in path
+    assert "base64" not in done.stdout + done.stderr
+    assert len(re.findall("generate done", done.stdout)) == 1, "each line once"
+    picture = Image.open(folder / path)
+    saved = json.loads((folder / "output" / "output.json").read_text())
+    assert decoded(saved["output"]["image_url"]).tobytes() == picture.convert("RGB").tobytes()
+    return picture
+
+
+def write_job(path: Path, **job_input: Any) -> None:
+    path.write_text(json.dumps({"input": {**QUICK, **job_input}}))
+
+
+@pytest.mark.parametrize("arguments", [["--test_input"], []], ids=["no value", "no arguments"])
+def test_the_file_in_the_folder_is_the_default_job(arguments: list[str], tmp_path: Path) -> None:
+    write_job(tmp_path / "test_input.json", seed=21)
+    done = handler_process(*arguments, folder=tmp_path)
+    assert_saved_one_picture(done, tmp_path, seed=21)
+    assert "MODEL_DIR is not set: serving the embedded miniature model" in done.stdout
+    assert "Local testing complete" in done.stdout
+
+
+def test_test_input_takes_a_json_string(tmp_path: Path) -> None:
+    write_job(tmp_path / "test_input.json", seed=1)
+    job = json.dumps({"input": {**QUICK, "seed": 22, "height": 64}})
+    done = handler_process(
+        "--test_input", job, folder=tmp_path, BUCKET_ENDPOINT_URL="https://bucket.example.com"
+    )
+    assert assert_saved_one_picture(done, tmp_path, seed=22).size == (128, 64)
+    assert "BUCKET_ENDPOINT_URL is not used yet" in done.stdout, "what is ignored is told"
+
+
+def test_test_input_takes_a_path_and_the_saved_result_follows_the_tutorial(tmp_path: Path) -> None:
+    write_job(tmp_path / "my job.json", seed=23)
+    done = handler_process("--test_input=my job.json", "--rp_log_level", "INFO", folder=tmp_path)
+    picture = assert_saved_one_picture(done, tmp_path, seed=23)
+    script = REPOSITORY / "tests" / "decode_image.py"
+    subprocess.run([sys.executable, script], cwd=tmp_path / "output", check=True)
+    again = Image.open(tmp_path / "output" / "generated_image.png")
+    assert again.tobytes() == picture.tobytes()
+
+
+def test_help_is_given_at_once(tmp_path: Path) -> None:
+    done = handler_process("--help", folder=tmp_path, MODEL_DIR="/nowhere")
+    assert done.returncode == 0, done.stderr
+    for option in ("--test_input", "--rp_serve_api", "--rp_api_port"):
+        assert option in done.stdout
+
+
+def test_a_job_that_fails_exits_with_its_reason(tmp_path: Path) -> None:
+    done = handler_process(
+        "--test_input", '{"input": {"prompt": "a", "height": 65}}', folder=tmp_path
+    )
+    assert done.returncode == 1
+    assert "height: must be an integer from 64 to 2048, a multiple of 8; got 65" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--test_input", "{bad"], "--test_input: the value is not valid JSON: Expecting property"),
+        (["--test_input", "gone.json"], "--test_input: gone.json cannot be read: No such file"),
+        (["--test_input", "notes.txt"], "--test_input: notes.txt is not valid JSON"),
+        (["--test_input", "[]"], "--test_input: a job must be an object with"),
+        (["--test_input", '{"prompt": "a"}'], "--test_input: a job must be an object with"),
+        (["--test_input"], "--test_input: test_input.json cannot be read: No such file"),
+        ([], "--test_input: test_input.json cannot be read: No such file"),
+    ],
+)
+def test_a_wrong_test_input_is_answered_in_one_line(
+    arguments: list[str], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("a red circle")
+    done = handler_process(*arguments, folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(reason)
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MODEL_DIR", "/nowhere"), ("DTYPE", "int4"), ("PNG_METADATA", "x")]
+)
+def test_a_wrong_setting_stops_the_worker(name: str, value: str, tmp_path: Path) -> None:
+    write_job(tmp_path / "test_input.json")
+    done = handler_process(folder=tmp_path, **{name: value})
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("The worker cannot start. ")
+    assert name in line
+    assert value in line
+
+
+def test_empty_variables_are_unset(tmp_path: Path) -> None:
+    write_job(tmp_path / "test_input.json")
+    names = ("MODEL_DIR", "DTYPE", "PNG_METADATA", "RUNPOD_LOG_LEVEL", "RUNPOD_REALTIME_PORT")
+    done = handler_process(folder=tmp_path, **dict.fromkeys(names, ""))
+    assert_saved_one_picture(done, tmp_path, seed=5)
+
+
+class TestServer:
+    """`--rp_serve_api`, the SDK's own test server."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        folder = tmp_path_factory.mktemp("server")
+        with subprocess.Popen(
+            [sys.executable, REPOSITORY / "handler.py", "--rp_serve_api", f"--rp_api_port={port}"],
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as server:
+            url = f"http://localhost:{port}"
+            deadline = time.monotonic() + 90
+            while True:
+                try:
+                    urllib.request.urlopen(url, timeout=5)
+                    break
+                except OSError:
+                    assert server.poll() is None, "the server ended"
+                    assert time.monotonic() < deadline, "the server did not start"
+                    time.sleep(0.2)
+            yield url
+            server.terminate()
+            assert not list(folder.iterdir()), "a server saves nothing"
+
+    def post(self, url: str, body: Any) -> Any:
+        request = urllib.request.Request(
+            url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    def test_runsync_returns_the_output(self, url: str) -> None:
+        answer = self.post(f"{url}/runsync", {"input": QUICK})
+        assert answer["status"] == "COMPLETED"
+        assert list(answer["output"]) == ["images", "image_url", "seed"]
+        assert decoded(answer["output"]["image_url"]).size == (128, 128)
+
+    def test_runsync_returns_the_error(self, url: str) -> None:
+        answer = self.post(f"{url}/runsync", {"input": {"height": 65}})
+        assert answer["status"] == "FAILED"
+        assert answer["error"].splitlines() == [
+            "prompt: required, unless image_url is given; got nothing",
+            "height: must be an integer from 64 to 2048, a multiple of 8; got 65",
+        ]
+
+    def test_run_and_status_return_the_output(self, url: str) -> None:
+        job = self.post(f"{url}/run", {"input": QUICK})
+        answer = self.post(f"{url}/status/{job['id']}", {})
+        assert answer["status"] == "COMPLETED"
+        assert answer["output"]["seed"] == 5

@@ -1,0 +1,101 @@
+"""UNets replayed as CUDA graphs, which a stand-in records on a CPU."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_worker.request import parse_request
+from sdxl_worker.speed import cuda_graphs
+from tests.speed.conftest import Recording
+from tests.support import (
+    REQUESTS,
+    SCHEDULERS,
+    draw,
+    fresh_models,
+    largest_difference,
+    models,
+    optimize_models,
+)
+
+pytestmark = pytest.mark.usefixtures("all_recordings")
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_replayed_graphs_make_the_same_picture(scheduler: str, recordings: list[Recording]) -> None:
+    """PNDM, without guidance, remembers outputs that the next replay overwrites."""
+    graphed = fresh_models()
+    optimize_models(graphed, ["cuda_graphs"])
+    for guidance_scale in (7.5, 1.0):
+        request = parse_request(
+            {**REQUESTS["refined"], "scheduler": scheduler, "guidance_scale": guidance_scale}
+        )
+        [picture] = draw(request, graphed)
+        assert largest_difference(picture, draw(request, models())[0]) == 0
+    assert len(recordings) == 4, "base and refiner, with and without guidance"
+    assert sum(recording.replayed for recording in recordings) > 12
+
+
+def test_each_shape_is_recorded_once_and_the_least_used_is_forgotten(
+    recordings: list[Recording],
+) -> None:
+    runs: list[int] = []
+
+    def forward(sample: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+        runs.append(len(recordings))
+        return (2 * sample,)
+
+    graphed = cuda_graphs.GraphedForward(forward, torch.device("cpu"))
+
+    def call(size: int) -> torch.Tensor:
+        added = {"text_embeds": torch.ones(1), "time_ids": torch.ones(1)}
+        return graphed(
+            torch.ones(size),
+            torch.ones(()),
+            torch.ones(1),
+            added_cond_kwargs=added,
+            timestep_cond=None,
+            return_dict=False,
+        )[0]
+
+    for size in (1, 2, 1, 2):
+        assert call(size).tolist() == [2] * size
+    assert len(recordings) == 2
+    assert runs.count(0) >= 2, "what libraries do at first use is no part of a recording"
+    for size in range(3, 3 + cuda_graphs.MAX_SHAPES):
+        call(size)
+    call(1)
+    assert len(recordings) == 2 + cuda_graphs.MAX_SHAPES + 1
+
+
+def test_after_a_recording_that_failed_the_thread_is_on_its_own_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By itself torch would not go back: it ends the recording first, and that raises."""
+    on = [torch.cuda.Stream()]
+    own = on[0]
+
+    @contextlib.contextmanager
+    def stream(other: Any) -> Iterator[None]:
+        before, on[0] = on[0], other
+        try:
+            yield
+        finally:
+            on[0] = before
+
+    @contextlib.contextmanager
+    def record(_graph: Any, _pool: Any, other: Any, **_: Any) -> Iterator[None]:
+        on[0] = other
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: on[0])
+    graphed = cuda_graphs.GraphedForward(lambda sample, *_, **__: (sample,), torch.device("cpu"))
+    added = {"text_embeds": torch.ones(1), "time_ids": torch.ones(1)}
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphed(torch.ones(1), torch.ones(()), torch.ones(1), added_cond_kwargs=added)
+    assert on == [own]

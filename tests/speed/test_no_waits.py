@@ -1,0 +1,110 @@
+"""Nothing within a picture waits for the GPU, and the host does not run away from it."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdxl_worker.drawing import generate as generate_module
+from sdxl_worker.drawing.steps import Step
+from sdxl_worker.loading import models as models_module
+from sdxl_worker.loading.models import Models
+from sdxl_worker.request import parse_request
+from sdxl_worker.speed.no_waits import StepsAhead
+from tests.support import (
+    JOB,
+    REQUESTS,
+    SCHEDULERS,
+    draw,
+    fresh_models,
+)
+
+
+class CopiesFromHost(TorchDispatchMode):
+    """Counts tensors that go from the host to the device: on a GPU each such copy waits for it,
+    unless it was queued from pinned memory."""
+
+    count = 0
+
+    def __init__(self, pinned: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._pinned = pinned
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and out.is_meta and "_to_copy" in str(func):
+            pinned = any(args[0] is tensor for tensor in self._pinned)
+            queued = pinned and kwargs.get("non_blocking", False)
+            self.count += not args[0].is_meta and not queued
+        return out
+
+
+@pytest.fixture(scope="module")
+def on_meta() -> Models:
+    """Models on the meta device, which raises at any attempt to read a number from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models_module, "fit_latent_rgb", lambda *_: None)
+        return fresh_models("meta", torch.float16)
+
+
+@pytest.fixture
+def without_memory(on_meta: Models, monkeypatch: pytest.MonkeyPatch) -> Models:
+    monkeypatch.setattr(generate_module, "_to_pictures", lambda images: [tuple(images.shape)])
+    return on_meta
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae`")
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("mode", REQUESTS)
+def test_no_step_waits_for_the_gpu(
+    mode: str, scheduler: str, without_memory: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads from the device or copies to it makes the host wait for all steps so far."""
+    request = parse_request({**REQUESTS[mode], "scheduler": scheduler})
+    pinned: list[torch.Tensor] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    copies = []
+    with CopiesFromHost(pinned) as from_host:
+        shapes: Any = draw(
+            request, without_memory, on_step=lambda _: copies.append(from_host.count)
+        )
+    assert shapes == [(1, 3, 128, 128)]
+    increases = [after - before for before, after in itertools.pairwise(copies)]
+    # Between base and refiner, a few tensors go over.
+    assert sum(increase > 0 for increase in increases) <= (mode != "base")
+
+
+def test_reading_a_number_would_have_shown(without_memory: Models) -> None:
+    def read(step: Step) -> None:
+        step.latents().sum().item()
+
+    with pytest.raises(RuntimeError, match="meta"):
+        draw(parse_request(JOB), without_memory, on_step=read)
+
+
+def test_the_host_is_at_most_two_steps_ahead_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[Any] = []
+    waited: list[int] = []
+
+    class Event:
+        def record(self) -> None:
+            recorded.append(self)
+
+        def synchronize(self) -> None:
+            waited.append(recorded.index(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    steps = StepsAhead(torch.device("cuda"))
+    for _ in range(5):
+        steps.limit()
+    assert waited == [0, 1, 2], "after step 4, step 2 is done: 3 and 4 may be under way"
+    StepsAhead(torch.device("cpu")).limit()
+    assert len(recorded) == 5

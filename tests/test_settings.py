@@ -1,0 +1,37 @@
+"""The settings, and what a wrong one is answered with."""
+
+import pytest
+
+from sdxl_worker.errors import ModelError
+from sdxl_worker.settings import Settings, load_settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DTYPE", "int8"),
+        ("DTYPE", "FLOAT16 "),
+        ("PNG_METADATA", "perhaps"),
+        ("WORKER_CONCURRENCY", "0"),
+        ("WORKER_CONCURRENCY", "9"),
+        ("WORKER_CONCURRENCY", "two"),
+        ("STEP_CACHE", "1"),
+        ("STEP_CACHE", "6"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ModelError, match=f"wrong environment variable: {name}: .*{value}"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    "name", ["MODEL_DIR", "DTYPE", "STEP_CACHE", "PNG_METADATA", "WORKER_CONCURRENCY"]
+)
+def test_an_empty_setting_is_unset_as_the_hub_sends_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "")
+    assert load_settings() == Settings()
