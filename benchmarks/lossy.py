@@ -34,14 +34,13 @@ from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.flops import count_eight_bits, count_flops, meta_networks
-from benchmarks.pictures import RandomWeights
+from benchmarks.pictures import random_weights
 from benchmarks.sdxl_architecture import write_configs
 from benchmarks.ways import psnr_db
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.loading.model_dir import find_model_dir
-from sdxl_worker.loading.models import Models, add_refiner, load_base
-from sdxl_worker.loading.weights import start_reading
+from sdxl_worker.loading.models import Models, load_base, load_models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Quantization, Settings
@@ -157,7 +156,7 @@ def full_size_base() -> Iterator[Models]:
         root = write_configs(Path(folder) / "model")
         shutil.rmtree(root / "refiner")
         placement = Placement(device, torch.bfloat16, resident=True)
-        yield load_base(RandomWeights(find_model_dir(Settings(model_dir=root)), placement))
+        yield load_base(random_weights(find_model_dir(Settings(model_dir=root)), placement))
 
 
 @contextlib.contextmanager
@@ -171,8 +170,7 @@ def models_of(name: str) -> Iterator[Models]:
             yield models
     else:
         path = EMBEDDED_MODEL_DIR if name == "embedded" else Path(name)
-        weights = start_reading(find_model_dir(Settings(model_dir=path)), None)
-        yield add_refiner(load_base(weights), weights)
+        yield load_models(find_model_dir(Settings(model_dir=path)))
 
 
 def computed() -> dict[str, dict[str, object]]:

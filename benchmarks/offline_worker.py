@@ -23,7 +23,7 @@ def answer_network_check() -> None:
             host, port = server.sockets[0].getsockname()
         return await connect(host, port, **options)
 
-    asyncio.open_connection = connect_here  # type: ignore[assignment]
+    asyncio.open_connection = connect_here
 
 
 if __name__ == "__main__":

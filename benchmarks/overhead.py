@@ -51,15 +51,14 @@ def host_phases() -> dict[str, Callable[[], Any]]:
 
     from sdxl_worker.drawing.schedulers import build_scheduler
     from sdxl_worker.loading.model_dir import find_model_dir
-    from sdxl_worker.loading.models import load_base
-    from sdxl_worker.loading.weights import start_reading
+    from sdxl_worker.loading.models import load_models
     from sdxl_worker.outputs.answer import build_output, check_size, describe
     from sdxl_worker.outputs.png import encode_png
     from sdxl_worker.request import parse_request
     from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
     torch.set_num_threads(1)
-    models = load_base(start_reading(find_model_dir(Settings(model_dir=EMBEDDED_MODEL_DIR)), None))
+    models = load_models(find_model_dir(Settings(model_dir=EMBEDDED_MODEL_DIR)))
     request = parse_request(JOB_INPUT)
     picture = sample_picture(1024, 1024)
     pixels = torch.from_numpy(np.array(picture))[None]

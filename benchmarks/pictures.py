@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,13 @@ from benchmarks.ways import Diffusers, FlashAttention, Tuned, Version210, Way, W
 from sdxl_worker.gpu import peak_memory_bytes
 from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
 from sdxl_worker.loading.models import Models, add_refiner, load_base
-from sdxl_worker.loading.networks import NETWORKS
-from sdxl_worker.loading.weight_files import network_files
-from sdxl_worker.loading.weights import Tensors, Weights
+from sdxl_worker.loading.networks import NETWORKS, Network
+from sdxl_worker.loading.weights import Tensors, Weights, start_reading
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import Request, parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from sdxl_worker.speed.optimize import MODES, OPTIMIZATIONS, compiles
+from sdxl_worker.speed.compiling import compiles
+from sdxl_worker.speed.optimize import MODES, OPTIMIZATIONS
 from tools.random_model import random_network
 
 CHANNELS_LAST = frozenset({"channels_last"})
@@ -111,19 +112,21 @@ class Measured:
     pictures: list[Image.Image]
 
 
-class RandomWeights(Weights):
+def random_weights(model_dir: ModelDir, placement: Placement) -> Weights:
     """Numbers made up on the device, in place of files; the same ones each time."""
 
-    def __init__(self, model_dir: ModelDir, placement: Placement) -> None:
-        self.model_dir = model_dir
-        self.placement = placement
-        self.networks = tuple(NETWORKS)
+    def make(name: str, network: Network) -> Tensors:
+        torch.manual_seed(list(NETWORKS).index(name))
+        folder = model_dir.folder(network)
+        return random_network(network, folder, placement.dtype, placement.device).state_dict()
 
-    def take(self, network: str) -> Tensors:
-        torch.manual_seed(self.networks.index(network))
-        kind, placement = NETWORKS[network], self.placement
-        folder = self.model_dir.folder(kind)
-        return random_network(kind, folder, placement.dtype, placement.device).state_dict()
+    one_by_one = ThreadPoolExecutor(1, thread_name_prefix="random weights")
+    parts = {
+        name: [one_by_one.submit(make, name, network)]
+        for name, network in model_dir.networks().items()
+    }
+    one_by_one.shutdown(wait=False)
+    return Weights(model_dir, placement, parts)
 
 
 class Clock:
@@ -382,10 +385,9 @@ def _models(model_dir: ModelDir, options: Options) -> Models:
     """Of a row's own, for the optimizations change them for good."""
     placement = Placement(options.device, options.dtype, resident=True)
     if options.model == "full":
-        weights: Weights = RandomWeights(model_dir, placement)
+        weights = random_weights(model_dir, placement)
     else:
-        files = network_files(model_dir, half_precision=True)
-        weights = Weights(model_dir, files, placement)
+        weights = start_reading(model_dir, model_dir.weight_files("float16"), placement)
     return add_refiner(load_base(weights), weights)
 
 

@@ -26,7 +26,8 @@ from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.loading.models import Models
 from sdxl_worker.outputs.answer import build_output
 from sdxl_worker.request import Request, SchedulerName
-from sdxl_worker.speed.optimize import for_one_size, optimize
+from sdxl_worker.speed.compiling import for_one_size
+from sdxl_worker.speed.optimize import optimize
 
 OnStep = Callable[[str], None]
 """Called after each denoising step with "base" or "refiner"."""

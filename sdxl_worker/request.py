@@ -47,6 +47,11 @@ def _integral(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _readable(name: object) -> str:
+    """JSON can carry half a character (a lone surrogate), at which pydantic stops reading names."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _drawn(seed: int) -> int:
     return secrets.randbits(32) if seed == -1 else seed
 
@@ -73,9 +78,9 @@ class InputModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @classmethod
-    def as_given(cls, fields: Mapping[Any, Any]) -> dict[Any, Any]:
+    def as_given(cls, fields: Mapping[Any, Any]) -> dict[str, Any]:
         """The fields that were given: what a model takes for nothing is left out."""
-        return {name: value for name, value in fields.items() if value is not None}
+        return {_readable(name): value for name, value in fields.items() if value is not None}
 
     @classmethod
     def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:  # noqa: ARG003
@@ -198,7 +203,7 @@ class Request(InputModel):
     )
 
     @classmethod
-    def as_given(cls, fields: Mapping[Any, Any]) -> dict[Any, Any]:
+    def as_given(cls, fields: Mapping[Any, Any]) -> dict[str, Any]:
         """An empty `image_url` is none, as in 2.1.0. A check alone stands for a small request."""
         given = super().as_given(fields)
         if given.get("image_url") == "":
@@ -231,4 +236,4 @@ def parse_request(job_input: object) -> Request:
     try:
         return Request.model_validate(job_input)
     except ValidationError as error:
-        raise RequestError("\n".join(problems(error, Request, job_input))) from None
+        raise RequestError("\n".join(problems(error, Request))) from None

@@ -7,7 +7,8 @@ path of the field, the rule and the value: "loras[1].scale: must be a number fro
 import difflib
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -23,24 +24,22 @@ RULE = "x-rule"
 Schema = dict[str, Any]
 
 
-def problems(error: ValidationError, model: type[BaseModel], given: object) -> list[str]:
-    """All problems of an input, one line each: unknown fields first.
-
-    Args:
-        given: the input that `model` refused.
-    """
+def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """All problems of an input that `model` refused, one line each: unknown fields first."""
+    found = [(_find(details["loc"], _schema(model)), details) for details in error.errors()]
+    paths = [place.path for place, _ in found]
     unknown: dict[str, str] = {}
     others: dict[str, str] = {}
-    for details in error.errors():
-        found = _find(details["loc"], _schema(model), given)
-        if found is None:
-            continue
-        path, schema, parent = found
+    for place, details in found:
+        inside = tuple(f"{place.path}{mark}" for mark in ".[")
+        if place.is_union and any(path.startswith(inside) for path in paths):
+            continue  # the value was meant for the alternative in which something is wrong
         if details["type"] in ("extra_forbidden", "invalid_key"):
-            unknown.setdefault(path, _unknown_field(path, details["loc"][-1], parent))
+            line = _unknown_field(place, details["loc"][-1])
+            unknown.setdefault(place.path, line)
         else:
             # A field that breaks several of its rules gets one line all the same.
-            others.setdefault(path, _problem(path, schema, details))
+            others.setdefault(place.path, _problem(place, details))
     return [*unknown.values(), *others.values()]
 
 
@@ -76,66 +75,60 @@ def rule(schema: Schema) -> str:
     return words
 
 
-def _problem(path: str, schema: Schema, details: ErrorDetails) -> str:
-    if details["type"] == IN_WORDS:
-        return f"{path}: {details['msg']}"
-    if details["type"] == "missing":
-        return f"{path}: required, {rule(schema)}; got nothing"
-    value = details["input"]
-    if details["type"] in ("too_long", "too_short"):
-        return f"{path}: must be {rule(schema)}; got a list of {len(value)}"
-    choices = [str(one) for part in _alternatives(schema) for one in part.get("enum", ())]
-    return f"{path}: must be {rule(schema)}; got {shown(value)}{_near_match(value, choices)}"
+@dataclass(frozen=True)
+class _Place:
+    """Where in an input a problem is."""
+
+    path: str
+    schema: Schema
+    parent: Schema
+    """Of the object or list around it."""
+
+    @property
+    def is_union(self) -> bool:
+        return len(_alternatives(self.schema)) > 1
 
 
-def _unknown_field(path: str, name: object, parent: Schema) -> str:
-    fields = parent["properties"]
-    where = path if "." in path else shown(name)
-    return f"{where}: no such field{_near_match(name, fields)}; the fields are {', '.join(fields)}"
-
-
-def _find(
-    location: tuple[int | str, ...], root: Schema, given: object
-) -> tuple[str, Schema, Schema] | None:
-    """Where in the input, and in the schema, pydantic's `loc` of an error leads.
-
-    Returns:
-        The path in words, the schema there and the schema around it. None for an alternative of a
-        union that the value was not meant for: an object is judged as an object.
-    """
-    path, parent, schema, value = "", root, root, given
+def _find(location: tuple[int | str, ...], root: Schema) -> _Place:
+    """Where pydantic's `loc` of an error leads."""
+    path, schema, parent = "", root, root
     rest = list(location)
     while rest:
-        options = _alternatives(schema)
         name = rest.pop(0)
+        options = _alternatives(schema)
         if len(options) > 1:
             # Here pydantic names the alternative that it tried; what is wrong inside comes after.
-            meant = next((one for one in options if _is_meant(one, value)), None)
-            if meant is None:
-                break
             if not rest:
-                return None
-            schema = meant
+                break
+            kind = "array" if isinstance(rest[0], int) else "object"
+            schema = next(one for one in options if one.get("type") == kind)
             continue
-        parent, value = options[0], _inside(value, name)
+        [parent] = options
         if isinstance(name, int):
             path, schema = f"{path}[{name}]", parent.get("items", {})
         else:
             path = f"{path}.{name}" if path else name
             schema = parent.get("properties", {}).get(name, {})
-    return path, schema, parent
+    return _Place(path, schema, parent)
 
 
-def _is_meant(option: Schema, value: object) -> bool:
-    kind = {"object": Mapping, "array": list}.get(str(option.get("type")))
-    return kind is not None and isinstance(value, kind)
+def _problem(place: _Place, details: ErrorDetails) -> str:
+    path, words = place.path, rule(place.schema)
+    if details["type"] == IN_WORDS:
+        return f"{path}: {details['msg']}"
+    if details["type"] == "missing":
+        return f"{path}: required, {words}; got nothing"
+    value = details["input"]
+    if details["type"] in ("too_long", "too_short"):
+        return f"{path}: must be {words}; got a list of {len(value)}"
+    choices = [str(one) for part in _alternatives(place.schema) for one in part.get("enum", ())]
+    return f"{path}: must be {words}; got {shown(value)}{_near_match(value, choices)}"
 
 
-def _inside(value: object, name: int | str) -> object:
-    try:
-        return value[name]  # type: ignore[index]
-    except (LookupError, TypeError):
-        return None
+def _unknown_field(place: _Place, name: object) -> str:
+    fields = place.parent["properties"]
+    where = place.path if "." in place.path else shown(name)
+    return f"{where}: no such field{_near_match(name, fields)}; the fields are {', '.join(fields)}"
 
 
 def _alternatives(schema: Schema) -> list[Schema]:

@@ -22,8 +22,7 @@ from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.schedulers import SAMPLERS
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.loading.model_dir import find_model_dir
-from sdxl_worker.loading.models import Models, add_refiner, load_base
-from sdxl_worker.loading.weights import start_reading
+from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import Settings
 from shapes import captions
@@ -133,8 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    weights = start_reading(find_model_dir(Settings(model_dir=arguments.model)), None)
-    models = add_refiner(load_base(weights), weights)
+    models = load_models(find_model_dir(Settings(model_dir=arguments.model)))
     prompts = full_prompts(arguments.count, arguments.seed)
     if arguments.prompt:
         prompts = [(arguments.prompt, parse_caption(arguments.prompt))] * arguments.count

@@ -73,8 +73,7 @@ def _decoder_dtype(models: Models) -> torch.dtype:
 
 
 def _largest_unet_bytes(models: Models) -> int:
-    unets = [unet for unet in (models.unet, models.refiner_unet) if unet is not None]
-    return max(unet.get_memory_footprint() for unet in unets)
+    return max(unet.get_memory_footprint() for unet in models.unets())
 
 
 def _free_bytes(device: torch.device) -> int | None:

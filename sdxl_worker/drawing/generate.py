@@ -45,12 +45,9 @@ def generate(
     if not stages:
         return [cast(Image.Image, input_picture)] * request.num_images
 
+    size_px, steps = output_size_px(stages, input_picture), total_steps(stages)
     texts = encode_pair(request.prompt, request.negative_prompt, models)
-    plan = batches.plan(
-        models,
-        num_images=request.num_images,
-        pixels=math.prod(output_size_px(stages, input_picture)),
-    )
+    plan = batches.plan(models, num_images=request.num_images, pixels=math.prod(size_px))
     # Each picture has a generator of its own, on the CPU: picture i is what a request with
     # seed + i for one picture gives, within rounding, on any device. The refiner goes on where the
     # base stopped: from a fresh generator it would add the very noise that the base began with.
@@ -58,19 +55,14 @@ def generate(
         torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in range(request.num_images)
     ]
     starts = range(0, request.num_images, plan.batch_size)
-    counter = StepCounter(on_step, total_steps(stages) * len(starts), models.device)
+    counter = StepCounter(on_step, steps * len(starts), models.device)
     pictures: list[Image.Image] = []
-    with _decoding_as_planned(models.vae, plan):
+    with _decoding_as_planned(models.vae, plan), timesteps_on_device(*models.unets()):
         for start in starts:
             batch = generators[start : start + plan.batch_size]
             images: Any = input_picture
             for stage in stages:
                 pipeline = _pipeline(stage, models)
-                pipeline.scheduler = build_scheduler(
-                    request.scheduler,
-                    models.scheduler_config,
-                    begins_in_mid_schedule=stage.begins_in_mid_schedule,
-                )
                 call = {
                     **stage.options,
                     **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
@@ -82,7 +74,12 @@ def generate(
                 }
                 if images is not None:
                     call["image"] = images
-                with timesteps_on_device(pipeline.unet), step_cache(pipeline, step_cache_interval):
+                pipeline.scheduler = build_scheduler(
+                    request.scheduler,
+                    models.scheduler_config,
+                    begins_in_mid_schedule=stage.begins_in_mid_schedule,
+                )
+                with step_cache(pipeline, step_cache_interval):
                     images = pipeline(**call).images
             pictures += _to_pictures(images)
     return pictures

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_worker.errors import ModelError
-from sdxl_worker.loading.networks import Network
+from sdxl_worker.gpu import gpu_is_there
+from sdxl_worker.loading.networks import NETWORKS, Network
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,37 @@ class ModelDir:
         if folder is None:
             raise KeyError(network.folder)
         return folder / Path(network.folder).name
+
+    def networks(self) -> dict[str, Network]:
+        """Those that the model has, by their names in `NETWORKS`."""
+        return {
+            name: network
+            for name, network in NETWORKS.items()
+            if self.refiner is not None or not network.of_refiner
+        }
+
+    def weight_files(self, dtype_name: str | None) -> dict[str, list[Path]]:
+        """The safetensors files of each network: the fp16 variant where that is all there is, or
+        enough. torch is not needed for the choice.
+
+        Args:
+            dtype_name: that they are to be loaded in. None: float16 on a GPU, float32 on a CPU.
+
+        Raises:
+            ModelError: a network has none.
+        """
+        half_precision = dtype_name == "float16" or (dtype_name is None and gpu_is_there())
+        return {
+            name: _weight_files(self.folder(network), half_precision=half_precision)
+            for name, network in self.networks().items()
+        }
+
+    def configs(self) -> dict[str, str]:
+        """The text of each network's configuration."""
+        return {
+            name: (self.folder(network) / "config.json").read_text(encoding="utf-8")
+            for name, network in self.networks().items()
+        }
 
     @property
     def name(self) -> str:
@@ -101,6 +133,16 @@ def find_model_dir(settings: Settings) -> ModelDir:
         )
     log.info("MODEL_DIR is %s: serving %s", settings.model_dir, found.root)
     return found
+
+
+def _weight_files(folder: Path, *, half_precision: bool) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"MODEL_DIR: {folder} holds no .safetensors file, the only kind loaded")
+    fp16_files = [file for file in files if ".fp16." in file.name]
+    full_precision_files = [file for file in files if ".fp16." not in file.name]
+    use_fp16 = bool(fp16_files) and (half_precision or not full_precision_files)
+    return fp16_files if use_fp16 else full_precision_files
 
 
 def _first_there_is() -> ModelDir:

@@ -23,9 +23,10 @@ from transformers.utils import logging as transformers_logging
 
 from sdxl_worker.errors import ModelError
 from sdxl_worker.loading.latent_rgb import LatentRgb, fit_latent_rgb
+from sdxl_worker.loading.model_dir import ModelDir
 from sdxl_worker.loading.networks import NETWORKS
 from sdxl_worker.loading.offload import take_turns
-from sdxl_worker.loading.weights import Tensors, Weights
+from sdxl_worker.loading.weights import Tensors, Weights, choose_placement, start_reading
 from sdxl_worker.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,24 @@ class Models:
         """Width and height of the pictures that the base was trained on."""
         return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    def unets(self) -> list[UNet2DConditionModel]:
+        return [unet for unet in (self.unet, self.refiner_unet) if unet is not None]
+
     def networks(self) -> dict[str, torch.nn.Module]:
         """Those that there are, by their names in `NETWORKS`."""
         networks = {name: getattr(self, name) for name in NETWORKS}
         return {name: network for name, network in networks.items() if network is not None}
+
+
+def load_models(model_dir: ModelDir, dtype_name: str | None = None) -> Models:
+    """Base and refiner at once, where no start has to be quick.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
+    files = model_dir.weight_files(dtype_name)
+    weights = start_reading(model_dir, files, choose_placement(files, dtype_name))
+    return add_refiner(load_base(weights), weights)
 
 
 def load_base(weights: Weights) -> Models:

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +17,6 @@ from safetensors import SafetensorError, safe_open
 from sdxl_worker.errors import ModelError
 from sdxl_worker.gpu import choose_device
 from sdxl_worker.loading.model_dir import ModelDir
-from sdxl_worker.loading.networks import NETWORKS
-from sdxl_worker.loading.weight_files import network_files
 from sdxl_worker.placement import Placement, fits
 
 log = logging.getLogger(__name__)
@@ -29,30 +28,14 @@ PART_BYTES = 256 * 1024**2
 Tensors = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
 class Weights:
-    """The tensors of several networks while they are being read, in the order they were given."""
+    """The tensors of a model's networks, while they are being read."""
 
-    def __init__(
-        self, model_dir: ModelDir, files: Mapping[str, list[Path]], placement: Placement
-    ) -> None:
-        """
-        Args:
-            files: of each network, by its name in `NETWORKS`.
-        """
-        self.model_dir = model_dir
-        self.placement = placement
-        self.networks = tuple(files)
-        target = placement.device if placement.resident else torch.device("cpu")
-        with_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
-        self._parts: dict[str, list[Future[Tensors]]] = {
-            network: [
-                with_threads.submit(_read, path, names, target, placement.dtype)
-                for path in paths
-                for names in _parts(path)
-            ]
-            for network, paths in files.items()
-        }
-        with_threads.shutdown(wait=False)
+    model_dir: ModelDir
+    placement: Placement
+    parts: dict[str, list[Future[Tensors]]]
+    """Of each network, by its name in `NETWORKS`."""
 
     def take(self, network: str) -> Tensors:
         """All tensors of one network, once they are read. They are handed over, not kept.
@@ -61,47 +44,61 @@ class Weights:
             ModelError: a file cannot be read.
         """
         tensors: Tensors = {}
-        for part in self._parts.pop(network):
+        for part in self.parts.pop(network):
             tensors |= part.result()
         return tensors
 
-    def configs(self) -> dict[str, str]:
-        """The configuration file's text of each network."""
-        return {
-            name: (self.model_dir.folder(NETWORKS[name]) / "config.json").read_text("utf-8")
-            for name in self.networks
-        }
 
-
-def start_reading(model_dir: ModelDir, dtype_name: str | None) -> Weights:
-    """Begin to read the weights of a model, and do not wait for them.
-
-    On the GPU if there is one, and to stay there if they leave room to work.
+def choose_placement(files: Mapping[str, list[Path]], dtype_name: str | None) -> Placement:
+    """On the GPU if there is one, and to stay there if the weights leave room to work.
 
     Args:
+        files: of each network.
         dtype_name: None for the default, float16 on a GPU and float32 on a CPU.
 
     Raises:
-        ModelError: a network of it has no readable file, or the GPU cannot be used.
+        ModelError: there is a GPU that cannot be used, or a file that cannot be read.
     """
     device = choose_device()
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, dtype_name or ("float16" if on_gpu else "float32"))
-    files = network_files(model_dir, half_precision=dtype == torch.float16)
     if not on_gpu:
-        placement = Placement(device, dtype, resident=True)
-    else:
-        numbers = sum(_numbers(path) for paths in files.values() for path in paths)
-        weights_bytes, free_bytes = numbers * dtype.itemsize, torch.cuda.mem_get_info()[0]
-        resident = fits(weights_bytes, free_bytes)
-        log.info(
-            "weights %.1f GB, free on the GPU %.1f GB: %s",
-            weights_bytes / 1e9,
-            free_bytes / 1e9,
-            "resident" if resident else "too small, so models are offloaded to the host in turn",
-        )
-        placement = Placement(device, dtype, resident)
-    return Weights(model_dir, files, placement)
+        return Placement(device, dtype, resident=True)
+    numbers = sum(_numbers(path) for paths in files.values() for path in paths)
+    weights_bytes, free_bytes = numbers * dtype.itemsize, torch.cuda.mem_get_info()[0]
+    resident = fits(weights_bytes, free_bytes)
+    log.info(
+        "weights %.1f GB, free on the GPU %.1f GB: %s",
+        weights_bytes / 1e9,
+        free_bytes / 1e9,
+        "resident" if resident else "too small, so models are offloaded to the host in turn",
+    )
+    return Placement(device, dtype, resident)
+
+
+def start_reading(
+    model_dir: ModelDir, files: Mapping[str, list[Path]], placement: Placement
+) -> Weights:
+    """Begin to read the weights of a model, network by network, and do not wait for them.
+
+    Args:
+        files: of each network, in the order to read them.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    target = placement.device if placement.resident else torch.device("cpu")
+    with_threads = ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
+    parts = {
+        network: [
+            with_threads.submit(_read, path, names, target, placement.dtype)
+            for path in paths
+            for names in _parts(path)
+        ]
+        for network, paths in files.items()
+    }
+    with_threads.shutdown(wait=False)
+    return Weights(model_dir, placement, parts)
 
 
 def _read(path: Path, names: list[str], device: torch.device, dtype: torch.dtype) -> Tensors:

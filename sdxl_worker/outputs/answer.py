@@ -55,7 +55,7 @@ def limit_bytes(job_id: str) -> int:
     return RUNSYNC_LIMIT_BYTES if job_id.startswith("sync-") else RUN_LIMIT_BYTES
 
 
-def check_expected_size(request: Request, pixels: int, job_id: str) -> None:
+def check_expected_size(num_images: int, pixels: int, job_id: str) -> None:
     """Refuse a request whose result is bound to be over the limit, before it is made.
 
     Args:
@@ -65,7 +65,7 @@ def check_expected_size(request: Request, pixels: int, job_id: str) -> None:
         RequestError: with the expected size and what to do.
     """
     one = pixels * LEAST_PNG_BYTES_PER_PIXEL * 4 / 3  # base64
-    _check_size(int(one * (request.num_images + 1)), job_id, "would be at least")
+    _check_size(int(one * (num_images + 1)), job_id, "would be at least")
 
 
 def check_size(output: dict[str, Any], job_id: str) -> None:

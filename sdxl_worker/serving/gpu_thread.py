@@ -22,13 +22,13 @@ async def on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
 
 def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
     """As `on_gpu_thread`, without waiting for it."""
-    return _thread.submit(_run, function, *args, **kwargs)
 
+    def run() -> T:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            # The error is kept until it is told and logged; other jobs need the memory before that.
+            let_go(error)
+            raise
 
-def _run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    try:
-        return function(*args, **kwargs)
-    except BaseException as error:
-        # The error is kept until it is told and logged, and other jobs need the memory before.
-        let_go(error)
-        raise
+    return _thread.submit(run)

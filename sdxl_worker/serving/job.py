@@ -42,57 +42,58 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     models = await ready_models(settings)
 
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
-    from sdxl_worker.drawing.generate import generate
     from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
     from sdxl_worker.serving.progress import Progress
     from sdxl_worker.serving.report import build_report
 
     stages = plan_stages(request, models)  # refuses, while the picture is not fetched yet
+    request = as_drawn(request, stages)
     input_picture = None
     if request.image_url is not None:
         with timed("fetch", job_id):
             input_picture = await asyncio.to_thread(_input_picture, request)
     if not request.check:
         width, height = output_size_px(stages, input_picture)
-        check_expected_size(request, width * height, job_id)
-
-    queued_at = time.perf_counter()
-
-    def draw() -> tuple[list[Image.Image], float]:
-        reset_peak_memory()
-        with timed("generate", job_id, queued_at=queued_at) as timing:
-            pictures = generate(
-                request,
-                stages,
-                models,
-                input_picture,
-                progress.on_step,
-                step_cache_interval=settings.step_cache,
-            )
-        return pictures, timing.ms
+        check_expected_size(request.num_images, width * height, job_id)
 
     async with Progress(job, latent_rgb=models.latent_rgb if request.preview else None) as progress:
-        pictures, generate_ms = await on_gpu_thread(draw)
+        pictures, generate_ms = await on_gpu_thread(
+            _draw,
+            job_id,
+            time.perf_counter(),
+            request,
+            stages,
+            models,
+            input_picture,
+            progress.on_step,
+            step_cache_interval=settings.step_cache,
+        )
         with timed("encode", job_id):
             if request.check:
-                return build_report(
-                    request,
-                    models,
-                    settings,
-                    pictures,
-                    generate_ms=generate_ms,
-                    steps=total_steps(stages),
-                )
+                steps = total_steps(stages)
+                return build_report(request, models, settings, pictures, generate_ms, steps)
             output = await asyncio.to_thread(
                 build_output,
                 pictures,
-                as_drawn(request, stages),
+                request,
                 model_name=models.name,
                 lossy=settings.lossy,
                 metadata=settings.png_metadata,
             )
             check_size(output, job_id)
             return output
+
+
+def _draw(
+    job_id: str, queued_at: float, *what: Any, **options: Any
+) -> tuple[list[Image.Image], float]:
+    """On the GPU thread: what `generate` makes, and the milliseconds that it took."""
+    from sdxl_worker.drawing.generate import generate
+
+    reset_peak_memory()
+    with timed("generate", job_id, queued_at=queued_at) as timing:
+        pictures = generate(*what, **options)
+    return pictures, timing.ms
 
 
 def _input_picture(request: Request) -> Image.Image:

@@ -21,7 +21,6 @@ def build_report(
     models: Models,
     settings: Settings,
     pictures: list[Image.Image],
-    *,
     generate_ms: float,
     steps: int,
 ) -> dict[str, Any]:

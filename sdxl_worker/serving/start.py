@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +14,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from sdxl_worker.errors import ModelError
-from sdxl_worker.gpu import gpu_is_there
 from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.read_ahead import read_ahead
 from sdxl_worker.loading.sparing_imports import sparing_imports
-from sdxl_worker.loading.weight_files import network_files, read_ahead
 from sdxl_worker.request import CHECK_INPUT, parse_request
 from sdxl_worker.serving.gpu_thread import start_on_gpu_thread
 from sdxl_worker.settings import Settings
@@ -28,8 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# On a CPU a full-size model takes minutes at its native size.
-CPU_FIRST_PICTURE_PX = 64
+# A full-size model takes minutes at its native size there.
+CHECK_INPUT_ON_CPU = {**CHECK_INPUT, "height": 64, "width": 64}
 
 _lock = threading.Lock()
 _starts: dict[Settings, "Future[Models]"] = {}
@@ -76,30 +74,26 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
     its first picture."""
     with _timed("imported the libraries"):
         model_dir = find_model_dir(settings)
-        # As `start_reading` will choose them; torch, which knows for sure, is not imported yet.
-        half_precision = settings.dtype == "float16" or (settings.dtype is None and gpu_is_there())
-        files = network_files(model_dir, half_precision=half_precision)
+        files = model_dir.weight_files(settings.dtype)
+        configs = model_dir.configs()
         read_ahead(path for paths in files.values() for path in paths)
 
-        from sdxl_worker.loading.weights import start_reading
+        from sdxl_worker.loading.weights import choose_placement, start_reading
 
-        weights = start_reading(model_dir, settings.dtype)
+        placement = choose_placement(files, settings.dtype)
+        weights = start_reading(model_dir, files, placement)
         with sparing_imports():
             from sdxl_worker.drawing import generate  # noqa: F401  what a picture needs
             from sdxl_worker.loading.models import add_refiner, load_base
-            from sdxl_worker.speed import compile_cache
+            from sdxl_worker.speed import compiling
             from sdxl_worker.speed.optimize import (
                 MODES,
                 OF_A_WHOLE_UNET,
-                for_one_size,
                 optimizations_of,
                 optimize,
             )
-            from sdxl_worker.speed.quantize import check_quantization
 
-    optimizations = optimizations_of(settings, weights.placement)
-    check_quantization(settings.quantize, optimizations, weights.placement)
-    _warn_of_a_long_start(settings)
+    optimizations = optimizations_of(settings, placement)
     if settings.step_cache is not None:
         left_out = MODES[settings.compile] & OF_A_WHOLE_UNET
         log.info(
@@ -108,10 +102,8 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
             f"; not beside it, of COMPILE: {', '.join(sorted(left_out))}" if left_out else "",
         )
     with (
-        compile_cache.kept(
-            settings.compile_cache_dir, optimizations, weights.placement, weights.configs()
-        ),
-        for_one_size(optimizations),
+        compiling.kept(settings.compile_cache_dir, optimizations, placement, configs),
+        compiling.for_one_size(optimizations),
     ):
         with _timed("loaded the base"):
             models = load_base(weights)
@@ -126,24 +118,14 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
     return models
 
 
-def _warn_of_a_long_start(settings: Settings) -> None:
-    on_platform = bool(os.environ.get("RUNPOD_WEBHOOK_GET_JOB"))
-    if settings.compile == "full" and on_platform and not os.environ.get("RUNPOD_INIT_TIMEOUT"):
-        log.warning(
-            "COMPILE=full can take longer than the 7 minutes after which the platform replaces a "
-            "worker that is not ready: set RUNPOD_INIT_TIMEOUT to more seconds, or let "
-            "COMPILE_CACHE_DIR keep what is compiled"
-        )
-
-
 def _draw_first_picture(models: "Models", settings: Settings) -> None:
     """The first one costs more than later ones, and tells whether there will be any."""
     from sdxl_worker.drawing.generate import generate
     from sdxl_worker.drawing.stages import plan_stages
 
     with _timed("drew a first picture"):
-        size_px = None if models.device.type == "cuda" else CPU_FIRST_PICTURE_PX
-        request = parse_request({**CHECK_INPUT, "height": size_px, "width": size_px})
+        on_gpu = models.device.type == "cuda"
+        request = parse_request(CHECK_INPUT if on_gpu else CHECK_INPUT_ON_CPU)
         stages = plan_stages(request, models)
         [picture] = generate(request, stages, models, step_cache_interval=settings.step_cache)
     # Numbers that are not finite become one even colour.

@@ -29,13 +29,13 @@ def keep_tables_on_host(scheduler: SchedulerMixin) -> None:
 
 
 @contextlib.contextmanager
-def timesteps_on_device(unet: Any) -> Iterator[None]:
-    """Around a stage: timesteps, which come from the host, are written on the device."""
-    hook = unet.register_forward_pre_hook(_timestep_to_device, with_kwargs=True)
-    try:
+def timesteps_on_device(*unets: Any) -> Iterator[None]:
+    """Around passes of UNets: timesteps, which come from the host, are written on the device."""
+    with contextlib.ExitStack() as undo:
+        for unet in unets:
+            hook = unet.register_forward_pre_hook(_timestep_to_device, with_kwargs=True)
+            undo.callback(hook.remove)
         yield
-    finally:
-        hook.remove()
 
 
 def _timestep_to_device(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:

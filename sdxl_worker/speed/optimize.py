@@ -8,7 +8,6 @@ left to torch: it takes cuDNN's on Hopper, which is the only kind of GPU where t
 be faster than FlashAttention 2 (https://github.com/huggingface/transformers/pull/48163).
 """
 
-import contextlib
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from sdxl_worker.placement import Placement
 from sdxl_worker.settings import CompileMode, Settings
 from sdxl_worker.speed.cuda_graphs import GraphedForward
-from sdxl_worker.speed.quantize import quantize
+from sdxl_worker.speed.quantize import check_quantization, quantize
 
 
 def optimize(optimizations: Collection[str], unet: Any, vae: Any = None) -> None:
@@ -36,6 +35,9 @@ def optimizations_of(settings: Settings, placement: Placement) -> Collection[str
     What is done to a whole UNet goes neither with a step cache, for it would repeat one way for
     both kinds of steps, nor with offloading: a CUDA graph holds on to where the weights were, and
     a hook of offloading is put in the place of the UNet's `forward`.
+
+    Raises:
+        ModelError: QUANTIZE asks for what this machine or the other settings cannot do.
     """
     optimizations = set(MODES[settings.compile])
     if placement.device.type == "cpu":
@@ -43,6 +45,7 @@ def optimizations_of(settings: Settings, placement: Placement) -> Collection[str
     if settings.step_cache is not None or not placement.resident:
         optimizations -= OF_A_WHOLE_UNET
     if settings.quantize is not None:
+        check_quantization(settings.quantize, optimizations, placement)
         optimizations.add(settings.quantize)
     return optimizations
 
@@ -103,24 +106,7 @@ MODES: dict[CompileMode | None, frozenset[str]] = {
     "full": frozenset({"channels_last", "compile_unet", "compile_decoder", "cuda_graphs"}),
 }
 
-THAT_COMPILE = frozenset({"compile_blocks", "compile_unet", "compile_decoder"})
 OF_A_WHOLE_UNET = frozenset({"compile_unet", "cuda_graphs"})
-
-
-def compiles(optimizations: Collection[str]) -> bool:
-    return not THAT_COMPILE.isdisjoint(optimizations)
-
-
-def for_one_size(optimizations: Collection[str]) -> contextlib.AbstractContextManager[Any]:
-    """Compile what is drawn meanwhile, on this thread, for its own size: that gives the fastest
-    code. Of the next size, torch then makes code for all sizes, so that no later job waits for it.
-
-    By itself it would do so within the first picture, where a block of the UNet comes in a second
-    width.
-    """
-    if not compiles(optimizations):
-        return contextlib.nullcontext()
-    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
 
 
 def _allow_many_shapes() -> None:

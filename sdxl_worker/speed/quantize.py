@@ -23,7 +23,7 @@ FP8_LEAST_RANGE = 1e-3
 
 
 def check_quantization(
-    quantization: Quantization | None, optimizations: Collection[str], placement: Placement
+    quantization: Quantization, optimizations: Collection[str], placement: Placement
 ) -> None:
     """
     Args:
@@ -32,8 +32,6 @@ def check_quantization(
     Raises:
         ModelError: this machine or these settings cannot do it; the message says what to change.
     """
-    if quantization is None:
-        return
     gpu = placement.device.type == "cuda"
     if quantization == "fp8" and not (gpu and torch.cuda.get_device_capability() >= FP8_CAPABILITY):
         raise ModelError(

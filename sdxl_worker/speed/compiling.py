@@ -1,27 +1,47 @@
-"""Keeping what was compiled, so that the next worker with the same GPU and versions need not.
+"""Compiling: for which sizes, and keeping what was compiled for the next worker with the same GPU
+and versions.
 
-The artifacts are those of `torch.compiler.save_cache_artifacts`, made at start-up: for the model's
-native size, one picture. They hold code, and are taken only from the folder that the settings name.
-https://docs.pytorch.org/tutorials/recipes/torch_compile_caching_tutorial.html
+What is kept are the artifacts of `torch.compiler.save_cache_artifacts`, made at start-up: for the
+model's native size, one picture. They hold code, and are taken only from the folder that the
+settings name. https://docs.pytorch.org/tutorials/recipes/torch_compile_caching_tutorial.html
 """
 
 import contextlib
 import hashlib
 import json
 import logging
+import os
 import platform
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import sdxl_worker
 from sdxl_worker.placement import Placement
-from sdxl_worker.speed.optimize import compiles
 from sdxl_worker.versions import library_versions
 
 log = logging.getLogger(__name__)
+
+THAT_COMPILE = frozenset({"compile_blocks", "compile_unet", "compile_decoder"})
+
+
+def compiles(optimizations: Collection[str]) -> bool:
+    return not THAT_COMPILE.isdisjoint(optimizations)
+
+
+def for_one_size(optimizations: Collection[str]) -> contextlib.AbstractContextManager[Any]:
+    """Compile what is drawn meanwhile, on this thread, for its own size: that gives the fastest
+    code. Of the next size, torch then makes code for all sizes, so that no later job waits for it.
+
+    By itself it would do so within the first picture, where a block of the UNet comes in a second
+    width.
+    """
+    if not compiles(optimizations):
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
 
 
 @contextlib.contextmanager
@@ -39,13 +59,30 @@ def kept(
         network_configs: the configuration files' texts, by network.
     """
     if folder is None or not compiles(optimizations):
+        _warn_of_a_long_start(optimizations)
         yield
         return
     path = folder / _file_name(optimizations, placement, network_configs)
     loaded = _load(path)
+    if not loaded:
+        _warn_of_a_long_start(optimizations)
     yield
     if not loaded:
         _save(path)
+
+
+def _warn_of_a_long_start(optimizations: Collection[str]) -> None:
+    on_platform = bool(os.environ.get("RUNPOD_WEBHOOK_GET_JOB"))
+    if (
+        on_platform
+        and "compile_unet" in optimizations
+        and not os.environ.get("RUNPOD_INIT_TIMEOUT")
+    ):
+        log.warning(
+            "COMPILE=full can take longer than the 7 minutes after which the platform replaces a "
+            "worker that is not ready: set RUNPOD_INIT_TIMEOUT to more seconds, or let "
+            "COMPILE_CACHE_DIR keep what is compiled"
+        )
 
 
 def _load(path: Path) -> bool:
