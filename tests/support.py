@@ -21,8 +21,7 @@ from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.drawing.steps import Step
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, add_refiner, load_base
-from sdxl_worker.loading.weight_files import network_files
-from sdxl_worker.loading.weights import Weights
+from sdxl_worker.loading.weights import Weights, start_reading
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import Request
 from sdxl_worker.serving.start import start
@@ -161,9 +160,10 @@ def weights_being_read(
 ) -> Weights:
     """The embedded model's weights, begun to be read, but for a network."""
     model_dir = find_model_dir(Settings(model_dir=EMBEDDED_MODEL_DIR))
-    files = network_files(model_dir, half_precision=True)
+    files = model_dir.weight_files("float16")
     files.pop(without, None)
-    return Weights(model_dir, files, Placement(torch.device(device), dtype, resident=True))
+    placement = Placement(torch.device(device), dtype, resident=True)
+    return start_reading(model_dir, files, placement)
 
 
 def load(weights: Weights) -> Models:

@@ -17,11 +17,11 @@ from benchmarks import (
 )
 from benchmarks.sdxl_architecture import CONFIGS
 from sdxl_worker.loading.model_dir import find_model_dir
-from sdxl_worker.loading.weights import start_reading
+from sdxl_worker.loading.models import load_models
 from sdxl_worker.serving import start
 from sdxl_worker.serving.logs import JsonFormatter
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests.support import REPOSITORY, load
+from tests.support import REPOSITORY
 
 
 def test_the_phases_are_read_from_the_worker_s_own_log(
@@ -67,7 +67,7 @@ def test_both_workers_can_load_the_full_size_model_s_folder(
     monkeypatch.setattr(sdxl_architecture, "CONFIGS", small)
     with coldstart.model_dir("full") as environment:
         root = Path(environment["MODEL_DIR"])
-        load(start_reading(find_model_dir(Settings(model_dir=root)), "float16"))
+        load_models(find_model_dir(Settings(model_dir=root)), "float16")
         base = StableDiffusionXLPipeline.from_pretrained(root / "base", variant="fp16")
         StableDiffusionXLImg2ImgPipeline.from_pretrained(
             root / "refiner",

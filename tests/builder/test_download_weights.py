@@ -22,11 +22,10 @@ from safetensors.torch import load, load_file, save
 from builder.download_weights import __main__ as program
 from builder.download_weights import sources, transfer
 from sdxl_worker.loading.model_dir import find_model_dir
-from sdxl_worker.loading.models import Models
-from sdxl_worker.loading.weights import start_reading
+from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests import original_format, support
+from tests import original_format
 from tests.hub_server import COMMIT, Fault, Hub, serving
 from tests.support import REPOSITORY, draw
 
@@ -138,7 +137,7 @@ def files(folder: Path) -> list[str]:
 
 
 def model(folder: Path) -> Models:
-    return support.load(start_reading(find_model_dir(Settings(model_dir=folder)), None))
+    return load_models(find_model_dir(Settings(model_dir=folder)))
 
 
 def picture(folder: Path, **job: Any) -> Image.Image:

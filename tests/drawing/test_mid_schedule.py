@@ -1,8 +1,8 @@
 """Whatever begins in the middle of a schedule: the refiner, the ensemble's second half.
 
-An ideal denoiser knows the one picture that there is, and so the noise. From any place of a schedule
-and with any sampler, following it leads to that picture: a step that is too short or too long shows
-at the end.
+An ideal denoiser knows the one picture that there is, and so the noise. From any place of a
+schedule and with any sampler, following it leads to that picture: a step that is too short or too
+long shows at the end.
 """
 
 from typing import Any

@@ -15,11 +15,9 @@ from safetensors.torch import load_file, save_file
 from sdxl_worker.errors import ModelError
 from sdxl_worker.loading import model_dir
 from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
-from sdxl_worker.loading.models import Models
-from sdxl_worker.loading.weights import start_reading
+from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings, load_settings
-from tests import support
 from tests.support import difference, draw
 
 COMMIT = "462165984030d82259a11f4367a4eed129e94a7b"
@@ -40,7 +38,7 @@ def load(folder: Path, **settings: Any) -> Models:
 
 
 def load_from(settings: Settings) -> Models:
-    return support.load(start_reading(find_model_dir(settings), settings.dtype))
+    return load_models(find_model_dir(settings), settings.dtype)
 
 
 def refusal(folder: str | Path | None = None) -> str:
@@ -272,3 +270,39 @@ def test_the_revision_tells_weights_apart(tmp_path: Path) -> None:
     assert one == revision("same", b"1" * 100)
     assert one != revision("other", b"1" * 99 + b"2")
     assert revision(f"models--a--b/snapshots/{COMMIT}", b"1") == COMMIT
+
+
+def test_the_base_is_read_before_the_refiner() -> None:
+    files = find(EMBEDDED_MODEL_DIR).weight_files("float16")
+    assert list(files)[-1] == "refiner_unet"
+    assert len(files) == 5
+
+
+@pytest.mark.parametrize(
+    ("dtype_name", "on_gpu", "chosen"),
+    [
+        (None, True, "unet.fp16.safetensors"),
+        (None, False, "unet.safetensors"),
+        ("float16", False, "unet.fp16.safetensors"),
+        ("float32", True, "unet.safetensors"),
+        ("bfloat16", True, "unet.safetensors"),
+    ],
+)
+def test_the_files_are_those_of_the_number_format_they_are_loaded_in(
+    dtype_name: str | None,
+    on_gpu: bool,
+    chosen: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is read ahead is what is loaded: on a CPU, of both kinds, the full ones."""
+    monkeypatch.setattr(model_dir, "gpu_is_there", lambda: on_gpu)
+    shutil.copytree(EMBEDDED_MODEL_DIR / "base", tmp_path / "base")
+    for folder in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        for name in ("unet.fp16.safetensors", "unet.safetensors"):
+            (tmp_path / "base" / folder / name).touch()
+        for path in (tmp_path / "base" / folder).glob("*model*.safetensors"):
+            path.unlink()
+    files = find(tmp_path).weight_files(dtype_name)
+    assert files.keys() == {"text_encoder", "text_encoder_2", "unet", "vae"}
+    assert all([path.name for path in paths] == [chosen] for paths in files.values())

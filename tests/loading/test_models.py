@@ -14,15 +14,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdxl_worker.errors import ModelError
 from sdxl_worker.loading import models as models_module
 from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
-from sdxl_worker.loading.models import Models, add_refiner, load_base
-from sdxl_worker.loading.networks import NETWORKS
-from sdxl_worker.loading.weight_files import weight_files
-from sdxl_worker.loading.weights import Weights, start_reading
+from sdxl_worker.loading.models import Models, add_refiner, load_base, load_models
+from sdxl_worker.loading.weights import Weights
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests import support
-from tests.support import difference, draw
+from tests.support import difference, draw, weights_being_read
 
 JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 4}
 
@@ -35,7 +32,7 @@ def model_dir(tmp_path: Path) -> Path:
 
 def load(folder: Path, **settings: Any) -> Models:
     chosen = Settings(model_dir=folder, **settings)
-    return support.load(start_reading(find_model_dir(chosen), chosen.dtype))
+    return load_models(find_model_dir(chosen), chosen.dtype)
 
 
 def refusal(folder: Path) -> str:
@@ -76,7 +73,7 @@ def test_the_base_can_draw_while_the_refiner_s_weights_are_read(
         return take(weights, network)
 
     monkeypatch.setattr(Weights, "take", recorded)
-    weights = start_reading(find_model_dir(Settings()), None)
+    weights = weights_being_read()
     alone = load_base(weights)
     assert alone.refiner_unet is None
     assert "refiner_unet" not in order
@@ -222,7 +219,7 @@ class Read:
 def test_text_encoders_of_older_files_load() -> None:
     """Published SDXL repositories have the prefix that transformers 5 dropped, and position ids."""
     folder = EMBEDDED_MODEL_DIR / "base" / "text_encoder"
-    now = Weights(EMBEDDED, {"n": weight_files(folder, half_precision=True)}, CPU).take("n")
+    now = weights_being_read().take("text_encoder")
     old = {f"text_model.{name}": tensor for name, tensor in now.items()}
     old["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     built = [
@@ -239,8 +236,7 @@ def test_text_encoders_of_older_files_load() -> None:
 
 
 def test_decoders_of_early_files_load() -> None:
-    folder = EMBEDDED.folder(NETWORKS["vae"])
-    now = Weights(EMBEDDED, {"n": weight_files(folder, half_precision=True)}, CPU).take("n")
+    now = weights_being_read().take("vae")
     early_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     early = {}
     for name, tensor in now.items():

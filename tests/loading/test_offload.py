@@ -10,7 +10,15 @@ import torch
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
-from tests.support import REQUESTS, draw, largest_difference, load, models, weights_being_read
+from tests.support import (
+    REQUESTS,
+    draw,
+    fresh_models,
+    largest_difference,
+    load,
+    models,
+    weights_being_read,
+)
 
 # Here from the host to the host, under another name: what is seen is where each was sent.
 DEVICE = torch.device("cpu", 0)
@@ -44,9 +52,8 @@ class Places:
 
 @pytest.fixture
 def offloaded() -> Models:
-    weights = weights_being_read()
-    weights.placement = Placement(DEVICE, torch.float32, resident=False)
-    return load(weights)
+    placement = Placement(DEVICE, torch.float32, resident=False)
+    return load(dataclasses.replace(weights_being_read(), placement=placement))
 
 
 @pytest.fixture
@@ -83,9 +90,7 @@ def test_a_unet_leaves_before_the_decoder_comes_also_after_the_refiner_s_turn(
 
 
 def test_networks_that_fit_are_left_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = weights_being_read()
-    weights.placement = dataclasses.replace(weights.placement, resident=True)
-    resident = load(weights)
+    resident = fresh_models()
     places = Places(resident, monkeypatch)
     draw(parse_request(REQUESTS["refined"]), resident)
     assert places.passes

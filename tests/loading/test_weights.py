@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdxl_worker.errors import ModelError
 from sdxl_worker.loading import weights as weights_module
 from sdxl_worker.loading.model_dir import ModelDir
-from sdxl_worker.loading.weight_files import network_files, weight_files
-from sdxl_worker.loading.weights import Weights, start_reading
+from sdxl_worker.loading.weights import choose_placement, start_reading
 from sdxl_worker.placement import WORKING_MEMORY_BYTES, Placement
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 
@@ -29,10 +28,10 @@ def test_every_thread_s_part_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyP
     save_file({name: tensors[name] for name in list(tensors)[:12]}, tmp_path / "one.safetensors")
     save_file({name: tensors[name] for name in list(tensors)[12:]}, tmp_path / "two.safetensors")
     save_file({"ids": torch.arange(5)}, tmp_path / "three.safetensors")
-    files = weight_files(tmp_path, half_precision=False)
+    files = sorted(tmp_path.iterdir())
     assert sum(1 for file in files for _ in weights_module._parts(file)) > 5
     narrow = Placement(torch.device("cpu"), torch.float16, resident=True)
-    read = Weights(EMBEDDED, {"network": files}, narrow).take("network")
+    read = start_reading(EMBEDDED, {"network": files}, narrow).take("network")
     assert read.pop("ids").tolist() == [0, 1, 2, 3, 4]
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -40,11 +39,11 @@ def test_every_thread_s_part_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_parts_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = weight_files(EMBEDDED_MODEL_DIR / "base" / "unet", half_precision=True)
+    files = EMBEDDED.weight_files("float16")["unet"]
     together = threading.Barrier(8, timeout=30)
     monkeypatch.setattr(weights_module, "_parts", lambda _: ([str(i)] for i in range(8)))
     monkeypatch.setattr(weights_module, "_read", lambda _, names, *__: {names[0]: together.wait()})
-    assert len(Weights(EMBEDDED, {"network": files}, CPU).take("network")) == 8
+    assert len(start_reading(EMBEDDED, {"network": files}, CPU).take("network")) == 8
 
 
 def test_numbers_are_rounded_where_they_go() -> None:
@@ -70,7 +69,7 @@ def test_a_part_that_cannot_be_read_fails_the_network(tmp_path: Path) -> None:
     save_file({"t": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelError, match="one.safetensors cannot be read"):
-        Weights(EMBEDDED, {"network": [path]}, CPU)
+        start_reading(EMBEDDED, {"network": [path]}, CPU)
 
 
 @pytest.mark.parametrize(("missing_bytes", "resident"), [(0, True), (1, False)])
@@ -80,15 +79,14 @@ def test_weights_stay_on_the_gpu_where_they_leave_room_to_work(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A GPU is not at hand: its memory is a number here, and reading ends before it begins."""
+    """A GPU is not at hand: its memory is a number here."""
     caplog.set_level(logging.INFO)
-    files = network_files(EMBEDDED, half_precision=True)
+    files = EMBEDDED.weight_files("float16")
     numbers = sum(weights_module._numbers(path) for [path] in files.values())
     free_bytes = 2 * numbers + WORKING_MEMORY_BYTES - missing_bytes  # float16
     monkeypatch.setattr(weights_module, "choose_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 0))
-    monkeypatch.setattr(weights_module, "_read", lambda *_: {})
-    placement = start_reading(EMBEDDED, None).placement
+    placement = choose_placement(files, None)
     assert placement == Placement(torch.device("cuda"), torch.float16, resident)
     assert ("resident" in caplog.text) == resident
     assert ("too small" in caplog.text) == (not resident)
@@ -104,10 +102,11 @@ def test_weights_that_do_not_stay_on_the_gpu_are_read_to_the_host(
         return {}
 
     monkeypatch.setattr(weights_module, "_read", read)
-    files = network_files(EMBEDDED, half_precision=True)
+    files = EMBEDDED.weight_files("float16")
     for resident, target in ((False, "cpu"), (True, "cuda")):
         targets.clear()
-        weights = Weights(EMBEDDED, files, Placement(torch.device("cuda"), torch.float16, resident))
+        placement = Placement(torch.device("cuda"), torch.float16, resident)
+        weights = start_reading(EMBEDDED, files, placement)
         weights.take("unet")
         weights.take("refiner_unet")
         assert targets == {torch.device(target)}

@@ -15,11 +15,10 @@ from sdxl_worker.request import CHECK_INPUT, parse_request
 from sdxl_worker.serving.gpu_thread import start_on_gpu_thread
 from sdxl_worker.serving.start import start
 from sdxl_worker.settings import Settings
+from sdxl_worker.speed.compiling import compiles, for_one_size
 from sdxl_worker.speed.optimize import (
     MODES,
     OPTIMIZATIONS,
-    compiles,
-    for_one_size,
     optimizations_of,
 )
 from tests.shapes import test_meaning

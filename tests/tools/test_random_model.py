@@ -7,11 +7,9 @@ import pytest
 from PIL import Image
 
 from sdxl_worker.loading.model_dir import find_model_dir
-from sdxl_worker.loading.models import Models
-from sdxl_worker.loading.weights import start_reading
+from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests import support
 from tests.support import draw
 from tools import random_model
 
@@ -20,7 +18,7 @@ JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_i
 
 def load(folder: Path, **settings: Any) -> Models:
     chosen = Settings(model_dir=folder, **settings)
-    return support.load(start_reading(find_model_dir(chosen), chosen.dtype))
+    return load_models(find_model_dir(chosen), chosen.dtype)
 
 
 def first_picture(loaded: Models) -> Image.Image:

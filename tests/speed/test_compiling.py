@@ -20,7 +20,7 @@ from sdxl_worker.loading import weights as weights_module
 from sdxl_worker.loading.weights import Weights
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from sdxl_worker.speed import compile_cache
+from sdxl_worker.speed import compiling
 from sdxl_worker.speed.optimize import optimizations_of
 from tests.support import (
     REQUESTS,
@@ -93,21 +93,21 @@ def test_compiled_blocks_draw_the_same_and_the_next_worker_compiles_nothing(
 
 def file_name(settings: Settings, weights: Weights) -> str:
     placement = weights.placement
-    return compile_cache._file_name(
-        optimizations_of(settings, placement), placement, weights.configs()
+    return compiling._file_name(
+        optimizations_of(settings, placement), placement, weights.model_dir.configs()
     )
 
 
 def kept(settings: Settings) -> contextlib.AbstractContextManager[None]:
     weights = weights_being_read()
     optimizations = optimizations_of(settings, weights.placement)
-    return compile_cache.kept(
-        settings.compile_cache_dir, optimizations, weights.placement, weights.configs()
+    return compiling.kept(
+        settings.compile_cache_dir, optimizations, weights.placement, weights.model_dir.configs()
     )
 
 
 def other_versions(patch: pytest.MonkeyPatch) -> Weights:
-    patch.setattr(compile_cache, "library_versions", lambda **_: {"torch": "2.14.0"})
+    patch.setattr(compiling, "library_versions", lambda **_: {"torch": "2.14.0"})
     return weights_being_read()
 
 
