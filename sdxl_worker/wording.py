@@ -1,4 +1,4 @@
-"""What a caller is told of an input that breaks its rules, in words made from the rules themselves.
+"""Messages about an input that breaks its rules, worded from the rules themselves.
 
 For any pydantic model, with objects, lists and unions inside: one line for each problem, with the
 path of the field, the rule and the value: "loras[1].scale: must be a number from -5 to 5; got 7".
@@ -16,10 +16,10 @@ from pydantic_core import ErrorDetails
 
 # An error describes a longer value instead of repeating it.
 MAX_SHOWN_CHARACTERS = 60
-# Of errors that say themselves what is wrong: rules between fields.
+# The type of errors that carry their own message: broken rules between fields.
 IN_WORDS = "in_words"
 RULE = "x-rule"
-"""In a field's JSON Schema: its rule in words, where the schema's own words would be a riddle."""
+"""In a field's JSON Schema: its rule in words, where the schema's own would be unclear."""
 
 Schema = dict[str, Any]
 
@@ -38,7 +38,7 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
             line = _unknown_field(place, details["loc"][-1])
             unknown.setdefault(place.path, line)
         else:
-            # A field that breaks several of its rules gets one line all the same.
+            # A field that breaks several of its rules gets only one line.
             others.setdefault(place.path, _problem(place, details))
     return [*unknown.values(), *others.values()]
 
@@ -70,6 +70,8 @@ def rule(schema: Schema) -> str:
         words += f" above {schema['exclusiveMinimum']} and below {schema['exclusiveMaximum']}"
     if "multipleOf" in schema:
         words += f", a multiple of {schema['multipleOf']}"
+    if "minLength" in schema:
+        words += f" of at least {schema['minLength']} characters"
     if "maxLength" in schema:
         words += f" of at most {schema['maxLength']} characters"
     return words
@@ -82,7 +84,7 @@ class _Place:
     path: str
     schema: Schema
     parent: Schema
-    """Of the object or list around it."""
+    """The schema of the object or list around it."""
 
     @property
     def is_union(self) -> bool:
@@ -90,7 +92,7 @@ class _Place:
 
 
 def _find(location: tuple[int | str, ...], root: Schema) -> _Place:
-    """Where pydantic's `loc` of an error leads."""
+    """The place that pydantic's `loc` of an error leads to."""
     path, schema, parent = "", root, root
     rest = list(location)
     while rest:
@@ -132,7 +134,7 @@ def _unknown_field(place: _Place, name: object) -> str:
 
 
 def _alternatives(schema: Schema) -> list[Schema]:
-    """What a value may be, but for null, which means "not given"."""
+    """What a value may be, except null, which means "not given"."""
     if "type" in schema:
         return [schema]  # an object's own `anyOf` ties its fields together
     options = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
@@ -148,7 +150,7 @@ def field_schemas(model: type[BaseModel]) -> dict[str, Schema]:
 
 @functools.cache
 def _schema(model: type[BaseModel]) -> Schema:
-    """Of a model, with each definition in the places that refer to it."""
+    """A model's schema, with each definition in the places that refer to it."""
     root = model.model_json_schema()
 
     def resolved(part: Any) -> Any:
@@ -198,7 +200,7 @@ def _kind(value: object) -> str:
 def without_secrets(url: str) -> str:
     """The address without user, password, query and fragment, any of which may hold a secret.
 
-    It need not be a valid one, and is not parsed: `urlsplit` raises at "http://[".
+    The address need not be valid, and is not parsed: `urlsplit` raises at "http://[".
     """
     scheme, _, rest = url.partition("://")
     authority, slash, path = rest.partition("?")[0].partition("#")[0].partition("/")

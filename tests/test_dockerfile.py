@@ -171,6 +171,20 @@ def test_torch_is_the_one_of_the_requirements() -> None:
     assert re.findall(r"torch==\S+", DOCKERFILE) == [pin]
 
 
+def test_hosts_whose_driver_torch_cannot_use_are_refused_by_the_sdk_s_check() -> None:
+    """The version is the lowest that the Hub is to choose; another build of torch has another."""
+    environment = dict(
+        pair.partition("=")[::2]
+        for name, value in image("sdxl")
+        if name == "ENV"
+        for pair in value.split()
+    )
+    assert environment["RUNPOD_MIN_CUDA_VERSION"] == "${MIN_CUDA_VERSION}"
+    [default] = re.findall(r"^ARG MIN_CUDA_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)
+    hub = json.loads((REPOSITORY / ".runpod" / "hub.json").read_text(encoding="utf-8"))
+    assert default == hub["config"]["allowedCudaVersions"][0]
+
+
 def test_the_environment_is_that_of_the_platform() -> None:
     environment = " ".join(value for name, value in image("none") if name == "ENV").split()
     assert {"HF_HUB_OFFLINE=1", "RUNPOD_LOG_LEVEL=INFO", "PYTHONUNBUFFERED=1"} <= set(environment)

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -155,6 +156,25 @@ def test_an_unexpected_failure_is_one_string_without_its_details(
 def test_too_little_memory_is_told_and_the_worker_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     replace_generate(monkeypatch, failing(torch.OutOfMemoryError("CUDA oom")))
     assert error(QUICK).startswith("not enough GPU memory for this job; ask for fewer or smaller")
+
+
+def test_the_memory_of_a_failed_pass_is_free_when_the_cache_is_emptied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def generate(*_: Any, **__: Any) -> None:
+        activations = torch.ones(3)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA oom")
+
+    replace_generate(monkeypatch, generate)
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: alive.extend(tensor() is not None for tensor in held)
+    )
+    assert error(QUICK).startswith("not enough GPU memory for this job")
+    assert alive == [False]
 
 
 def test_only_a_broken_gpu_asks_for_a_new_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import jsonschema
 import pytest
 
 from sdxl_worker.drawing.schedulers import SAMPLERS
@@ -271,6 +272,40 @@ def test_the_json_schema_has_the_bounds_and_the_defaults() -> None:
     steps = schema["properties"]["num_inference_steps"]
     assert (steps["minimum"], steps["maximum"], steps["default"]) == (1, 150, 25)
     assert all("description" in field for field in schema["properties"].values())
+
+
+@pytest.mark.parametrize(
+    ("job_input", "accepted"),
+    [
+        ({"prompt": "a"}, True),
+        ({"image_url": "https://example.com/a.png"}, True),
+        ({"check": True}, True),
+        ({"seed": 3}, False),
+        ({}, False),
+        ({"check": True, "seed": 3}, False),
+        ({"check": False}, False),
+        ({"prompt": "a", "check": True, "seed": 3}, True),
+    ],
+)
+def test_the_json_schema_ties_fields_together_as_the_worker_does(
+    job_input: dict[str, Any], accepted: bool
+) -> None:
+    assert (
+        jsonschema.Draft202012Validator(Request.model_json_schema()).is_valid(job_input) == accepted
+    )
+    if accepted:
+        parse_request(job_input)
+    else:
+        with pytest.raises(RequestError, match="^prompt: required, unless image_url is given"):
+            parse_request(job_input)
+
+
+@pytest.mark.parametrize("given", [{}, {"seed": -1}, {"seed": None}])
+def test_no_request_has_a_seed_that_is_still_to_be_drawn(given: dict[str, Any]) -> None:
+    """However it is made, and a drawn one does not count as given."""
+    request = Request.model_validate({"prompt": "a", **given})
+    assert request.seed >= 0
+    assert ("seed" in request.model_fields_set) == (given.get("seed") == -1)
 
 
 def test_a_lone_surrogate_is_refused_not_passed_on() -> None:

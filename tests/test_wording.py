@@ -1,11 +1,13 @@
 """What a caller is told of an input that breaks its rules."""
 
-import pytest
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from sdxl_worker.request import (
-    Request,
-)
-from sdxl_worker.wording import field_schemas, rule, without_secrets
+import pytest
+from pydantic import Field, ValidationError
+
+from sdxl_worker.request import InputModel, Request
+from sdxl_worker.wording import field_schemas, problems, rule, without_secrets
 
 
 def test_the_bounds_are_told_in_words() -> None:
@@ -26,3 +28,112 @@ def test_the_bounds_are_told_in_words() -> None:
 )
 def test_addresses_are_told_without_their_secrets(url: str, told: str) -> None:
     assert without_secrets(url) == told
+
+
+class Lora(InputModel):
+    path: Annotated[str, Field(min_length=2)]
+    scale: Annotated[float, Field(ge=-5, le=5)] = 1.0
+    kind: Literal["lora", "dora"] = "lora"
+
+    @classmethod
+    def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+        if given.get("kind") == "dora" and "scale" not in given:
+            yield "scale", "required for kind dora; got nothing"
+
+
+class Picture(InputModel):
+    loras: Annotated[list[Lora | Annotated[str, Field(max_length=9)]], Field(max_length=3)] = Field(
+        default=[]
+    )
+    first: Lora | None = None
+    sizes: list[int] | int | None = None
+
+
+def told(**given: Any) -> list[str]:
+    with pytest.raises(ValidationError) as caught:
+        Picture.model_validate(given)
+    return problems(caught.value, Picture)
+
+
+PATH = "a string of at least 2 characters"
+LORA = "an object with path, scale, kind"
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        # Objects
+        (
+            {"first": {"path": "aa", "scale": 7}},
+            ["first.scale: must be a number from -5 to 5; got 7"],
+        ),
+        ({"first": {}}, [f"first.path: required, {PATH}; got nothing"]),
+        (
+            {"first": {"path": None}},
+            [f"first.path: required, {PATH}; got nothing"],
+        ),
+        ({"first": 3}, [f"first: must be {LORA}; got 3"]),
+        (
+            {"first": {"path": "aa", "weight": 1}},
+            ["first.weight: no such field; the fields are path, scale, kind"],
+        ),
+        (
+            {"first": {"path": "aa", "Scale": 1}},
+            ["first.Scale: no such field (did you mean scale?); the fields are path, scale, kind"],
+        ),
+        (
+            {"first": {"path": "aa", "kind": "Dora"}},
+            ['first.kind: must be one of lora, dora; got "Dora" (did you mean dora?)'],
+        ),
+        # Lists
+        (
+            {"loras": [{"path": "aa"}, {"path": "bb", "scale": "1"}]},
+            ['loras[1].scale: must be a number from -5 to 5; got "1"'],
+        ),
+        (
+            {"loras": ["a"] * 4},
+            [
+                f"loras: must be a list of at most 3, each {LORA} or a string of at most 9 "
+                "characters; got a list of 4"
+            ],
+        ),
+        # Unions: an object is judged as an object, a list as a list
+        (
+            {"loras": [{}]},
+            [f"loras[0].path: required, {PATH}; got nothing"],
+        ),
+        ({"loras": [3]}, [f"loras[0]: must be {LORA} or a string of at most 9 characters; got 3"]),
+        (
+            {"loras": ["far too long"]},
+            [f'loras[0]: must be {LORA} or a string of at most 9 characters; got "far too long"'],
+        ),
+        ({"sizes": [1, "a"]}, ['sizes[1]: must be an integer; got "a"']),
+        ({"sizes": "a"}, ['sizes: must be a list, each an integer or an integer; got "a"']),
+        # Ties between fields, within an object and beside its other problems
+        (
+            {"loras": [{"kind": "dora"}]},
+            [
+                "loras[0].scale: required for kind dora; got nothing",
+                f"loras[0].path: required, {PATH}; got nothing",
+            ],
+        ),
+        # All at once, unknown fields first
+        (
+            {"first": {"path": "aa", "scale": 9}, "second": 1, "loras": [3, {"path": "", "x": 1}]},
+            [
+                "loras[1].x: no such field; the fields are path, scale, kind",
+                '"second": no such field; the fields are loras, first, sizes',
+                f"loras[0]: must be {LORA} or a string of at most 9 characters; got 3",
+                'loras[1].path: must be a string of at least 2 characters; got ""',
+                "first.scale: must be a number from -5 to 5; got 9",
+            ],
+        ),
+    ],
+)
+def test_problems_are_told_by_path(given: dict[str, Any], lines: list[str]) -> None:
+    assert told(**given) == lines
+
+
+def test_no_secret_of_an_address_is_told_from_inside_a_value() -> None:
+    [line] = told(sizes={"path": ["https://user:pw@example.com/a?token=1"]})
+    assert line.endswith('got {"path": ["https://example.com/a"]}')

@@ -1,5 +1,6 @@
 """As many pictures at once as fit."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,14 +75,11 @@ def plan_on_gpu(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500 + int(recorded_bytes))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 400)
     monkeypatch.setattr(batches, "idle_graph_bytes", lambda: int(recorded_bytes))
-    models_there: Any = SimpleNamespace(
-        device=torch.device("cuda"),
-        dtype=torch.float16,
+    vae: Any = SimpleNamespace(config=SimpleNamespace(force_upcast=decoder_dtype == torch.float32))
+    models_there = dataclasses.replace(
+        models(),
         placement=Placement(torch.device("cuda"), torch.float16, resident=not moved_in_bytes),
-        vae=SimpleNamespace(
-            config=SimpleNamespace(force_upcast=decoder_dtype == torch.float32),
-            dtype=torch.float16,
-        ),
+        vae=vae,
         unet=unet_of(int(moved_in_bytes)),
         refiner_unet=unet_of(int(moved_in_bytes) // 2),
     )

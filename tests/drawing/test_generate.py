@@ -1,6 +1,8 @@
 """Right pictures: equal to plain diffusers, handed over correctly, reproducible."""
 
+import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
+from sdxl_worker.drawing import batches
 from sdxl_worker.drawing import generate as generate_module
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.drawing.stages import plan_stages
+from sdxl_worker.loading.models import Models
 from sdxl_worker.request import parse_request
 from tests.support import (
     PROMPT,
@@ -21,6 +25,7 @@ from tests.support import (
     data_uri,
     difference,
     draw,
+    fresh_models,
     largest_difference,
     models,
     picture,
@@ -370,3 +375,109 @@ def test_base_and_refiner_share_what_they_have_in_common() -> None:
         assert getattr(refiner, name) is getattr(base, name)
     assert refiner.unet is not base.unet
     assert refiner.text_encoder is None
+
+
+# --- whatever happens, the networks are left as they were -----------------------------------------
+
+
+class OutOfMemoryError(Exception):
+    pass
+
+
+@pytest.fixture
+def narrow() -> Models:
+    """In float16, with a VAE that is to be upcast, as SDXL's own."""
+    made = fresh_models(dtype=torch.float16)
+    made.vae.register_to_config(force_upcast=True)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae`")
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_a_vae_that_fails_upcast_is_set_back_for_the_next_job(part: str, narrow: Models) -> None:
+    """diffusers leaves it in float32, at which every later job of the worker fails."""
+    refine = {"prompt": PROMPT, "seed": 3, "refiner_inference_steps": 4, "strength": 0.5}
+    request = parse_request({**refine, "image_url": "https://example.com/a.png"})
+    image = Image.effect_noise((64, 64), 50).convert("RGB")
+    [expected] = draw(request, narrow, image)
+
+    activations: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(*_: Any) -> None:
+        large = torch.ones(3)
+        activations.append(weakref.ref(large))
+        assert narrow.vae.dtype == torch.float32
+        raise OutOfMemoryError
+
+    back: list[bool] = []
+    to = narrow.vae.to
+
+    def noted(*args: Any, **options: Any) -> Any:
+        back.extend(tensor() is None for tensor in activations)
+        return to(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(narrow.vae, "to", noted)
+        hook = getattr(narrow.vae, part).register_forward_pre_hook(fail)
+        with pytest.raises(OutOfMemoryError):
+            draw(request, narrow, image)
+        hook.remove()
+    assert back == [True], "what the pass held is free before memory is needed again"
+    assert {parameter.dtype for parameter in narrow.vae.parameters()} == {torch.float16}
+    assert same(draw(request, narrow, image)[0], expected)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_plan_s_tiles_and_slices_last_for_its_job(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = fresh_models()
+    monkeypatch.setattr(
+        batches, "plan", lambda *_, **__: batches.Plan(1, slicing=True, tiling=True)
+    )
+
+    def fail(_: Any) -> None:
+        assert made.vae.use_tiling
+        if fails:
+            raise OutOfMemoryError
+
+    with contextlib.suppress(OutOfMemoryError):
+        draw(parse_request({**BASE_ONLY, "num_inference_steps": 1}), made, on_step=fail)
+    assert (made.vae.use_slicing, made.vae.use_tiling) == (False, False)
+
+
+def hooks(made: Models) -> list[Any]:
+    """What is hung on the networks, and what is put in place of their own `forward`."""
+    modules = [module for network in made.networks().values() for module in network.modules()]
+    return [
+        (*module._forward_hooks, *module._forward_pre_hooks, vars(module).get("forward"))
+        for module in modules
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_hook_outlasts_a_job(fails: bool) -> None:
+    made = fresh_models()
+    draw(parse_request(REFINED), made)  # transformers hangs up its own, once
+    before = hooks(made)
+    during: list[bool] = []
+
+    def on_step(_: Any) -> None:
+        during.append(hooks(made) != before)
+        if fails:
+            raise OutOfMemoryError
+
+    with contextlib.suppress(OutOfMemoryError):
+        draw(parse_request(REFINED), made, on_step=on_step, step_cache_interval=2)
+    assert all(during)
+    assert hooks(made) == before
+
+
+def test_after_the_largest_seed_comes_0() -> None:
+    largest = 2**53 - 1
+    request = parse_request(
+        {**BASE_ONLY, "num_inference_steps": 2, "seed": largest, "num_images": 2}
+    )
+    zero = parse_request({**BASE_ONLY, "num_inference_steps": 2, "seed": 0})
+    assert [request.seed_of(i) for i in range(2)] == [largest, 0]
+    assert largest_difference(draw(request, models())[1], draw(zero, models())[0]) <= 1

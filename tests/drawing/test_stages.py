@@ -95,6 +95,22 @@ def test_a_refiner_that_would_run_no_step_is_skipped(job_input: dict[str, Any]) 
         assert same(unchanged, image)
 
 
+@pytest.mark.parametrize(
+    ("job_input", "begins_in_mid_schedule"),
+    [
+        ({}, [False, True]),
+        ({"strength": 1}, [False, False]),
+        ({"high_noise_frac": 0.8}, [False, True]),
+        ({"image_url": "https://example.com/a.png"}, [True]),
+    ],
+)
+def test_a_stage_tells_whether_it_begins_in_mid_schedule(
+    job_input: dict[str, Any], begins_in_mid_schedule: list[bool]
+) -> None:
+    stages = plan(**job_input)
+    assert [stage.begins_in_mid_schedule for stage in stages] == begins_in_mid_schedule
+
+
 def without_refiner() -> Models:
     return dataclasses.replace(models(), refiner_unet=None)
 

@@ -1,6 +1,7 @@
 """The answer's form, and what a PNG tells of itself."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import sdxl_worker
 from sdxl_worker.outputs import answer
 from sdxl_worker.outputs.answer import build_output
 from sdxl_worker.request import parse_request
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from tests.support import (
     PROMPT,
     data_uri,
@@ -65,6 +67,56 @@ def test_a_picture_found_on_disk_can_be_made_again() -> None:
     # A batch rounds otherwise than a single picture; alone, it is the same to the last pixel.
     alone = picture(**request)
     assert picture(**json.loads(text_chunks(alone)["request"])).tobytes() == alone.tobytes()
+
+
+INPUT_PICTURE = data_uri(Image.effect_noise((64, 64), 50).convert("RGB"))
+OF_A_BASE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "strength": {"strength": 0.5},
+    "base": {"refiner_inference_steps": 0},
+    "too few refiner steps": {"refiner_inference_steps": 2},
+    "ensemble without refiner": {"refiner_inference_steps": 0, "high_noise_frac": 0.8},
+    "unchanged": {"image_url": INPUT_PICTURE, "strength": 0},
+}
+OF_A_REFINER: dict[str, dict[str, Any]] = {
+    **OF_A_BASE,
+    "ensemble": {"high_noise_frac": 0.5},
+    "refine": {"image_url": INPUT_PICTURE, "strength": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("with_refiner", "mode"),
+    [*((False, mode) for mode in OF_A_BASE), *((True, mode) for mode in OF_A_REFINER)],
+)
+def test_a_picture_s_own_request_makes_it_again_where_it_was_made_and_beside_a_refiner(
+    with_refiner: bool, mode: str, tmp_path: Path
+) -> None:
+    (tmp_path / "base").symlink_to(EMBEDDED_MODEL_DIR / "base")
+    base_alone = {"MODEL_DIR": str(tmp_path)}
+    whole: dict[str, str] = {}
+
+    def on(worker: dict[str, str], **job_input: Any) -> Image.Image:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in worker.items():
+                patch.setenv(name, value)
+            return picture(**job_input)
+
+    made_by = whole if with_refiner else base_alone
+    job = {key: value for key, value in JOB.items() if key != "refiner_inference_steps"}
+    made = on(made_by, **{**job, **OF_A_REFINER[mode]})
+    again = json.loads(text_chunks(made)["request"])
+    if "image_url" in again:  # which holds no input picture
+        again["image_url"] = INPUT_PICTURE
+    assert on(made_by, **again).tobytes() == made.tobytes()
+    assert on(whole, **again).tobytes() == made.tobytes()
+
+
+def test_the_last_picture_s_request_can_be_sent_also_at_the_largest_seed() -> None:
+    _, second = pictures(**{**JOB, "seed": 2**53 - 1, "num_images": 2})
+    request = json.loads(text_chunks(second)["request"])
+    assert request["seed"] == 0
+    assert picture(**request)
 
 
 def test_a_drawn_seed_is_in_the_picture() -> None:

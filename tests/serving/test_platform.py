@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -268,6 +269,24 @@ def test_each_phase_is_logged_with_the_job_s_id(endpoint: LocalEndpoint) -> None
         "loaded the refiner in",
     ):
         assert line in text
+
+
+def test_the_sdk_s_own_checks_run_while_the_models_load() -> None:
+    """All of them before ours, which waits for the models and so comes last."""
+    environment = {
+        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "",
+        "RUNPOD_SKIP_GPU_CHECK": "",
+        "RUNPOD_LOG_LEVEL": "DEBUG",
+    }
+    command = [sys.executable, "-m", "benchmarks.offline_worker", "handler.py"]
+    with LocalEndpoint(worker_command=command, rules=RULES, environment=environment) as endpoint:
+        text = endpoint.workers[0].log()
+    checks = re.findall(r"Executing fitness check: (\w+)", text)
+    assert checks[0] == "come_after_the_sdk_checks"
+    assert checks[-1] == "models_draw"
+    assert {"_memory_check", "_disk_check", "_network_check"} <= set(checks[1:-1])
+    checked = text.index("Executing fitness check: models_draw")
+    assert checked < text.index("loaded the refiner in"), "they did not wait for the models"
 
 
 def test_the_webhook_gets_the_finished_job(endpoint: LocalEndpoint) -> None:

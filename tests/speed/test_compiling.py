@@ -1,6 +1,7 @@
 """What was compiled is kept, and taken only where it runs."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from sdxl_worker.loading.weights import Weights
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from sdxl_worker.speed import compiling
+from sdxl_worker.speed import optimize as optimize_module
 from sdxl_worker.speed.optimize import optimizations_of
 from tests.support import (
     REQUESTS,
@@ -91,6 +93,49 @@ def test_compiled_blocks_draw_the_same_and_the_next_worker_compiles_nothing(
     assert psnr_db([picture], [plain]) > 45
 
 
+@pytest.mark.parametrize(
+    ("environment", "compile_mode", "warned"),
+    [
+        ({"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1"}, "full", True),
+        ({"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1"}, "blocks", False),
+        ({}, "full", False),
+        (
+            {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1", "RUNPOD_INIT_TIMEOUT": "1200"},
+            "full",
+            False,
+        ),
+    ],
+)
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_a_start_that_may_take_longer_than_the_platform_waits_is_told(
+    environment: dict[str, str],
+    compile_mode: Any,
+    warned: bool,
+    with_cache: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(compiling, "_save", lambda _: None)
+    folder = tmp_path if with_cache else None
+    with kept(Settings(compile=compile_mode, compile_cache_dir=folder)):
+        pass
+    told = [record.message for record in caplog.records if "RUNPOD_INIT_TIMEOUT" in record.message]
+    assert len(told) == warned
+
+
+def test_what_an_earlier_worker_compiled_needs_no_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://127.0.0.1")
+    monkeypatch.setattr(compiling, "_load", lambda _: True)
+    with kept(Settings(compile="full", compile_cache_dir=tmp_path)):
+        pass
+    assert "RUNPOD_INIT_TIMEOUT" not in caplog.text
+
+
 def file_name(settings: Settings, weights: Weights) -> str:
     placement = weights.placement
     return compiling._file_name(
@@ -159,7 +204,9 @@ def other_dtype(_: pytest.MonkeyPatch) -> Weights:
 
 
 def other_networks(_: pytest.MonkeyPatch) -> Weights:
-    return weights_being_read(without="refiner_unet")
+    weights = weights_being_read(without="refiner_unet")
+    base_alone = dataclasses.replace(weights.model_dir, refiner=None)
+    return dataclasses.replace(weights, model_dir=base_alone)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +254,8 @@ def test_nothing_is_kept_where_nothing_is_compiled(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_compiled_without_it_is_not_taken() -> None:
+def test_what_was_compiled_without_it_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimize_module, "check_quantization", lambda *_: None)  # fp8 needs a GPU
     kinds: list[Any] = [None, "int8", "fp8"]
     names = {
         file_name(Settings(compile="blocks", quantize=kind), weights_being_read()) for kind in kinds

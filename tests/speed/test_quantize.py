@@ -145,6 +145,28 @@ def test_int8_never_multiplies_fewer_rows_than_cublas_takes(
     assert psnr_db(pictures, drawn(models(), **small)) > 35
 
 
+def test_int8_is_compiled_with_its_scales_inside_the_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or the 32-bit sums go through memory. As it stands when the compiler is called."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "force_fuse_int_mm_with_mul", False)
+    made = quantized("int8")
+    seen: list[bool] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        seen.append(config.force_fuse_int_mm_with_mul)
+        return graph.forward
+
+    block = attention(made)
+    block.compile(backend=backend)
+    block(torch.zeros(1, 64, block.to_q.in_features))
+    torch._dynamo.reset()
+    assert seen
+    assert all(seen)
+
+
 def test_fp8_of_nothing_is_nothing(fp8: Models) -> None:
     """And not 0 / 0: the text of an empty negative prompt is zeros."""
     linear = attention(fp8).to_q
@@ -211,10 +233,15 @@ def test_a_step_cache_leaves_only_the_blocks_to_be_compiled(
         check_quantization("fp8", full, ON_GPU)
 
 
+def test_offloading_is_refused_only_beside_it() -> None:
+    assert optimizations_of(Settings(), OFFLOADED) == {"channels_last"}
+    with pytest.raises(ModelError, match="QUANTIZE: needs weights that stay on the GPU"):
+        optimizations_of(Settings(quantize="int8"), OFFLOADED)
+
+
 @pytest.mark.parametrize(
     ("quantization", "mode", "placement"),
     [
-        (None, None, OFFLOADED),
         ("int8", None, ON_CPU),
         ("int8", "blocks", ON_GPU),
         ("fp8", "full", ON_GPU),
