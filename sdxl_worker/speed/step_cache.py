@@ -39,7 +39,7 @@ def step_cache(pipeline: Any, interval: int | None) -> Iterator[None]:
         undo.callback(unet.register_forward_hook(after_step).remove)
         deep = _below_the_outermost_level(unet)
         for block in deep:
-            undo.callback(setattr, block, "forward", block.forward)
+            undo.callback(_set_back, block, vars(block).get("forward"))
             block.forward = _kept_forward(block, kept, is_read=block is deep[-1])
         yield
 
@@ -50,6 +50,17 @@ def _below_the_outermost_level(unet: Any) -> list[torch.nn.Module]:
     *up, _ = unet.up_blocks
     blocks = [*outermost.downsamplers, *down, unet.mid_block, *up]
     return [block for block in blocks if block is not None]  # a mid block may be missing
+
+
+def _set_back(block: torch.nn.Module, own_forward: Callable[..., Any] | None) -> None:
+    """
+    Args:
+        own_forward: what stood in place of its class's `forward`, if anything did.
+    """
+    if own_forward is None:
+        del block.forward
+    else:
+        block.forward = own_forward
 
 
 def _kept_forward(
