@@ -150,3 +150,27 @@ def test_requirements_are_pinned() -> None:
 def test_the_worker_never_imports_the_local_endpoint() -> None:
     for path in [REPOSITORY / "handler.py", *(REPOSITORY / "sdxl_worker").rglob("*.py")]:
         assert "local_endpoint" not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_the_publisher_s_name_is_told_in_one_place() -> None:
+    """Everywhere else it is written by `make docs`."""
+    name = docs.publisher()
+    tracked = subprocess.run(
+        ["git", "grep", "--fixed-strings", "--count", name],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    counts = {path: int(count) for path, _, count in (line.rpartition(":") for line in tracked)}
+    derived = {"README.md": docs.listing(), ".runpod/hub.json": json.dumps(docs.icon_url())}
+    lines_of = {
+        path: sum(name in line for line in text.splitlines()) for path, text in derived.items()
+    }
+    assert counts == {"pyproject.toml": 1, **lines_of}
+
+
+def test_the_readme_is_for_the_first_minute() -> None:
+    text = docs.README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 180
+    assert "not measured" not in text, "such rows wait in docs/speed.md"

@@ -1,7 +1,7 @@
 """Writes what is derived from the code: the documents' tables, the input's JSON Schema, and the
 settings in the Hub's form.
 
-Run as `make docs`; a test checks that all of it is as this writes it.
+Run as `make docs`; a test checks that all of it is up to date.
 """
 
 import json
@@ -30,7 +30,7 @@ def input_table() -> str:
 
 
 def _json(default: object) -> str:
-    """As in a request, but for text, which goes without its quotes."""
+    """As in a request, but text has no quotes."""
     return default if isinstance(default, str) else json.dumps(default)
 
 
@@ -72,9 +72,13 @@ def listing() -> str:
     )
 
 
+def icon_url() -> str:
+    return f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
+
+
 def hub_text() -> str:
     hub = json.loads(HUB.read_text(encoding="utf-8"))
-    hub["iconUrl"] = f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
+    hub["iconUrl"] = icon_url()
     hub["config"]["env"] = env_inputs()
     return _document(hub)
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import (
@@ -87,3 +89,41 @@ def test_a_start_lasts_until_the_first_request_for_a_job() -> None:
     assert 0.1 < start.cpu_s < 30
     assert 1 < start.ready_s < 60, "importing the SDK alone takes longer than a second"
     assert start.rest_s == start.ready_s
+
+
+def test_offline_the_sdk_s_network_check_reaches_this_machine() -> None:
+    """In a process of its own; the check is the SDK's."""
+    script = (
+        "import asyncio, sys\n"
+        "from benchmarks import offline_worker\n"
+        "from runpod.serverless.modules import rp_system_fitness\n"
+        "connected = []\n"
+        "connect = asyncio.open_connection\n"
+        "async def noted(host=None, port=None, **options):\n"
+        "    connected.append(host)\n"
+        "    return await connect(host, port, **options)\n"
+        "asyncio.open_connection = noted\n"
+        "offline_worker.answer_network_check()\n"
+        "asyncio.run(rp_system_fitness._check_network_connectivity())\n"
+        "print(connected)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.splitlines()[-1] == "['127.0.0.1']"
+
+
+def test_both_workers_start_with_the_sdk_s_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+
+    class Endpoint:
+        def __init__(self, **options: Any) -> None:
+            started.append(options["environment"])
+            raise RuntimeError("seen")
+
+    monkeypatch.setattr(coldstart, "LocalEndpoint", Endpoint)
+    with pytest.raises(RuntimeError, match="seen"):
+        coldstart.measure(["worker"])
+    [environment] = started
+    assert environment["RUNPOD_SKIP_AUTO_SYSTEM_CHECKS"] == ""
+    assert environment["RUNPOD_SKIP_GPU_CHECK"] == ""
