@@ -1,8 +1,7 @@
-"""The worker, in rooms that a job passes in this order: request, inputs, loading (what is loaded
-already), drawing (with what speed gives), outputs. `serving` leads it through them.
+"""The worker. Its folders, called rooms, are layers: a room imports only itself, rooms to its right
+in serving, outputs, drawing, loading, speed, inputs, and the modules beside the rooms.
 
-What lies beside the rooms is below them all. A room imports only rooms further down:
-serving, outputs, drawing, loading, speed, inputs.
+`serving` takes a job through request, inputs, drawing (with the loaded models) and outputs.
 """
 
 __version__ = "3.0.0"

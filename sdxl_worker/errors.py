@@ -1,4 +1,4 @@
-"""Failures told apart by type. The third kind, a job too large for the memory, is torch's own."""
+"""Failures by type. The third kind, a job too large for the memory, is torch's own error."""
 
 import traceback
 
@@ -12,11 +12,11 @@ class ModelError(Exception):
 
 
 def let_go(error: BaseException) -> None:
-    """Free what the frames of a traceback hold: after an out-of-memory error, the tensors of the
-    pass that failed, for as long as anybody keeps the error.
+    """Free what the frames of an error's traceback hold: after an out-of-memory error, the tensors
+    of the failed pass, which otherwise stay as long as the error is kept.
 
-    To be called in the thread that failed, before the error reaches a coroutine: clearing a frame
-    that only waits would end it.
+    Call it in the thread that failed, before the error reaches a coroutine: clearing the frame of
+    a waiting coroutine would end the coroutine.
     """
     for one in (error, error.__cause__, error.__context__):
         if one is not None:

@@ -1,4 +1,4 @@
-"""What can be told of the GPU. torch is asked only where it is imported already, or must be."""
+"""Questions about the GPU. torch is used only where it is imported already, or must be."""
 
 import functools
 import logging
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What NVIDIA's driver puts there for each GPU; the second is Windows' Subsystem for Linux.
+# What NVIDIA's driver makes for each GPU; the second is that of Windows Subsystem for Linux.
 DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/dxg")
 ON_CPU_ON_PURPOSE = "to serve on the CPU on purpose, set CUDA_VISIBLE_DEVICES=-1"
 
@@ -38,7 +38,7 @@ def choose_device() -> "torch.device":
     import torch
 
     if not gpu_is_there() and not torch.cuda.is_available():
-        # Only a worker of the platform asks it for jobs.
+        # The variable is set only where a platform hands out jobs.
         if os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
             log.warning(
                 "THERE IS NO GPU: this worker serves on its CPU, where a picture of SDXL takes "
@@ -91,7 +91,7 @@ def _has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool
 def is_broken() -> bool:
     """Whether the process can no longer use its GPU, as after an illegal memory access.
 
-    Such an error stays: every later call to the device raises it again, so asking tells.
+    Such an error stays: every later call to the device raises it again, and so does this one.
     """
     torch = _torch_with_gpu()
     if torch is None:
@@ -105,7 +105,7 @@ def is_broken() -> bool:
 
 @functools.cache
 def graph_memory() -> Any:
-    """The one pool of memory that all CUDA graphs share. Made when it is first asked for."""
+    """The one pool of memory that all CUDA graphs share. Made at the first call."""
     import torch
 
     return torch.cuda.graph_pool_handle()
@@ -122,7 +122,7 @@ def idle_graph_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """The most that was in use: GPU memory since `reset_peak_memory`, or of the whole process."""
+    """The peak of GPU memory since `reset_peak_memory`; without a GPU, of the whole process."""
     torch = _torch_with_gpu()
     if torch is not None:
         return int(torch.cuda.max_memory_allocated()) + idle_graph_bytes()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 # What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
-# CUDA's own context and libraries. On the safe side; it was not measured.
+# CUDA's own context and libraries. A cautious estimate, not measured.
 WORKING_MEMORY_BYTES = 5 * 1024**3
 
 

@@ -34,7 +34,7 @@ SchedulerName = Literal[
     "DPMSolverSinglestep",
 ]
 
-# Some 5,000 tokens: far more than a model can follow, and little enough to encode in a moment.
+# Some 5,000 tokens: far more than a model can follow, and few enough to encode quickly.
 MAX_PROMPT_CHARACTERS = 20_000
 # JSON numbers are exact up to here in every client, JavaScript's included.
 MAX_SEED = 2**53 - 1
@@ -79,21 +79,21 @@ class InputModel(BaseModel):
 
     @classmethod
     def as_given(cls, fields: Mapping[Any, Any]) -> dict[str, Any]:
-        """The fields that were given: what a model takes for nothing is left out."""
+        """The fields that were given, without those whose value means "not given"."""
         return {_readable(name): value for name, value in fields.items() if value is not None}
 
     @classmethod
     def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:  # noqa: ARG003
         """Rules between fields that the input breaks: the field, and the problem in words.
 
-        What is told here is to be in the model's JSON Schema as well.
+        The model's JSON Schema has to state the same rules.
         """
         yield from ()
 
     @model_validator(mode="wrap")
     @classmethod
     def _tell_all_problems(cls, fields: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """As pydantic validates, but with broken ties beside the other problems, not after them."""
+        """Validate as pydantic does, but report broken ties together with the other problems."""
         if not isinstance(fields, Mapping):
             return validate(fields)
         given = cls.as_given(fields)
@@ -111,7 +111,7 @@ class InputModel(BaseModel):
 
 
 def _again(details: Any) -> InitErrorDetails:
-    """An error that was raised, in the form in which it can be raised once more."""
+    """An error that was raised, in a form that can be raised again."""
     kind = details["type"]
     if kind == IN_WORDS:
         kind = PydanticCustomError(IN_WORDS, details["msg"])
@@ -120,7 +120,7 @@ def _again(details: Any) -> InitErrorDetails:
 
 
 class Request(InputModel):
-    """What to make. Sizes are in pixels; a random seed is drawn already."""
+    """What to make. Sizes are in pixels; a random seed has been drawn."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -138,16 +138,16 @@ class Request(InputModel):
 
     prompt: Prompt = Field(
         default="",
-        description="What to draw. Required, unless `image_url` is given. Longer than 75 tokens "
-        "is fine: the whole of it counts.",
+        description="What to draw. Required, unless `image_url` is given. It may be "
+        "longer than 75 tokens: all of it counts.",
     )
     negative_prompt: Prompt = Field(
         default="", description="What to keep out. Needs a `guidance_scale` above 1."
     )
     height: Side | None = Field(
         default=None,
-        description="Pixels. Not given: the model's native size (1024 for SDXL), or what "
-        "`image_url` has.",
+        description="Pixels. Not given: the model's native size (1024 for SDXL), or that "
+        "of the picture in `image_url`.",
     )
     width: Side | None = Field(default=None, description="As `height`.")
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED), FromIntegralFloat, AfterValidator(_drawn)] = (
@@ -155,11 +155,11 @@ class Request(InputModel):
             default=-1,
             validate_default=True,
             description="Picture i is drawn from `seed` + i. -1 or not given: a random one of 32 "
-            "bits, told in the output.",
+            "bits, which the output tells.",
         )
     )
     scheduler: SchedulerName = Field(
-        default="DDIM", description="The sampler, of the base and the refiner alike."
+        default="DDIM", description="The sampler of both the base and the refiner."
     )
     num_inference_steps: Annotated[int, Field(ge=1, le=150), FromIntegralFloat] = Field(
         default=25, description="Steps of the base."
@@ -204,7 +204,7 @@ class Request(InputModel):
 
     @classmethod
     def as_given(cls, fields: Mapping[Any, Any]) -> dict[str, Any]:
-        """An empty `image_url` is none, as in 2.1.0. A check alone stands for a small request."""
+        """An empty `image_url` means none, as in 2.1.0. A check alone gets `CHECK_INPUT` too."""
         given = super().as_given(fields)
         if given.get("image_url") == "":
             del given["image_url"]
@@ -216,12 +216,12 @@ class Request(InputModel):
             yield "prompt", "required, unless image_url is given; got nothing"
 
     def seed_of(self, index: int) -> int:
-        """Of picture `index`. After the largest seed comes 0."""
+        """The seed of picture `index`. After the largest seed comes 0."""
         return (self.seed + index) % (MAX_SEED + 1)
 
     @property
     def refiner_steps_run(self) -> int:
-        """Denoising steps of the refiner where `strength` rules, as diffusers counts them."""
+        """Denoising steps of the refiner where `strength` decides, as diffusers counts them."""
         return int(self.refiner_inference_steps * self.strength)
 
 
@@ -229,7 +229,7 @@ def parse_request(job_input: object) -> Request:
     """Validate `job["input"]`.
 
     Raises:
-        RequestError: with every problem, one a line: the field, the rule and the value.
+        RequestError: with every problem on a line of its own: the field, the rule and the value.
     """
     if not isinstance(job_input, Mapping):
         raise RequestError(f"input: must be an object with a prompt in it; got {shown(job_input)}")

@@ -16,7 +16,7 @@ Quantization = Literal["int8", "fp8"]
 
 
 class Settings(BaseSettings):
-    """Immutable and hashable. An empty string counts as unset: that is how the Hub sends it."""
+    """Immutable and hashable. An empty string, which the Hub sends, counts as unset."""
 
     model_config = SettingsConfigDict(env_ignore_empty=True, frozen=True, extra="ignore")
 
@@ -39,15 +39,16 @@ class Settings(BaseSettings):
         CompileMode | None,
         Field(
             description="Faster pictures for a slower start. `graphs` replays each UNet as a CUDA "
-            "graph, `blocks` compiles its transformer blocks as well, `full` all of it and the "
-            "decoder. Not set: none of it."
+            "graph, `blocks` also compiles its transformer blocks, `full` the whole UNet and the "
+            "decoder. Not set: none of these."
         ),
     ] = None
     compile_cache_dir: Annotated[
         Path | None,
         Field(
-            description="Folder, on a network volume say, that keeps what `COMPILE` compiled for "
-            "workers with the same GPU and versions. It holds code: let nobody else write to it."
+            description="Folder, for example on a network volume, that keeps what `COMPILE` "
+            "compiled for workers with the same GPU and versions. It holds code: let only workers "
+            "write to it."
         ),
     ] = None
     step_cache: Annotated[
@@ -55,17 +56,16 @@ class Settings(BaseSettings):
         Field(
             ge=2,
             le=5,
-            description="Faster pictures of a lower quality: one step in so many, 2 to 5, runs the "
-            "whole UNet, the others its outermost level alone. Of `COMPILE`, it leaves out what "
-            "takes a UNet as a whole: the CUDA graphs, and in `full` the UNet. Not set: off.",
+            description="Faster pictures of a lower quality: every n-th step, with n from 2 to 5, "
+            "runs the whole UNet, the others only its outermost level. It turns off what `COMPILE` "
+            "does to a whole UNet: the CUDA graphs and, in `full`, compiling it. Not set: off.",
         ),
     ] = None
     quantize: Annotated[
         Quantization | None,
         Field(
             description="Lossy: the UNets' transformer blocks multiply in 8 bits, `int8` or, on "
-            "GPUs from Ada and Hopper on, `fp8`. For `COMPILE=blocks` and `full`. Not set: all "
-            "numbers as they are."
+            "Ada, Hopper and newer GPUs, `fp8`. For `COMPILE=blocks` and `full`. Not set: off."
         ),
     ] = None
     png_metadata: Annotated[
@@ -87,13 +87,13 @@ class Settings(BaseSettings):
 
     @property
     def lossy(self) -> dict[str, Any]:
-        """The settings that trade quality for speed, by variable, as far as they are set."""
+        """Those settings that trade quality for speed and are set, by variable."""
         lossy = {"STEP_CACHE": self.step_cache, "QUANTIZE": self.quantize}
         return {name: value for name, value in lossy.items() if value is not None}
 
 
 DEFAULTS = Settings.model_construct()
-"""Whatever the environment says."""
+"""The settings of an empty environment."""
 
 
 def load_settings() -> Settings:

@@ -14,10 +14,10 @@ from sdxl_worker.loading.models import Models
 
 log = logging.getLogger(__name__)
 
-# Of one picture with guidance, in 16-bit numbers; the refiner needs more than the base.
+# For one picture with guidance, in 16-bit numbers: the refiner's, which needs more than the base.
 UNET_BYTES_PER_PIXEL = 379
 DECODER_BYTES_PER_PIXEL = 1536
-# What CUDA's libraries take to work in, and what is lost between blocks of memory. An estimate.
+# Working memory of CUDA's libraries, and gaps between blocks of memory. An estimate.
 MARGIN_BYTES = 1024**3
 
 
@@ -34,7 +34,7 @@ class Plan:
 
 
 def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
-    """The largest batch that fits, and the decoder's lesser ways only where the full one does not.
+    """The largest batch that fits; slicing and tiling only where decoding does not fit without.
 
     Args:
         pixels: of one picture.
@@ -47,10 +47,10 @@ def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
     room = free_bytes - MARGIN_BYTES
     recorded_bytes = idle_graph_bytes()
     if recorded_bytes:
-        # A recording keeps its memory, which grows to what the largest of them needs.
+        # CUDA graphs keep their common memory, which grows to what the largest of them needs.
         room_for_unet = room + recorded_bytes - decoder_bytes
     else:
-        # A UNet that is not resident comes for its stage, and leaves before the decoder comes.
+        # A UNet that is not resident is moved in for its stage, and out before the decoder is.
         moved_in_bytes = 0 if models.placement.resident else _largest_unet_bytes(models)
         room_for_unet = room - moved_in_bytes
     batch_size = max(1, min(num_images, room_for_unet // unet_bytes))
@@ -67,7 +67,7 @@ def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
 
 
 def _decoder_dtype(models: Models) -> torch.dtype:
-    """As the pipelines decide it: only float16 has too small a range for some decoders."""
+    """As the pipelines choose it: only float16 has too small a range for some decoders."""
     upcast = models.vae.config.force_upcast and models.dtype == torch.float16
     return torch.float32 if upcast else models.dtype
 
@@ -77,7 +77,7 @@ def _largest_unet_bytes(models: Models) -> int:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """What new tensors can have: what CUDA has left, and what torch holds for reuse."""
+    """What is free for new tensors: what CUDA has left, and what torch holds for reuse."""
     if device.type != "cuda":
         return None
     reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Pictures: the stages of a request are run, batch after batch."""
+"""Drawing pictures: the stages of a request, batch after batch."""
 
 import contextlib
 import math
@@ -32,14 +32,14 @@ def generate(
 ) -> list[Image.Image]:
     """Make `request.num_images` RGB pictures.
 
-    It touches no environment variable, network or disk, and leaves the networks as they were. How
-    many pictures are drawn at once, and whether they are decoded in tiles, follows from the memory
-    that is free on the GPU; both change the rounding, and tiles the seams as well.
+    It uses no environment variable, Internet or disk, and leaves the networks as they were. How
+    many pictures are drawn at once, and whether they are decoded in tiles, follows from the free
+    memory of the GPU. Both change the rounding; tiles also change the pixels at their seams.
 
     Args:
-        stages: what `plan_stages` made of the request and the models.
-        input_picture: what `image_url` led to, RGB and in the size to refine.
-        on_step: called after each denoising step. What it raises ends the work there and then.
+        stages: as `plan_stages` returns them for the request and the models.
+        input_picture: the picture of `image_url`, RGB and in the size to refine.
+        on_step: called after each denoising step. If it raises, drawing ends at once.
         step_cache_interval: as `STEP_CACHE`.
     """
     if not stages:
@@ -48,9 +48,9 @@ def generate(
     size_px, steps = output_size_px(stages, input_picture), total_steps(stages)
     texts = encode_pair(request.prompt, request.negative_prompt, models)
     plan = batches.plan(models, num_images=request.num_images, pixels=math.prod(size_px))
-    # Each picture has a generator of its own, on the CPU: picture i is what a request with
-    # seed + i for one picture gives, within rounding, on any device. The refiner goes on where the
-    # base stopped: from a fresh generator it would add the very noise that the base began with.
+    # Each picture has a generator of its own, on the CPU: picture i is what a request for one
+    # picture with seed + i gives, within rounding, on any device. The refiner goes on with the
+    # base's generator: from a fresh one it would add the same noise that the base began with.
     generators = [
         torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in range(request.num_images)
     ]
@@ -86,7 +86,7 @@ def generate(
 
 
 def _pipeline(stage: Stage, models: Models) -> Any:
-    """A shell over the networks of a stage: nothing is copied, and it is made in a moment."""
+    """A pipeline over the networks of a stage. Nothing is copied, so making one is cheap."""
     if stage.name == "base":
         own: dict[str, Any] = {
             "tokenizer": models.tokenizer,
@@ -116,16 +116,16 @@ def _pipeline(stage: Stage, models: Models) -> Any:
 
 @contextlib.contextmanager
 def _decoding_as_planned(vae: Any, plan: batches.Plan) -> Iterator[None]:
-    """Around what decodes, or encodes. Whatever it raises, the VAE is as it was afterwards.
+    """Around what decodes or encodes. Afterwards the VAE is as it was, even if that fails.
 
-    diffusers sets a VAE with `force_upcast` to float32 and, where its pass fails, leaves it so.
+    diffusers sets a VAE with `force_upcast` to float32 and, if the pass fails, leaves it so.
     """
     dtype, slicing, tiling = vae.dtype, vae.use_slicing, vae.use_tiling
     vae.use_slicing, vae.use_tiling = plan.slicing, plan.tiling
     try:
         yield
     except BaseException as error:
-        let_go(error)  # there may be no memory left to set the VAE back with
+        let_go(error)  # or there may be no memory left to convert the VAE back
         raise
     finally:
         vae.use_slicing, vae.use_tiling = slicing, tiling
@@ -133,7 +133,7 @@ def _decoding_as_planned(vae: Any, plan: batches.Plan) -> Iterator[None]:
 
 
 def _to_pictures(images: torch.Tensor) -> list[Image.Image]:
-    """Rounded to 8 bits where they are, so that a quarter of the bytes leaves the GPU.
+    """Rounded to 8 bits on their device, so that only a quarter of the bytes leaves the GPU.
 
     Args:
         images: RGB from 0 to 1, [n, 3, height, width].

@@ -1,4 +1,4 @@
-"""Small pictures of unfinished ones."""
+"""Small previews of unfinished pictures."""
 
 import io
 

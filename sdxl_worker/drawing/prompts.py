@@ -2,7 +2,7 @@
 
 CLIP reads 77 tokens: a start token, 75 of text, an end token. A longer prompt is cut into chunks
 of 75, each is encoded on its own, and the hidden states are joined along the token axis. A prompt
-that fits gives what `StableDiffusionXLPipeline.encode_prompt` gives.
+of one chunk is encoded as `StableDiffusionXLPipeline.encode_prompt` does it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdxl_worker.loading.models import Models
 
-# Token ids of a text, without start, end and padding, in parts of at most 75; one part at least.
+# Token ids of a text, without start, end and padding, in one or more chunks of at most 75.
 Chunks = list[list[int]]
 
 
@@ -36,10 +36,10 @@ def encode_pair(prompt: str, negative_prompt: str, models: Models) -> tuple[Enco
 
 
 def _chunks(text: str, models: Models) -> list[Chunks]:
-    """The text cut to what one pass takes, as each of the two tokenizers sees it."""
+    """The chunks of a text, as each of the two tokenizers sees it."""
     of_tokenizers = []
     for tokenizer in (models.tokenizer, models.tokenizer_2):
-        # verbose=False: the tokenizer would warn that the text is longer than one pass takes.
+        # verbose=False: otherwise the tokenizer warns that the text is longer than one pass takes.
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         size = tokenizer.model_max_length - 2
         chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
@@ -66,7 +66,7 @@ def _run(
     for chunk in chunks + [[]] * (count - len(chunks)):
         ids = [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
         ids += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids))
-        # One chunk a pass: a batch would round otherwise than a single prompt does.
+        # One chunk a pass: a batch would round differently from a single prompt.
         output = encoder(torch.tensor([ids], device=device), output_hidden_states=True)
         hidden_states.append(output.hidden_states[-2])
         first_outputs.append(output[0])

@@ -16,17 +16,17 @@ from sdxl_worker.speed.no_waits import host_noise, keep_tables_on_host
 @dataclass(frozen=True)
 class Sampler:
     module: str
-    """In diffusers.schedulers. Imported when it is asked for: KLMS takes scipy along."""
+    """In diffusers.schedulers. Imported only when needed: that of KLMS imports scipy."""
     class_name: str
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What takes the place of the model's own configuration."""
+    """What replaces values of the model's own configuration."""
     begin_in_mid_schedule: Callable[[Any], None] | None = None
-    """What a new one needs to begin right with another step than the first."""
+    """Prepares a new scheduler to begin with a later step than the first of its schedule."""
 
     def load_class(self) -> type[SchedulerMixin]:
         module = importlib.import_module(f"diffusers.schedulers.{self.module}")
         if self.class_name == "LMSDiscreteScheduler":
-            # The module did without it where `sparing_imports` had hidden it.
+            # The module lacks it if `sparing_imports` hid scipy.
             vars(module)["integrate"] = importlib.import_module("scipy.integrate")
         if self.class_name == "EulerAncestralDiscreteScheduler":
             vars(module)["randn_tensor"] = host_noise
@@ -38,8 +38,8 @@ def build_scheduler(
 ) -> Any:
     """A new scheduler for one stage of one job.
 
-    Always from the configuration as it was loaded, never from that of a scheduler that ran: what
-    one job sets would stay for the next, and some classes change their own configuration.
+    It is made from the configuration as it was loaded, never from that of a scheduler that ran:
+    what one job sets would stay for the next, and some classes change their own configuration.
 
     Args:
         begins_in_mid_schedule: whether its first step is not the first one of its schedule.
@@ -55,8 +55,8 @@ def build_scheduler(
 def _take_the_order_that_is_held(scheduler: Any) -> None:
     """A linear multistep method of order n weighs the derivatives of the last n steps.
 
-    diffusers takes the order from the place in the schedule, four in the middle, also where the
-    first step is there; without the other derivatives the weights do not add up to the step.
+    diffusers takes the order from the place in the schedule: four in the middle, even if the first
+    step is there. Without the other derivatives the weights do not add up to the step.
     """
     step = scheduler.step
 
@@ -68,11 +68,11 @@ def _take_the_order_that_is_held(scheduler: Any) -> None:
 
 
 def _begin_without_repeating(scheduler: Any) -> None:
-    """PNDM makes up for the history it lacks by doing its first step twice, from one repeated
-    timestep. Only a whole schedule has that; in a part of one, diffusers takes the second step for
-    the repetition, and all later ones then expect less noise than there is.
+    """PNDM makes up for the history it lacks by doing its first step twice, at a repeated
+    timestep. Only a whole schedule repeats it; in a part of one, diffusers takes the second step
+    for the repetition, and all later steps then expect less noise than there is.
 
-    So begin with order one, as the other multistep schedulers do, and one more with each step.
+    So begin with order one, as the other multistep schedulers do, and raise it with each step.
     """
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
     # Runge-Kutta steps, which some configurations begin with, repeat timesteps as well.

@@ -1,7 +1,7 @@
-"""A picture is a list of stages, made from the request and the models before any work.
+"""A picture is drawn in stages, which are planned from the request and the models before any work.
 
-What a request may ask of the networks that there are, how many steps it takes and what size comes
-out is told here and nowhere else.
+Only this module decides what a request may ask of the networks that there are, how many steps it
+takes, and what size comes out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ class Stage:
     """One pipeline that runs over one schedule, or over a part of it."""
 
     name: Literal["base", "refiner"]
-    """Whose networks it takes; what progress updates tell."""
+    """Whose networks it uses; also its name in progress updates."""
     pipeline: type
-    """Of diffusers. All but that for text alone take the pictures of the stage before."""
+    """A class of diffusers. All but text-to-image take the pictures of the previous stage."""
     steps: int
     """Denoising steps, give or take one for schedulers that repeat a step."""
     options: Mapping[str, Any]
-    """What the pipeline is called with beside what every stage takes from the request."""
+    """Arguments of the pipeline, beside those that every stage takes from the request."""
 
     @property
     def begins_in_mid_schedule(self) -> bool:
@@ -60,7 +60,7 @@ def plan_stages(request: Request, models: Models) -> tuple[Stage, ...]:
 
     if models.refiner_unet is not None or all(stage.name != "refiner" for stage in stages):
         return stages
-    # The refiner's share is a default: only a request that names it is told that there is none.
+    # The refiner is there by default: only a request that names it is refused for lack of one.
     asked = request.model_fields_set & {"image_url", "high_noise_frac", "refiner_inference_steps"}
     if asked:
         raise RequestError(
@@ -71,7 +71,7 @@ def plan_stages(request: Request, models: Models) -> tuple[Stage, ...]:
 
 
 def _draw(request: Request, models: Models, steps: int, **options: Any) -> Stage:
-    """The base makes latents of the size that is asked for."""
+    """The base makes latents of the requested size, or of the native one."""
     options |= {
         "width": request.width or models.native_size_px,
         "height": request.height or models.native_size_px,
@@ -90,9 +90,9 @@ def _refine(request: Request) -> Stage:
 
 
 def as_drawn(request: Request, stages: Sequence[Stage]) -> Request:
-    """The request that asks for these stages by name, on a worker with a refiner as well.
+    """A request that gives these stages on any worker, also on one with a refiner.
 
-    A base drew alone where there is no refiner, though by default a request wants one.
+    Without a refiner the base draws alone, though by default a request asks for both.
     """
     if request.image_url is None and all(stage.name == "base" for stage in stages):
         return request.model_copy(update={"refiner_inference_steps": 0})

@@ -1,2 +1,2 @@
-"""What a request points to becomes something to draw with: bytes that are fetched, pictures that
-are decoded and fitted. No network of the model, and no torch."""
+"""What a request points to becomes something to draw with: bytes are fetched, pictures decoded and
+fitted. Neither the model's networks nor torch are used."""

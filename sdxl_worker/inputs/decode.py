@@ -7,18 +7,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_MULTIPLE_PX
 
-# Decoded, a picture takes 3 or 4 bytes a pixel. A larger one is refused by its header.
+# Decoded, a picture takes 3 or 4 bytes a pixel. A larger one is refused once its header is read.
 MAX_INPUT_PIXELS = 64 * 1024**2
 
 
 def decode(data: bytes, field: str) -> Image.Image:
-    """RGB, turned as its EXIF orientation says, transparency on white.
+    """The picture as RGB, turned as its EXIF orientation says, transparency on white.
 
     Args:
-        field: where in the request it stands, for messages.
+        field: the place of `data` in the request, for messages.
 
     Raises:
-        RequestError: it is no picture that can be decoded, or too large a one.
+        RequestError: it is not a picture that can be decoded, or is too large.
     """
     try:
         picture: Image.Image = Image.open(io.BytesIO(data))
@@ -41,7 +41,7 @@ def decode(data: bytes, field: str) -> Image.Image:
             f"{field}: not a picture that can be read (PNG, JPEG, WebP and the like can)"
         ) from None
     except Image.DecompressionBombError:
-        # Pillow's own limit, by the header too, is larger and asked first.
+        # Pillow's own limit, also by the header, is larger and checked first.
         raise RequestError(
             f"{field}: the picture is over the limit of {MAX_INPUT_PIXELS} pixels"
         ) from None
@@ -58,10 +58,10 @@ def fit(
     and their multiple allow.
 
     Args:
-        field: where in the request it stands, for messages.
+        field: the place of `picture` in the request, for messages.
 
     Raises:
-        RequestError: the aspect ratio has no size within the bounds.
+        RequestError: no size with this aspect ratio is within the bounds.
     """
     lowest, highest, multiple = MIN_SIDE_PX, MAX_SIDE_PX, SIDE_MULTIPLE_PX
     if width_px and height_px:

@@ -12,11 +12,11 @@ FETCH_TIMEOUT_SECONDS = 20
 def fetch(address: str, field: str) -> bytes:
     """
     Args:
-        address: http://, https:// or data:, as the request's rules let it through.
-        field: where in the request it stands, for messages.
+        address: http://, https:// or data:, as the request's rules allow.
+        field: the place of `address` in the request, for messages.
 
     Raises:
-        RequestError: there is nothing to be had there.
+        RequestError: nothing can be fetched from there.
     """
     if address[:5].lower() == "data:":
         return _decoded_data_uri(address, field)

@@ -1,2 +1,2 @@
-"""From a folder to networks in memory: which model, which files, how they are read. Nothing here
-draws, and nothing is made faster than it was trained."""
+"""From a folder to networks in memory: which model, which files, how they are read. Nothing
+is drawn or optimized here."""

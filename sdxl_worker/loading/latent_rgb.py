@@ -18,8 +18,8 @@ class LatentRgb:
 def fit_latent_rgb(vae: Any, device: torch.device) -> LatentRgb:
     """Fit the map to a decoder: least squares over one decoded field of smooth random latents.
 
-    It suits the VAE that is loaded, whichever that is. Smooth, because what the decoder makes of
-    noise is texture, and a preview is about areas.
+    So it suits whichever VAE is loaded. The latents are smooth because the decoder makes texture of
+    noise, and a preview is about areas.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     coarse = torch.randn((1, vae.config.latent_channels, 8, 8), generator=generator)

@@ -1,4 +1,4 @@
-"""Which model is served: `MODEL_DIR`, or the first one there is where that is not set."""
+"""Which model is served: that of `MODEL_DIR` or, if it is not set, the first one found."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ class ModelDir:
     refiner: Path | None
 
     def folder(self, network: Network) -> Path:
-        """Of one network. diffusers' layout, of a base alone, has no folder "base"."""
+        """The folder of one network. In diffusers' layout, a base alone, there is no "base"."""
         folder = self.refiner if network.of_refiner else self.base
         if folder is None:
             raise KeyError(network.folder)
@@ -48,11 +48,11 @@ class ModelDir:
         }
 
     def weight_files(self, dtype_name: str | None) -> dict[str, list[Path]]:
-        """The safetensors files of each network: the fp16 variant where that is all there is, or
-        enough. torch is not needed for the choice.
+        """The safetensors files of each network: the fp16 variant if it is enough, or all
+        there is. The choice needs no torch.
 
         Args:
-            dtype_name: that they are to be loaded in. None: float16 on a GPU, float32 on a CPU.
+            dtype_name: number format to load them in. None: float16 on a GPU, float32 on a CPU.
 
         Raises:
             ModelError: a network has none.
@@ -64,15 +64,19 @@ class ModelDir:
         }
 
     def configs(self) -> dict[str, str]:
-        """The text of each network's configuration."""
+        """The text of each network's configuration.
+
+        Raises:
+            ModelError: a network has none.
+        """
         return {
-            name: (self.folder(network) / "config.json").read_text(encoding="utf-8")
+            name: _text(self.folder(network) / "config.json")
             for name, network in self.networks().items()
         }
 
     @property
     def name(self) -> str:
-        """As the hub has it, where that is known; otherwise the folder's name."""
+        """The name on the hub, where that is known; otherwise the folder's."""
         if source := self._source():
             return str(source["name"])
         if self.root.parent.name == "snapshots":
@@ -80,7 +84,7 @@ class ModelDir:
         return self.root.name
 
     def revision(self) -> str:
-        """What tells these weights from others: commits of the hub, or a digest of the files.
+        """Identifies the weights: by commits of the hub, or by a digest of the files.
 
         The digest is over the size, head and tail of each weight file: reading all of them would
         take longer than loading.
@@ -118,7 +122,7 @@ def find_model_dir(settings: Settings) -> ModelDir:
     """The model to serve.
 
     Raises:
-        ModelError: `MODEL_DIR` leads to none, or there is none, or the choice is not clear; the
+        ModelError: `MODEL_DIR` names none, or there is none, or the choice is not clear; the
             message says what was looked for.
     """
     if settings.model_dir is None:
@@ -143,6 +147,13 @@ def _weight_files(folder: Path, *, half_precision: bool) -> list[Path]:
     full_precision_files = [file for file in files if ".fp16." not in file.name]
     use_fp16 = bool(fp16_files) and (half_precision or not full_precision_files)
     return fp16_files if use_fp16 else full_precision_files
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"MODEL_DIR: {path} cannot be read: {error}") from error
 
 
 def _first_there_is() -> ModelDir:
@@ -182,7 +193,7 @@ def _open(folder: Path) -> ModelDir | None:
 
 
 def _snapshot(repo: Path) -> Path | None:
-    """Of a repository in a cache: what the main branch was, otherwise the newest."""
+    """Of a repository in a cache: the snapshot of the main branch, otherwise the newest."""
     snapshots = repo / "snapshots"
     if not snapshots.is_dir():
         return None
@@ -196,7 +207,7 @@ def _snapshot(repo: Path) -> Path | None:
 
 
 def _cached(name: str) -> ModelDir | None:
-    """A model of the platform's cache by its org/name; the case is not always the hub's."""
+    """A model of the platform's cache by its org/name, whose case may differ from the hub's."""
     if name.count("/") != 1:
         return None
     for repo in _cached_repos():

@@ -41,7 +41,7 @@ class Models:
 
     name: str
     revision: str
-    """What tells these weights from others: a commit of the hub, or a digest of the files."""
+    """Identifies the weights: by commits of the hub, or by a digest of the files."""
     placement: Placement
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
@@ -76,13 +76,13 @@ class Models:
         return [unet for unet in (self.unet, self.refiner_unet) if unet is not None]
 
     def networks(self) -> dict[str, torch.nn.Module]:
-        """Those that there are, by their names in `NETWORKS`."""
+        """Those that are loaded, by their names in `NETWORKS`."""
         networks = {name: getattr(self, name) for name in NETWORKS}
         return {name: network for name, network in networks.items() if network is not None}
 
 
 def load_models(model_dir: ModelDir, dtype_name: str | None = None) -> Models:
-    """Base and refiner at once, where no start has to be quick.
+    """Load base and refiner in one call, where the start need not be quick.
 
     Raises:
         ModelError: as `load_base`.
@@ -98,7 +98,7 @@ def load_base(weights: Weights) -> Models:
     Raises:
         ModelError: a folder, a file or a format is not as it should be; the message says which.
     """
-    # The libraries' own bars and advice would drown the worker's log.
+    # The libraries' progress bars and advice would flood the worker's log.
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -110,7 +110,7 @@ def load_base(weights: Weights) -> Models:
         name: _load(name, weights) for name, network in NETWORKS.items() if not network.of_refiner
     }
     vae, unet = networks["vae"], networks["unet"]
-    # By itself a tile is as large as a native picture, which is what has to fit.
+    # By default a tile is as large as a native picture, which may not fit.
     vae.tile_latent_min_size = unet.config.sample_size // 2
     vae.tile_sample_min_size = vae.tile_latent_min_size * 2 ** (
         len(vae.config.block_out_channels) - 1
@@ -140,7 +140,7 @@ def load_base(weights: Weights) -> Models:
 
 
 def add_refiner(models: Models, weights: Weights) -> Models:
-    """The same networks, and the refiner's, once its weights are read.
+    """The same models with the refiner's UNet, once its weights are read.
 
     Raises:
         ModelError: as `load_base`.

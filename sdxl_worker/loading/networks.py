@@ -1,4 +1,4 @@
-"""The networks of a model: the one place that says what there is, of which class, and where."""
+"""The networks of a model, their classes and folders: they are listed only here."""
 
 import importlib
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ class Network:
     class_path: str
 
     def load_class(self) -> Any:
-        """Its class. Imported when it is asked for: the libraries take seconds."""
+        """Its class. Imported only when needed: the libraries take seconds."""
         module, _, name = self.class_path.partition(".")
         return getattr(importlib.import_module(module), name)
 
     def build(self, folder: Path) -> "torch.nn.Module":
-        """The network of a configuration, its tensors without memory (on the meta device)."""
+        """The network of a configuration; its tensors have no memory (on the meta device)."""
         import torch
         from transformers import PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""On a card that is too small for all networks: one at a time on the GPU, the others on the host.
+"""For a card that is too small for all networks: one on the GPU at a time, the others on the host.
 
 diffusers' own offloading belongs to a pipeline and is a chain: each network sends away the one
 before it. Here pipelines come and go, and share networks; so each network sends away all others.
@@ -26,7 +26,7 @@ class _Turn(ModelHook):
         self, network: torch.nn.Module, networks: Collection[torch.nn.Module], device: torch.device
     ) -> None:
         self._others = [other for other in networks if other is not network]
-        self.execution_device = device  # where pipelines make what goes into the network
+        self.execution_device = device  # where pipelines make the network's inputs
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         for other in self._others:

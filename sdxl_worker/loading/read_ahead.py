@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-# Linux reads one window of a request and drops the rest; this is the smallest one in use.
+# Linux reads one window of a request and drops the rest; this is the smallest window in use.
 WINDOW_BYTES = 128 * 1024
 
 

@@ -1,6 +1,6 @@
-"""Importing diffusers and transformers without what SDXL does not use: a fifth of the start.
+"""Importing diffusers and transformers without what SDXL does not use saves a fifth of the start.
 
-Both import far more than they are asked for. What is left out here is not gone: it is imported when
+Both import far more than they are asked for. What is left out here is imported later, when
 something asks for it.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 # Packages whose __init__ reads or imports everything below them, for names that nothing here uses.
 POSTPONED = ("transformers.models", "diffusers.models.transformers")
-# Libraries that they import wherever they find them.
+# Libraries that diffusers and transformers import wherever they find them.
 HIDDEN = ("scipy", "torchao")
 
 
@@ -21,9 +21,9 @@ HIDDEN = ("scipy", "torchao")
 def sparing_imports() -> Iterator[None]:
     """Around the first import of the libraries.
 
-    scipy and torchao are hidden from them meanwhile: they use one for object detection and for
-    noise schedules of other kinds, the other to read files that it wrote. diffusers remembers that
-    there is none; `schedulers.py` gives `KLMS` what it needs of scipy.
+    scipy and torchao are hidden from them meanwhile: they use scipy for object detection and for
+    noise schedules of other kinds, torchao to read files that it wrote. diffusers goes on without
+    scipy afterwards; `schedulers.py` gives `KLMS` what it needs of it.
     """
     hidden = [name for name in HIDDEN if name not in sys.modules]
     for name in hidden:
@@ -39,9 +39,9 @@ def sparing_imports() -> Iterator[None]:
 
 
 def _postpone(package: str) -> None:
-    """Put a package in place without running it; that is done when something asks for a name in it.
+    """Put a package in place without running it; it runs when something asks for a name in it.
 
-    Its submodules can be imported all the same.
+    Its submodules can be imported before that.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.loader is None:

@@ -1,7 +1,7 @@
 """Reading weights: all networks side by side, by several threads, straight to the device.
 
-`from_pretrained` reads one network after the other with one thread, and two of it at once would
-disturb one another: it sets process-wide defaults while it builds a network.
+`from_pretrained` reads one network after the other with one thread, and two calls at once would
+disturb each other: it sets process-wide defaults while it builds a network.
 """
 
 import logging
@@ -22,7 +22,7 @@ from sdxl_worker.placement import Placement, fits
 log = logging.getLogger(__name__)
 
 THREADS = 8
-# Large enough that opening the file again costs nothing beside it, small enough to spread a UNet.
+# Large enough to make opening the file again negligible, small enough to spread a UNet.
 PART_BYTES = 256 * 1024**2
 
 Tensors = dict[str, torch.Tensor]
@@ -50,7 +50,7 @@ class Weights:
 
 
 def choose_placement(files: Mapping[str, list[Path]], dtype_name: str | None) -> Placement:
-    """On the GPU if there is one, and to stay there if the weights leave room to work.
+    """On the GPU if there is one; resident if the weights leave room to work.
 
     Args:
         files: of each network.
@@ -113,7 +113,7 @@ def _to(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch
 
 
 def _parts(path: Path) -> Iterator[list[str]]:
-    """The names of a file's tensors, in the order they lie there, cut to parts for one thread."""
+    """The names of a file's tensors, in the order they lie there, cut into parts."""
     part: list[str] = []
     size = 0
     with _opened(path) as file:

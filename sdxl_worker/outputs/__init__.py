@@ -1,2 +1,2 @@
-"""From pictures to the answer: encoding, what a file tells of itself, what the platform can take.
-No network of the model, and no torch."""
+"""From pictures to the answer: encoding, the metadata of a file, the limits of the platform.
+Neither the model's networks nor torch are used."""

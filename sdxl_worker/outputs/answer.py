@@ -19,8 +19,8 @@ from sdxl_worker.wording import without_secrets
 # What the platform takes as a result: https://docs.runpod.io/serverless/endpoints/operation-reference
 RUN_LIMIT_BYTES = 10_000_000
 RUNSYNC_LIMIT_BYTES = 20_000_000
-# A picture of SDXL takes 1.5 to 2.8 bytes a pixel as PNG. What would be over the limit at this is
-# refused before it is made.
+# A picture of SDXL takes 1.5 to 2.8 bytes a pixel as PNG. A result that would be over the limit
+# even with this is refused before it is made.
 LEAST_PNG_BYTES_PER_PIXEL = 0.5
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -38,7 +38,7 @@ def build_output(
 
     Args:
         pictures: RGB; picture i was made from `request.seed_of(i)`.
-        request: as `as_drawn` gives it.
+        request: as `as_drawn` returns it.
         lossy: `Settings.lossy` of the worker.
         metadata: whether the PNGs carry `describe(...)` as text chunks.
     """
@@ -56,7 +56,7 @@ def limit_bytes(job_id: str) -> int:
 
 
 def check_expected_size(num_images: int, pixels: int, job_id: str) -> None:
-    """Refuse a request whose result is bound to be over the limit, before it is made.
+    """Refuse a request whose result is sure to be over the limit, before it is made.
 
     Args:
         pixels: of one picture.
@@ -69,12 +69,12 @@ def check_expected_size(num_images: int, pixels: int, job_id: str) -> None:
 
 
 def check_size(output: dict[str, Any], job_id: str) -> None:
-    """Refuse a result that the platform would not take, and would lose without a word.
+    """Refuse a result that the platform would not take, and would lose without a message.
 
     Raises:
         RequestError: with its size and what to do.
     """
-    # Base64 is as long in JSON as it is here, and writing it out takes as long as the PNG took.
+    # Base64 is as long in JSON as it is here, and making JSON of it takes as long as the PNG took.
     pictures = [*output["images"], output["image_url"]]
     rest = {**output, "images": [""] * len(output["images"]), "image_url": ""}
     result = json.dumps({"output": rest}, allow_nan=False, ensure_ascii=False)
@@ -95,8 +95,8 @@ def _check_size(size: int, job_id: str, how: str) -> None:
 def describe(
     request: Request, index: int, model_name: str, lossy: Mapping[str, Any] = NOTHING
 ) -> dict[str, str]:
-    """What made picture `index`: `request` is an input that makes it again, alone, on a worker with
-    the same `settings`."""
+    """How picture `index` was made. "request" is an input that makes it again, alone, on a worker
+    with the same "settings"."""
     again = request.model_copy(update={"seed": request.seed_of(index), "num_images": 1})
     job_input = again.model_dump(exclude_none=True, exclude={"preview", "check"})
     if request.image_url is not None:
@@ -111,7 +111,7 @@ def describe(
 
 
 def _without_picture(image_url: str) -> str:
-    """What the file may tell of its source: an address without secrets, a data URI's type."""
+    """What the file may say of its source: an address without secrets, a data URI's type."""
     if image_url[:5].lower() == "data:":
         return image_url.partition(",")[0]
     return without_secrets(image_url)

@@ -1,2 +1,2 @@
 """The worker as a process: its start, its jobs, progress, stopping, logs and command line. What is
-drawn is none of its business."""
+drawn does not matter here."""

@@ -1,7 +1,7 @@
 """`python handler.py` on a developer's machine: the forms of `--test_input`, and pictures as files.
 
-The SDK takes `--test_input` as a JSON string only and prints results to the log. Here it takes a
-path, or no value, too, and the pictures of a local job are saved.
+The SDK takes `--test_input` as a JSON string only and prints results to the log. Here it may also
+be a path or have no value, and the pictures of a local job are saved.
 """
 
 import base64
@@ -28,13 +28,13 @@ class Place(Enum):
 
 
 def prepare(arguments: list[str]) -> tuple[list[str], Place]:
-    """Make the command line what the SDK takes.
+    """Turn the command line into one that the SDK takes.
 
     Returns:
         The arguments for the SDK, and where it will take jobs from.
 
     Exits with a message where `--test_input` is neither JSON nor a file with JSON in it, and after
-    the help that `--help` asks for.
+    printing the help for `--help`.
     """
     if {"-h", "--help"} & set(arguments):
         from runpod.serverless import parser
@@ -42,7 +42,7 @@ def prepare(arguments: list[str]) -> tuple[list[str], Place]:
         parser.print_help()
         print("\nHere --test_input takes JSON, the path of a file, or nothing: test_input.json.")
         sys.exit(0)
-    # An empty variable is unset, but the SDK would read a number from this one.
+    # An empty variable counts as unset, but the SDK would try to read a number from this one.
     if not os.environ.get("RUNPOD_REALTIME_PORT"):
         os.environ.pop("RUNPOD_REALTIME_PORT", None)
     # transformers warns at import that torchvision is missing, which nothing here needs.

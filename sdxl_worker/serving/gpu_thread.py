@@ -10,8 +10,8 @@ from sdxl_worker.errors import let_go
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# One picture after the other: neither networks nor the GPU's memory bear two at once, and the event
-# loop stays free for pings, stop signals and results. The thread starts with its first call.
+# One job after the other: neither the networks nor the GPU's memory allow two at once, and the
+# event loop stays free for pings, stop signals and results. The thread starts with its first call.
 _thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
 
 
@@ -27,7 +27,7 @@ def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
         try:
             return function(*args, **kwargs)
         except BaseException as error:
-            # The error is kept until it is told and logged; other jobs need the memory before that.
+            # The error lives until it is reported and logged; other jobs need the memory earlier.
             let_go(error)
             raise
 

@@ -20,14 +20,14 @@ from sdxl_worker.settings import load_settings
 
 log = logging.getLogger(__name__)
 
-# What the SDK calls with a job, and takes the answer of.
+# What the SDK calls with a job and gets the answer from.
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """The output of a job: pictures, or the report of a check.
 
-    Cancelled, it leaves the GPU thread within one denoising step.
+    When cancelled, it leaves the GPU thread within one denoising step.
 
     Raises:
         RequestError: the caller's mistake.
@@ -46,7 +46,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     from sdxl_worker.serving.progress import Progress
     from sdxl_worker.serving.report import build_report
 
-    stages = plan_stages(request, models)  # refuses, while the picture is not fetched yet
+    stages = plan_stages(request, models)  # refuses before a picture is fetched
     request = as_drawn(request, stages)
     input_picture = None
     if request.image_url is not None:
@@ -85,14 +85,14 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw(
-    job_id: str, queued_at: float, *what: Any, **options: Any
+    job_id: str, queued_at: float, *arguments: Any, **options: Any
 ) -> tuple[list[Image.Image], float]:
-    """On the GPU thread: what `generate` makes, and the milliseconds that it took."""
+    """On the GPU thread: what `generate` makes of its arguments, and the milliseconds it took."""
     from sdxl_worker.drawing.generate import generate
 
     reset_peak_memory()
     with timed("generate", job_id, queued_at=queued_at) as timing:
-        pictures = generate(*what, **options)
+        pictures = generate(*arguments, **options)
     return pictures, timing.ms
 
 

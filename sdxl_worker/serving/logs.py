@@ -16,13 +16,13 @@ from sdxl_worker.gpu import peak_memory_bytes
 
 log = logging.getLogger("sdxl_worker")
 
-# The SDK's names that Python's logging does not have.
+# The SDK's level names that Python's logging does not have.
 LEVELS = {"NOTSET": "CRITICAL", "TRACE": "DEBUG", "WARN": "WARNING"}
 EXTRAS = ("phase", "ms", "wait_ms", "peak_memory_mb", "seconds")
 
 
 class JsonFormatter(logging.Formatter):
-    """The form of the SDK's own lines, which Runpod's console reads, and our figures beside it."""
+    """The form of the SDK's own lines, which Runpod's console reads, with our figures added."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

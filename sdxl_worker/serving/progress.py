@@ -1,8 +1,8 @@
 """What the caller sees of a job while it runs, and how a job is stopped.
 
 The SDK's `progress_update` starts a thread for each call: updates can overtake one another and
-arrive after the result, which puts the job back to IN_PROGRESS for ever. Here one task a job posts
-them one after the other, and the result waits for the last.
+arrive after the result, which puts the job back to IN_PROGRESS for ever. Here one task of each job
+posts them one after the other, and the result waits for the last.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from sdxl_worker.loading.latent_rgb import LatentRgb
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_UPDATES = 1.0
-# A result is held back for so long at most by an update that is under way.
+# How long at most an update that is under way holds back the result.
 UPDATE_TIMEOUT_SECONDS = 5.0
 
 
@@ -30,10 +30,10 @@ class JobStopped(Exception):  # noqa: N818 - not an error: somebody wanted it
 
 
 class Progress:
-    """Watches one job: within `async with`, `on_step` is what `generate` calls.
+    """Watches one job: inside `async with`, `generate` calls `on_step`.
 
-    Leaving the block, however, stops the job on the GPU thread within one step, and no update is
-    sent after it.
+    Leaving the block, in whatever way, stops the job on the GPU thread within one step, and no
+    update is sent after it.
     """
 
     def __init__(self, job: dict[str, Any], *, latent_rgb: LatentRgb | None) -> None:
@@ -108,7 +108,7 @@ class Progress:
                     ):
                         await response.read()
                 except (aiohttp.ClientError, TimeoutError) as error:
-                    # An update is a courtesy; a job does not fail for one.
+                    # A job does not fail because an update does.
                     log.debug("update not sent: %s", error, extra={"job_id": self._job_id})
                 await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
 
@@ -116,7 +116,7 @@ class Progress:
 def _update_url(job_id: str) -> str | None:
     """Where the platform takes updates of this job, or None where there is no platform.
 
-    The variables are those that the SDK posts results with.
+    It comes from the variables that the SDK posts results with.
     """
     template = os.environ.get("RUNPOD_WEBHOOK_POST_OUTPUT")
     if not template or not os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):

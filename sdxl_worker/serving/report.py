@@ -24,10 +24,10 @@ def build_report(
     generate_ms: float,
     steps: int,
 ) -> dict[str, Any]:
-    """What monitoring wants to know, in under 2 kB: no picture, but the digest of each.
+    """What monitoring wants to know, in under 2 kB: no pictures, but a digest of each.
 
     Args:
-        generate_ms: of all pictures, decoding included; shared out over `steps`.
+        generate_ms: of all pictures, decoding included; divided by `steps` for `ms_per_step`.
     """
     gpu = models.device.type == "cuda"
     return {

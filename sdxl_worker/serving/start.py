@@ -1,6 +1,6 @@
-"""From nothing to a worker that draws: once, on the GPU thread.
+"""The start of a worker, up to its first picture: once, on the GPU thread.
 
-torch is imported where it is first needed, for that takes seconds.
+torch is imported where it is first needed, because that takes seconds.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A full-size model takes minutes at its native size there.
+# On a CPU, a full-size model takes minutes at its native size.
 CHECK_INPUT_ON_CPU = {**CHECK_INPUT, "height": 64, "width": 64}
 
 _lock = threading.Lock()
@@ -36,18 +36,19 @@ _starts: dict[Settings, "Future[Models]"] = {}
 def start(
     settings: Settings, before_drawing: Callable[[], object] = lambda: None
 ) -> "Future[Models]":
-    """Begin to make the models ready, or go on with what an earlier call began.
+    """Begin to make the models ready, or return what an earlier call began.
 
     Args:
         before_drawing: called on the GPU thread before the first picture.
 
     Returns:
-        The models, once they have drawn. Raises `ModelError` where they cannot be loaded, or draw
-        nothing: the GPU or the weights are broken.
+        The models, once they have drawn. The future raises `ModelError` if they cannot be loaded,
+        or draw nothing because the GPU or the weights are broken.
     """
     with _lock:
         begun = _starts.get(settings)
-        if begun is None or (begun.done() and begun.exception() is not None):
+        failed = begun is not None and begun.done() and (begun.cancelled() or begun.exception())
+        if begun is None or failed:
             _starts.clear()
             _starts[settings] = start_on_gpu_thread(_start, settings, before_drawing)
         return _starts[settings]
@@ -59,8 +60,8 @@ async def ready_models(settings: Settings) -> "Models":
 
 
 def _start(settings: Settings, before_drawing: Callable[[], object]) -> "Models":
-    # Importing the libraries makes objects by the million that all stay: looking for rubbish among
-    # them took a sixth of the time.
+    # Importing the libraries makes millions of objects, which all stay: searching them for garbage
+    # took a sixth of the time.
     gc.disable()
     try:
         return _load_and_draw(settings, before_drawing)
@@ -70,8 +71,8 @@ def _start(settings: Settings, before_drawing: Callable[[], object]) -> "Models"
 
 
 def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> "Models":
-    """The weights are read while the libraries are imported, and a refiner's while the base draws
-    its first picture."""
+    """The weights are read while the libraries are imported, those of a refiner also while the
+    base draws its first picture."""
     with _timed("imported the libraries"):
         model_dir = find_model_dir(settings)
         files = model_dir.weight_files(settings.dtype)
@@ -119,7 +120,7 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
 
 
 def _draw_first_picture(models: "Models", settings: Settings) -> None:
-    """The first one costs more than later ones, and tells whether there will be any."""
+    """The first picture takes longer than later ones, and shows whether there can be any."""
     from sdxl_worker.drawing.generate import generate
     from sdxl_worker.drawing.stages import plan_stages
 
@@ -128,7 +129,7 @@ def _draw_first_picture(models: "Models", settings: Settings) -> None:
         request = parse_request(CHECK_INPUT if on_gpu else CHECK_INPUT_ON_CPU)
         stages = plan_stages(request, models)
         [picture] = generate(request, stages, models, step_cache_interval=settings.step_cache)
-    # Numbers that are not finite become one even colour.
+    # Numbers that are not finite become a picture of one colour.
     if len(picture.getcolors(picture.width * picture.height) or []) == 1:
         raise ModelError("the models draw an empty picture: the GPU or the weights are broken")
 

@@ -1,8 +1,8 @@
 """Stop signals that come too early for the SDK.
 
-The SDK stops a job by cancelling its task, and forgets a signal for a job whose task is not there
-yet: one that was handed out within the last tenth of a second. Such a job would run to its end,
-and be paid for, with nobody waiting. Here the signal is kept until the handler is called.
+The SDK stops a job by cancelling its task. It drops a signal for a job that has no task yet, which
+was handed out within the last tenth of a second. Such a job would run to its end, and be paid for,
+though nobody waits for it. Here the signal is kept until the handler is called.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ from typing import Any
 
 from sdxl_worker.serving.job import Handler
 
-# Long enough for the SDK to start a job that it holds. A job of the same id that comes later was
-# sent again, and is wanted.
+# Long enough for the SDK to start a job that it holds. A job with the same id that comes later was
+# sent again, and has to run.
 KEPT_SECONDS = 5.0
 
 

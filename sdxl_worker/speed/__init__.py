@@ -1,2 +1,2 @@
-"""What makes drawing faster: changes to the networks, for good or around a stage, and keeping what
+"""What makes drawing faster: changes to the networks, permanent or around a stage, and keeping what
 was compiled. Nothing here decides what is drawn."""

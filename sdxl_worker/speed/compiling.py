@@ -33,11 +33,11 @@ def compiles(optimizations: Collection[str]) -> bool:
 
 
 def for_one_size(optimizations: Collection[str]) -> contextlib.AbstractContextManager[Any]:
-    """Compile what is drawn meanwhile, on this thread, for its own size: that gives the fastest
-    code. Of the next size, torch then makes code for all sizes, so that no later job waits for it.
+    """What is drawn inside, on this thread, is compiled for its own size alone: that is the fastest
+    code. At the next size torch then makes code for all sizes, so that no later job waits for it.
 
-    By itself it would do so within the first picture, where a block of the UNet comes in a second
-    width.
+    By default torch would make that code within the first picture, where a block of the UNet comes
+    in a second width.
     """
     if not compiles(optimizations):
         return contextlib.nullcontext()
@@ -51,7 +51,7 @@ def kept(
     placement: Placement,
     network_configs: Mapping[str, str],
 ) -> Iterator[None]:
-    """Around what compiles: hand torch what an earlier worker compiled, or keep what this one does.
+    """Around what compiles: give torch what an earlier worker compiled, or keep what this one did.
 
     Does nothing where nothing is compiled, or without a folder.
 
@@ -86,7 +86,7 @@ def _warn_of_a_long_start(optimizations: Collection[str]) -> None:
 
 
 def _load(path: Path) -> bool:
-    """Whether there was anything that torch could use."""
+    """Whether the file holds anything that torch can use."""
     if not path.is_file():
         log.info("%s is not there yet: compiling", path)
         return False
@@ -95,7 +95,7 @@ def _load(path: Path) -> bool:
     except OSError as error:
         log.warning("%s cannot be read, compiling anew: %s", path, error)
         return False
-    # torch checks them, and takes none that are damaged.
+    # torch checks the artifacts, and takes none that are damaged.
     loaded = torch.compiler.load_cache_artifacts(artifacts) is not None
     if loaded:
         log.info("took what was compiled from %s", path)
@@ -105,13 +105,13 @@ def _load(path: Path) -> bool:
 
 
 def _save(path: Path) -> None:
-    """Keep what this process compiled. A folder that cannot be written to is a warning."""
+    """Keep what this process compiled. If the folder cannot be written to, only warn."""
     artifacts = torch.compiler.save_cache_artifacts()
     if artifacts is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Other workers may write the same file: each makes its own and puts it there whole.
+        # Other workers may write the same file: each writes its own, and moves it there whole.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             whole = Path(folder, path.name)
             whole.write_bytes(artifacts[0])

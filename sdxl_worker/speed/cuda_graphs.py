@@ -8,9 +8,9 @@ import torch
 
 from sdxl_worker.gpu import graph_memory
 
-# Of each UNet. To record one costs as much as four of its passes.
+# For each UNet. Recording one costs as much as four passes.
 MAX_SHAPES = 4
-# What libraries set up at first use, and what compiles, must not end up in a recording.
+# What libraries set up or compile at first use must not end up in a recording.
 WARM_UP_RUNS = 3
 
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -36,7 +36,7 @@ class GraphedForward:
         """
         Args:
             timestep: on the device, without dimensions.
-            rest: what the pipelines pass and SDXL does not use: None, or the way without a graph.
+            rest: what the pipelines pass and SDXL does not use. Where one is set, no graph is used.
         """
         if any(value is not None for name, value in rest.items() if name != "return_dict"):
             return self._forward(
@@ -60,7 +60,7 @@ class GraphedForward:
     def _record(self, key: Key) -> Callable[..., torch.Tensor]:
         """
         Returns:
-            The forward pass for inputs of these shapes; what it gives is overwritten by the next.
+            The forward pass for inputs of these shapes; the next replay overwrites its output.
         """
         inputs = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in key]
         stream = torch.cuda.current_stream()
@@ -70,11 +70,11 @@ class GraphedForward:
                 self._flat(*inputs)
         stream.wait_stream(_stream())
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: at the start they bring the refiner's weights to the GPU,
-        # which they may not during a recording of the usual, "global" kind. A recording that fails
-        # would leave this thread on the other stream: hence the outer context. All recordings have
-        # the same memory for their activations: one is replayed at a time, and its output copied
-        # before the next is.
+        # Other threads go on meanwhile: at the start they copy the refiner's weights to the GPU,
+        # which a recording in the default mode, "global", forbids. A recording that fails would
+        # leave this thread on the other stream: hence the outer context. All graphs share the
+        # memory of their activations: one is replayed at a time, and its output is copied before
+        # the next replay.
         with (
             torch.cuda.stream(stream),
             torch.cuda.graph(graph, graph_memory(), _stream(), capture_error_mode="thread_local"),
@@ -108,5 +108,5 @@ class GraphedForward:
 
 @functools.cache
 def _stream() -> torch.cuda.Stream:
-    """That all recordings are made on."""
+    """The stream that all recordings are made on."""
     return torch.cuda.Stream()

@@ -1,8 +1,8 @@
 """What keeps the host from waiting for the GPU within a picture.
 
 The host queues work faster than the GPU does it. Whatever reads a number from the GPU, or copies
-one to it from ordinary memory, makes the host wait for all steps so far, and the GPU then waits for
-the next. So schedules stay on the host, and what has to cross is written or copied without a wait.
+one to it from ordinary memory, makes the host wait for all work so far, and the GPU then waits for
+more. So schedules stay on the host, and what has to cross is written or copied without a wait.
 """
 
 import collections
@@ -17,10 +17,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def keep_tables_on_host(scheduler: SchedulerMixin) -> None:
-    """The pipelines would put a schedule's tables, into which each step looks, on the GPU."""
+    """Otherwise the pipelines put a schedule's tables, which each step reads, on the GPU."""
     set_timesteps = scheduler.set_timesteps
 
-    # Under the signature of the real one: the pipelines read from it what the scheduler takes.
+    # With the signature of the real one: the pipelines read from it what the scheduler takes.
     @functools.wraps(set_timesteps)
     def on_host(*args: Any, **options: Any) -> Any:
         return set_timesteps(*args, **{**options, "device": "cpu"})
@@ -50,8 +50,8 @@ def host_noise(
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """As diffusers' `randn_tensor` draws it with generators of the host, but queued like all else:
-    only from pinned memory is a copy."""
+    """Noise as diffusers' `randn_tensor` draws it with generators of the host, but copied without a
+    wait: only a copy from pinned memory is queued."""
     noise = randn_tensor(tuple(shape), generator, torch.device("cpu"), dtype)
     return noise if device.type == "cpu" else noise.pin_memory().to(device, non_blocking=True)
 
@@ -59,7 +59,7 @@ def host_noise(
 class StepsAhead:
     """Keeps the host from queueing more than two steps of work on the GPU.
 
-    Without it, all steps of a job may be queued before the first is done: progress would tell of
+    Without it, all steps of a job may be queued before the first is done: progress would report
     steps to come, and a job that is stopped would hold the GPU until its end.
     """
 
@@ -70,7 +70,7 @@ class StepsAhead:
         self._steps: collections.deque[Any] = collections.deque()
 
     def limit(self) -> None:
-        """To be called after each step."""
+        """Call it after each step."""
         if not self._cuda:
             return
         step = torch.cuda.Event()

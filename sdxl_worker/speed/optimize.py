@@ -1,11 +1,11 @@
-"""What makes drawing faster and leaves the picture the same, within rounding; but for `int8` and
-`fp8`, which are lossy: no mode of COMPILE has them, QUANTIZE adds one.
+"""Optimizations: they make drawing faster and leave the picture the same, within rounding. Only
+`int8` and `fp8` are lossy; no mode of COMPILE has them, QUANTIZE adds one.
 
-`OPTIMIZATIONS` is the list, in the order it is applied; `MODES` says which of them a worker takes.
-What is not a matter of the networks is where it happens: resident weights in `loading/weights.py`,
-schedules on the host in `no_waits.py`, rounding on the GPU and batches in `drawing/`. Attention is
-left to torch: it takes cuDNN's on Hopper, which is the only kind of GPU where that was measured to
-be faster than FlashAttention 2 (https://github.com/huggingface/transformers/pull/48163).
+`OPTIMIZATIONS` lists them in the order they are applied, `MODES` those of each mode of COMPILE.
+Whatever else saves time is where it happens: resident weights in `loading/weights.py`, schedules on
+the host in `no_waits.py`, rounding on the GPU and batches in `drawing/`. Attention is left to
+torch: it takes cuDNN's on Hopper, the only kind of GPU where that was measured to be faster than
+FlashAttention 2 (https://github.com/huggingface/transformers/pull/48163).
 """
 
 from collections.abc import Callable, Collection
@@ -20,9 +20,9 @@ from sdxl_worker.speed.quantize import check_quantization, quantize
 
 
 def optimize(optimizations: Collection[str], unet: Any, vae: Any = None) -> None:
-    """Apply the named ones to a UNet, and to the decoder if it is given, in order.
+    """Apply the named ones to a UNet and, if it is given, to the VAE: in order and in place.
 
-    In place. Nothing that is compiled or recorded is so before the first picture of its size.
+    Compiling and recording happen later, at the first picture of each size.
     """
     for name, apply in OPTIMIZATIONS.items():
         if name in optimizations:
@@ -30,11 +30,11 @@ def optimize(optimizations: Collection[str], unet: Any, vae: Any = None) -> None
 
 
 def optimizations_of(settings: Settings, placement: Placement) -> Collection[str]:
-    """What a worker takes: nothing on a CPU, unless COMPILE asks for it.
+    """The optimizations of a worker: none on a CPU, unless COMPILE asks for them.
 
-    What is done to a whole UNet goes neither with a step cache, for it would repeat one way for
-    both kinds of steps, nor with offloading: a CUDA graph holds on to where the weights were, and
-    a hook of offloading is put in the place of the UNet's `forward`.
+    Those of a whole UNet do not work with a step cache, for deep and shallow steps would repeat the
+    same pass, nor with offloading: a CUDA graph keeps the addresses that the weights had, and a
+    hook of offloading takes the place of the UNet's `forward`.
 
     Raises:
         ModelError: QUANTIZE asks for what this machine or the other settings cannot do.
@@ -82,8 +82,8 @@ def _cuda_graphs(unet: Any, _: Any) -> None:
 
 
 OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {
-    # The order that tensor cores take: in the other one, each convolution turns its input round.
-    # Where it is not compiled, torch's group normalisation on a GPU turns it back, up to 2.13.
+    # The memory order that tensor cores take: in the other, each convolution reorders its input.
+    # Not compiled, torch's group normalisation on a GPU reorders it back, up to 2.13.
     "channels_last": _channels_last,
     # One product in place of three. Not with LoRA, whose weights would be left out.
     "fuse_qkv": _fuse_qkv,
@@ -92,7 +92,7 @@ OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {
     "fp8": lambda unet, _: quantize(unet, "fp8"),
     # The 70 and 44 transformer blocks, three quarters of the work, from a handful of compilations.
     "compile_blocks": _compile_blocks,
-    # Normalisations and activations melt into what stands beside them, convolutions included.
+    # Normalisations and activations are fused with what is beside them, convolutions included.
     "compile_unet": _compile_unet,
     "compile_decoder": _compile_decoder,
     # A pass is thousands of short kernels, which the host launches slower than the GPU runs them.
@@ -110,6 +110,6 @@ OF_A_WHOLE_UNET = frozenset({"compile_unet", "cuda_graphs"})
 
 
 def _allow_many_shapes() -> None:
-    """On this thread. Of a block, code is made for each width, for one size and for all, with and
-    without guidance, for prompts of one part and of more. Beyond the limit a job would fail."""
+    """On this thread. A block is compiled for each width, for one size and for all, with and
+    without guidance, for prompts of one chunk and of more. Beyond the limit a job would fail."""
     torch._dynamo.config.recompile_limit = 64

@@ -1,7 +1,7 @@
 """Linears in 8 bits, by torchao: lossy, and off unless `QUANTIZE` is set.
 
-The weights are rounded once, what comes in at each pass. On a GPU that pays only in compiled code,
-which rounds in the same kernel as what stands before.
+The weights are rounded once, the inputs at each pass. On a GPU that pays only in compiled code,
+which rounds in the same kernel as the operation before.
 """
 
 import logging
@@ -16,7 +16,8 @@ from sdxl_worker.settings import Quantization
 
 # The first GPUs that multiply in fp8: Ada, then Hopper and Blackwell.
 FP8_CAPABILITY = (8, 9)
-# cuBLAS multiplies in int8 only more than 16 rows. A small picture has fewer where it is deepest.
+# cuBLAS multiplies in int8 only with more than 16 rows. A small picture has fewer at the UNet's
+# lowest level.
 INT8_ROWS = 17
 # A tensor of zeros would be divided by its own largest number.
 FP8_LEAST_RANGE = 1e-3
@@ -27,7 +28,7 @@ def check_quantization(
 ) -> None:
     """
     Args:
-        optimizations: those taken beside it, by their names in `optimize.py`.
+        optimizations: the others of the worker, by their names in `optimize.py`.
 
     Raises:
         ModelError: this machine or these settings cannot do it; the message says what to change.
@@ -55,15 +56,15 @@ def check_quantization(
 
 
 def quantize(unet: Any, quantization: Quantization) -> None:
-    """Round the linears of the transformer blocks, in place, where they are.
+    """Round the linears of the transformer blocks, in place and on their device.
 
     These are 63% of the base's operations and 49% of the refiner's at 1024x1024 (computed), and
-    what `COMPILE=blocks` compiles. Their text keys and values are left as they are: 0.8% of the
-    operations, which would bring every step the same error. So are the embeddings of time and size,
-    of one row, and what is outside of the UNets.
+    what `COMPILE=blocks` compiles. The keys and values of the text are not rounded: they are 0.8%
+    of the operations, and would give every step the same error. Nor are the embeddings of time and
+    size, which have one row, nor anything outside of the UNets.
     """
-    # It would tell that its own kernels, which are for other formats, do not load without CUDA,
-    # and torch that it is registered in a way that will change.
+    # torchao would warn that its own kernels, which are for other formats, do not load without
+    # CUDA, and torch that the way in which torchao registers itself will change.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.quantization import (
@@ -72,18 +73,18 @@ def quantize(unet: Any, quantization: Quantization) -> None:
         quantize_,
     )
 
-    # Of the options for the compiler that torchao recommends, only the one that int8 cannot do
-    # without is taken; the others would hold for all networks.
+    # Of the compiler options that torchao recommends, only the one that int8 needs is set; the
+    # others would change all networks.
     config: Any
     if quantization == "int8":
-        # Or the products' 32-bit sums go through memory, where the scales are multiplied in.
+        # Otherwise the products' 32-bit sums go through memory before the scales are multiplied in.
         from torch._inductor import config as compiler_config  # takes a second
 
         compiler_config.force_fuse_int_mm_with_mul = True
         # A scale for each row: no picture of a batch depends on the others.
         config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     else:
-        # One scale for the whole tensor: torchao's scales for each row take bfloat16 alone.
+        # One scale for the whole tensor: torchao's scales for each row need bfloat16.
         config = Float8DynamicActivationFloat8WeightConfig(
             activation_value_lb=FP8_LEAST_RANGE, set_inductor_config=False
         )
@@ -95,7 +96,7 @@ def quantize(unet: Any, quantization: Quantization) -> None:
 
 
 class _InEnoughRows(torch.nn.Linear):
-    """Of [n, tokens, features]."""
+    """For inputs [n, tokens, features]: fills the tokens up to `INT8_ROWS`."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         tokens = states.shape[1]

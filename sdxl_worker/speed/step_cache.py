@@ -1,8 +1,8 @@
-"""Shallow steps, which run a UNet's outermost level alone: faster, another picture.
+"""Shallow steps, which run only a UNet's outermost level: faster, but another picture.
 
 The deep features of adjacent steps are nearly the same. So every n-th step is a deep one, which
 runs the UNet from end to end, and in the shallow steps between, the blocks below the outermost
-level give what they gave last. That is DeepCache, https://arxiv.org/abs/2312.00858; the package of
+level repeat their last output. That is DeepCache, https://arxiv.org/abs/2312.00858; the package of
 that name has had no release since 2023, and diffusers' own caches are for transformers.
 """
 
@@ -19,7 +19,7 @@ def step_cache(pipeline: Any, interval: int | None) -> Iterator[None]:
     """Around one stage, whose first step is a deep one. Nothing outlasts it.
 
     Args:
-        pipeline: whose UNet is called once a step.
+        pipeline: its UNet is called once a step.
         interval: steps from one deep step to the next; None for deep steps only.
     """
     if interval is None:
@@ -30,7 +30,7 @@ def step_cache(pipeline: Any, interval: int | None) -> Iterator[None]:
     steps = itertools.count(1)
 
     def after_step(*_: Any) -> None:
-        # Let go before the next deep step, and before the decoder needs the memory.
+        # Freed before the next deep step, and before the decoder needs the memory.
         step = next(steps)
         if step % interval == 0 or step == pipeline.num_timesteps:
             kept.clear()
@@ -45,7 +45,7 @@ def step_cache(pipeline: Any, interval: int | None) -> Iterator[None]:
 
 
 def _below_the_outermost_level(unet: Any) -> list[torch.nn.Module]:
-    """In the order they run; the outermost level reads nothing but the last one's output."""
+    """The blocks, in the order they run. The outermost level reads only the last one's output."""
     outermost, *down = unet.down_blocks
     *up, _ = unet.up_blocks
     blocks = [*outermost.downsamplers, *down, unet.mid_block, *up]
@@ -79,7 +79,7 @@ def _kept_forward(
 
 
 def _without_memory(output: Any) -> Any:
-    """The form of a block's output. Reading a number of it is an error."""
+    """The shape of a block's output. Reading a number of it is an error."""
     if isinstance(output, tuple):
         return tuple(map(_without_memory, output))
     return torch.empty_like(output, device="meta")

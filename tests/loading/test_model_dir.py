@@ -306,3 +306,10 @@ def test_the_files_are_those_of_the_number_format_they_are_loaded_in(
     files = find(tmp_path).weight_files(dtype_name)
     assert files.keys() == {"text_encoder", "text_encoder_2", "unet", "vae"}
     assert all([path.name for path in paths] == [chosen] for paths in files.values())
+
+
+def test_a_network_without_a_configuration_is_a_wrong_model(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED_MODEL_DIR, tmp_path / "model")
+    (tmp_path / "model" / "base" / "vae" / "config.json").unlink()
+    with pytest.raises(ModelError, match="vae/config.json cannot be read"):
+        find(tmp_path / "model").configs()
