@@ -1,7 +1,7 @@
 # The worker's image; the README's section "The image" has the build commands and the sizes.
 # The later a layer, the more often it changes: system, weights, torch, libraries, code.
 ARG BASE_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
-# What is in the image: sdxl, checkpoint, shapes or none.
+# The model in the image: sdxl, checkpoint, shapes or none.
 ARG MODEL=sdxl
 
 
@@ -18,7 +18,7 @@ RUN apt-get update \
 ENV PATH=/opt/venv/bin:$PATH
 
 
-# What downloads a model of the hub ...
+# The tools that download a model of the hub ...
 FROM system AS tools-sdxl
 WORKDIR /build
 ARG PIP_EXTRA_INDEX_URL
@@ -26,7 +26,7 @@ COPY builder/requirements.txt builder/
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --requirement builder/requirements.txt
 
-# ... and what converts a checkpoint of one file.
+# ... and those that convert a single-file checkpoint.
 FROM tools-sdxl AS tools-checkpoint
 ARG PIP_EXTRA_INDEX_URL
 COPY requirements.txt ./
@@ -40,7 +40,7 @@ COPY builder builder
 ARG BASE
 ARG REFINER
 # The UNets go into layers of their own: layers are pulled in parallel, and none is over 5.5 GB.
-# A checkpoint may lie in models/; a token for a closed model is the secret hf_token.
+# A checkpoint may lie in models/; the secret hf_token is a token for a gated or private model.
 RUN --mount=type=bind,source=models,target=/build/models \
     --mount=type=secret,id=hf_token \
     HF_TOKEN_PATH=/run/secrets/hf_token python -m builder.download_weights --to /weights/rest \
@@ -69,18 +69,18 @@ FROM system AS model-none
 # hadolint ignore=DL3006
 FROM model-${MODEL} AS worker
 WORKDIR /app
-# Another build of torch, with its CUDA, comes from another index.
+# The index of another build of torch, for another CUDA.
 ARG PIP_EXTRA_INDEX_URL
-# By far the largest part: requirements.txt has the same version and changes more often.
+# By far the largest layer. requirements.txt has the same version, but changes more often.
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install torch==2.13.0
 COPY requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --requirement requirements.txt
 
-# Of the host's driver, for that build of torch: below it, the SDK's check ends the worker at once.
+# What this build of torch needs of the host's driver: below it, the SDK's check ends the worker.
 ARG MIN_CUDA_VERSION=13.0
-# The NVIDIA variables are those of NVIDIA's own images: without them some hosts hand over no GPU.
+# The NVIDIA variables are those of NVIDIA's own images: without them some hosts pass on no GPU.
 ENV HF_HUB_OFFLINE=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_VISIBLE_DEVICES=all \

@@ -17,11 +17,11 @@ run: $(VENV)/.run
 endpoint: $(VENV)/.run
 	$(BIN)/python -m local_endpoint --port "$(PORT)" --workers "$(WORKERS)"
 
-# Two processes, each of which takes whole files: the tests of one share their servers.
+# Two processes. Each takes whole files, because the tests of one file share their servers.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Builds the image with Debian's buildah and tries it out; as root, some minutes.
+# Builds the image with Debian's buildah and tries it out; needs root and takes some minutes.
 image-test: $(VENV)/.run
 	$(BIN)/python -m tools.image_test
 
@@ -40,8 +40,8 @@ docs: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) output
 
-# torch first, and without what it needs: pip would take any package from the second index that has a
-# higher version there, whoever put it there.
+# torch first, without its dependencies: from the second index, pip would take any package that has a
+# higher version there, whoever published it.
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps "$$(grep -o '^torch==[^ ]*' requirements.txt)" \

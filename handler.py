@@ -1,7 +1,7 @@
 """Entry point: `python handler.py`, on Runpod and on a laptop.
 
-Importing this module loads and starts nothing. `main` prepares the models; where there is no
-`main`, as in a test, the first job does.
+Importing this module loads and starts nothing. `main` prepares the models; where it does not
+run, as in a test, the first job prepares them.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `{"images": [...], "image_url": ..., "seed": ...}`, or the report of a check, or
         `{"error": "<one string>"}`, with `"refresh_worker": True` beside it when this process can
-        use its GPU no more.
+        no longer use its GPU.
     """
     extra = {"job_id": job.get("id")}
     try:
@@ -47,7 +47,7 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_failure(error: Exception) -> dict[str, Any]:
-    """What the caller may know of a failure that is not the caller's: no traceback, no paths."""
+    """The answer to a failure that is not the caller's mistake: no traceback, no paths."""
     import torch
 
     from sdxl_worker import gpu
@@ -58,7 +58,7 @@ def _describe_failure(error: Exception) -> dict[str, Any]:
             "refresh_worker": True,
         }
     if isinstance(error, torch.OutOfMemoryError):
-        # What the pass held is free by now: an error leaves the GPU thread without it.
+        # The failed pass's tensors are free by now: the GPU thread clears the frames of an error.
         torch.cuda.empty_cache()
         return {
             "error": "not enough GPU memory for this job; ask for fewer or smaller pictures "
@@ -71,8 +71,8 @@ def _describe_failure(error: Exception) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prepare the models and hand over to the SDK: for one local job, its server, or the queue."""
-    # The kernel drops what process 1, as in a container, does not handle; later the SDK does.
+    """Prepare the models and hand over to the SDK: for one local job, a server, or the queue."""
+    # The kernel drops unhandled signals to process 1, as in a container. Later the SDK handles it.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     set_up_logging()
     sys.argv[1:], place = command_line.prepare(sys.argv[1:])
@@ -81,7 +81,7 @@ def main() -> None:
     sdk_checks_done = threading.Event()
 
     def wait_for_sdk_checks() -> None:
-        # They wait for all work of the GPU, which is forbidden while CUDA graphs are recorded.
+        # The checks synchronize the GPU, which is forbidden while CUDA graphs are recorded.
         if place is command_line.Place.QUEUE and settings.compile is not None:
             sdk_checks_done.wait()
 
@@ -89,7 +89,7 @@ def main() -> None:
         settings = load_settings()
         models_start = start(settings, before_drawing=wait_for_sdk_checks)
 
-        import runpod  # which takes more than a second, meanwhile
+        import runpod  # takes more than a second; the models load meanwhile
 
         if place is not command_line.Place.QUEUE:
             models_start.result()
@@ -104,8 +104,8 @@ def main() -> None:
         runpod.serverless.register_fitness_check(models_draw)
 
     # On the platform a worker whose check fails is reported unhealthy and takes no job. The SDK
-    # puts its own checks behind those that are there when it begins, and runs them one by one; so
-    # ours is added when it has begun. Meanwhile the models load.
+    # runs checks one by one, its own after those registered before it begins. So ours is registered
+    # once it has begun, and comes last: the models load while the SDK's own checks run.
     runpod.serverless.register_fitness_check(come_after_the_sdk_checks)
     wrap = {
         command_line.Place.LOCAL_JOB: command_line.saving,

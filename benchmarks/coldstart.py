@@ -1,9 +1,9 @@
 """From the start of a worker's process to its first request for a job, and where the time goes.
 
 Two workers in turn, on the local endpoint and the same model: this one, and a straightforward one
-(`straightforward_worker.py`). MODEL_DIR counts for both, DTYPE, COMPILE and COMPILE_CACHE_DIR for
-this one; what compilers keep by themselves does not last from start to start. The files are in the
-page cache: the first pair of starts is not counted. The SDK's own checks run, as on the platform.
+(`straightforward_worker.py`). MODEL_DIR is for both, DTYPE, COMPILE and COMPILE_CACHE_DIR for this
+one; what compilers cache by themselves is not kept between starts. The files are in the page cache:
+the first pair of starts is not counted. The SDK's own checks run, as on the platform.
 
     python -m benchmarks.coldstart --repeats 5
     COMPILE=blocks COMPILE_CACHE_DIR=compiled python -m benchmarks.coldstart --model full
@@ -38,21 +38,21 @@ WORKERS = {
     "sdxl-worker": "handler.py",
     "straightforward": "benchmarks/straightforward_worker.py",
 }
-# What the local endpoint sets for workers under development, not to run the SDK's own checks.
+# The variables with which the local endpoint turns off the SDK's own checks.
 WITH_SDK_CHECKS = {"RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "", "RUNPOD_SKIP_GPU_CHECK": ""}
 TARGET_RATIO = 0.7
-# Requests for jobs are recorded when they are answered.
+# Short, because requests for jobs are recorded when they are answered.
 POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds of one start. What the log does not tell is 0."""
+    """Seconds of one start. What the log does not say is 0."""
 
     ready_s: float
     """From the process's start to its first request for a job."""
     cpu_s: float
-    """Of all its threads until then, which tells less of what else the machine did."""
+    """CPU time of all its threads until then, which depends less on other work of the machine."""
     imported_s: float = 0.0
     loaded_s: float = 0.0
     first_pictures_s: float = 0.0
@@ -72,7 +72,7 @@ PHASES = {
 
 
 def phases(log: str) -> dict[str, float]:
-    """What the worker's log, in its form for the platform, says of the start's phases."""
+    """Seconds of the start's phases, from the worker's log in its form for the platform."""
     seconds: dict[str, float] = defaultdict(float)
     for text in log.splitlines():
         try:
@@ -88,7 +88,7 @@ def phases(log: str) -> dict[str, float]:
 
 
 def command(worker: str) -> list[str]:
-    """What starts one of `WORKERS`."""
+    """The command that starts one of `WORKERS`."""
     with contextlib.suppress(OSError), socket.create_connection(NAME_SERVER, timeout=2):
         return [sys.executable, WORKERS[worker]]
     return [sys.executable, "-m", "benchmarks.offline_worker", WORKERS[worker]]
@@ -148,7 +148,7 @@ def model_dir(name: str) -> Iterator[dict[str, str]]:
 
 
 def medians(starts: Sequence[Start]) -> Start:
-    """Of each figure."""
+    """The median of each figure."""
     return Start(
         **{
             field.name: statistics.median(getattr(start, field.name) for start in starts)

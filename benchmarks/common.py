@@ -102,7 +102,7 @@ def bar_chart(
 
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
-    """The first row is the head."""
+    """The first row holds the column names."""
     head, *body = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 

@@ -15,7 +15,7 @@ from sdxl_worker.speed.quantize import quantize
 from sdxl_worker.speed.step_cache import step_cache
 
 TOKENS = 77
-TIME_IDS = 5  # or 6, and the text's vector is shorter by as much
+TIME_IDS = 5  # or 6; then the pooled text vector is shorter by as much
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Flops:
 
 @dataclass(frozen=True)
 class EightBits:
-    """What QUANTIZE takes of a UNet, the same in int8 and fp8."""
+    """What QUANTIZE changes in a UNet, the same in int8 and fp8."""
 
     share: float
     """Of the operations of a pass."""
     saved_gb: float
-    """Of weights in 16 bits."""
+    """From weights in 16 bits."""
 
     @property
     def speedup_limit(self) -> float:
-        """Of a pass, where 8 bits are twice as fast as 16."""
+        """Of a pass, if 8 bits are twice as fast as 16."""
         return 1 / (1 - self.share / 2)
 
 
@@ -104,7 +104,7 @@ def count_eight_bits(unet: Any, width: int, height: int) -> EightBits:
     weights = {
         name.removesuffix(".weight"): parameter.numel()
         for name, parameter in rounded.named_parameters()
-        if type(parameter.data) is not torch.Tensor  # but one of torchao's
+        if type(parameter.data) is not torch.Tensor  # a tensor class of torchao
     }
     flops = sum(sum(of_module[f"{type(unet).__name__}.{name}"].values()) for name in weights)
     return EightBits(

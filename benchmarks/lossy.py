@@ -1,14 +1,14 @@
-"""What STEP_CACHE and QUANTIZE cost and spare: accuracy, PSNR, seconds, operations, memory.
+"""What STEP_CACHE and QUANTIZE cost and save: accuracy, PSNR, seconds, operations, memory.
 
 All rows draw the same prompts and seeds in turn, with the default settings. PSNR compares with the
-row "none" picture by picture. What is told of the full size is computed, for 1024x1024.
+row "none" picture by picture. Figures for the full size are computed, for 1024x1024.
 
     python -m benchmarks.lossy
     python -m benchmarks.lossy --model full --count 1 --size 256 --steps 10
     python -m benchmarks.lossy --model /models/sdxl --count 20 --size 1024
 
 The model "full" has SDXL's size, random weights and no refiner, so that it fits a laptop. Its
-pictures are noise: they tell how far errors spread through such networks, not how a picture looks.
+pictures are noise: they show how far errors spread through such networks, not how a picture looks.
 
 Nothing is compiled: the seconds of int8 and fp8 are not those of a worker on a GPU, which
 `benchmarks.pictures` measures.
@@ -61,7 +61,7 @@ COLUMNS = (
     *("base_in_8_bits", "refiner_in_8_bits", "base_speedup_limit", "refiner_speedup_limit"),
     "saved_gb",
 )
-# The lower part of a picture's numbers, below which one in twenty is.
+# One picture in twenty is below `psnr_db_p5`.
 TWENTIETH = 20
 COMPUTED_PX = 1024
 
@@ -91,7 +91,7 @@ def measure(
     """Draw `count` prompts in the row "none", and in each of `rows`.
 
     Args:
-        judged: whether the pictures show what was asked at all.
+        judged: whether to judge the pictures, which the model must be able to draw.
     """
     models_of_row = {REFERENCE: models} | {row: _models_of_row(row, models) for row in rows}
     drawn = {row: Drawn() for row in models_of_row}
@@ -128,7 +128,7 @@ def measure(
 
 
 def _models_of_row(row: str, models: Models) -> Models:
-    """With UNets of their own where a row rounds them, for good; the rest is shared."""
+    """With UNets of their own where a row rounds them, permanently; the rest is shared."""
     if row not in QUANTIZE_ROWS:
         return models
     return dataclasses.replace(

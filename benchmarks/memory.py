@@ -1,4 +1,4 @@
-"""The peak of live tensors in one pass of each network of SDXL, counted without any memory.
+"""The peak of live tensors in one pass of each network of SDXL, counted on the meta device.
 
 The figures behind `sdxl_worker/memory.py`: bytes a pixel, with guidance and in 16-bit numbers. The
 weights are not in them; attention counts as its output alone, as FlashAttention computes it.
@@ -83,7 +83,7 @@ class Counted:
 
 @torch.no_grad()
 def peak_bytes(network: torch.nn.Module, run: Callable[[], object]) -> int:
-    """Of `run`, which passes tensors on the meta device through the network."""
+    """The peak of `run`, which passes tensors on the meta device through the network."""
     with PeakBytes(network) as bytes_, FlashAttention():
         run()
     return bytes_.peak

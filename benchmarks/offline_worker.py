@@ -1,4 +1,4 @@
-"""Runs a worker on a machine without network, where the SDK's check of it would end the worker.
+"""Runs a worker on a machine without network, where the SDK's network check would end it.
 
 That check connects to a public name server. Here it connects to this process, so that all checks
 run and take their time; nothing else differs.

@@ -1,7 +1,7 @@
 """What a job costs on the host: everything but the networks, for one picture, on one core.
 
-The picture is smooth with grain, as a photograph: its PNG takes about as many bytes as SDXL's do.
-With a GPU there is its 3 MB copy to the host in addition, which is not measured here.
+The picture is smooth with grain, like a photograph: its PNG takes about as many bytes as SDXL's do.
+With a GPU, its 3 MB copy to the host comes in addition, which is not measured here.
 
     python -m benchmarks.overhead
 """

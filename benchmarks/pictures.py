@@ -48,7 +48,7 @@ from sdxl_worker.speed.optimize import MODES, OPTIMIZATIONS
 from tools.random_model import random_network
 
 CHANNELS_LAST = frozenset({"channels_last"})
-# Of the worker: the optimizations of each row. The modes of COMPILE have their names.
+# The worker's rows, with their optimizations. Those of a mode of COMPILE have its name.
 WORKER_ROWS: dict[str, frozenset[str]] = {
     "worker": frozenset(),
     "channels_last": CHANNELS_LAST,
@@ -101,7 +101,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds are of one picture of the batch."""
+    """Milliseconds are for one picture of the batch."""
 
     first_picture_s: float
     """The first batch of this size: compilation, recording of graphs, libraries' own choices."""
@@ -113,7 +113,7 @@ class Measured:
 
 
 def random_weights(model_dir: ModelDir, placement: Placement) -> Weights:
-    """Numbers made up on the device, in place of files; the same ones each time."""
+    """Random numbers, made on the device in place of files; the same ones each time."""
 
     def make(name: str, network: Network) -> Tensors:
         torch.manual_seed(list(NETWORKS).index(name))
@@ -130,7 +130,7 @@ def random_weights(model_dir: ModelDir, placement: Placement) -> Weights:
 
 
 class Clock:
-    """Moments on the device: on a GPU, when it gets there rather than when it is told to."""
+    """Times on the device: on a GPU, those of the work, not those when it was queued."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -185,7 +185,7 @@ def measure(way: Way, request: Request, device: torch.device, repeats: int) -> M
             if stage == next_stage:
                 steps_ms[stage].append(clock.ms(start, end))
 
-    # Not what was drawn: random weights draw noise, which takes longer than pictures do.
+    # Not what was drawn: random weights draw noise, which takes longer to encode.
     sample = [sample_picture(*pictures[0].size)]
     started = time.perf_counter()
     way.encode(sample, request)
@@ -308,7 +308,7 @@ def _measure_row(
 
 
 def _let_go(device: torch.device) -> None:
-    """Of a row's networks, its recordings and what was compiled for it, before others come."""
+    """Free a row's networks, its recordings and what was compiled for it, before the next row."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -382,7 +382,7 @@ def _way(row: str, models: Models) -> Way:
 
 
 def _models(model_dir: ModelDir, options: Options) -> Models:
-    """Of a row's own, for the optimizations change them for good."""
+    """New ones for each row, because the optimizations change them permanently."""
     placement = Placement(options.device, options.dtype, resident=True)
     if options.model == "full":
         weights = random_weights(model_dir, placement)

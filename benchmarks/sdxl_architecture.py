@@ -1,6 +1,6 @@
-"""SDXL 1.0 in numbers, so that it can be measured at full size where its files are not.
+"""The configurations of SDXL 1.0, so that it can be measured at full size without its files.
 
-What is not named is the default of diffusers and transformers. A test compares all of it with the
+What is not listed is the default of diffusers and transformers. A test compares all of it with the
 published configurations, where they are at hand.
 """
 
@@ -58,7 +58,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [128, 256, 512, 512],
         "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "force_upcast": False,  # as of the VAE that is made for fp16; the first one's is true
+        "force_upcast": False,  # as in the VAE that is made for fp16; true in the original
         "layers_per_block": 2,
         "sample_size": 1024,
         "scaling_factor": 0.13025,

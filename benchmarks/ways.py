@@ -44,7 +44,7 @@ class Way(ABC):
 
 
 class Worker(Way):
-    """This worker, with some of `OPTIMIZATIONS`. Its start is the first picture."""
+    """This worker, with some of `OPTIMIZATIONS`. The first picture stands for its start."""
 
     def __init__(
         self,
@@ -84,8 +84,8 @@ class FlashAttention(Worker):
 
 
 class Tuned(Worker):
-    """Compiled as the fastest published figures were: each product, convolution and kernel by the
-    variant that is the fastest of those tried, for many minutes.
+    """Compiled as for the fastest published figures: each product, convolution and kernel in the
+    fastest of many variants, which takes many minutes to try.
     https://github.com/huggingface/diffusion-fast
     """
 
@@ -101,7 +101,7 @@ class Tuned(Worker):
 
 
 class Diffusers(Way):
-    """As its documentation has it: all on the device, one text encoder and VAE for both."""
+    """As in its documentation: all on the device, the second text encoder and the VAE shared."""
 
     def __init__(self, models: Models) -> None:
         self._config = dict(models.scheduler_config)
@@ -145,7 +145,7 @@ class Diffusers(Way):
         return self._draw(request, on_step, for_base=both, for_refiner=both)
 
     def encode(self, pictures: list[Image.Image], request: Request) -> list[str]:  # noqa: ARG002
-        """With Pillow at its own level, 6, by way of a file."""
+        """With Pillow at its default level, 6, by way of a file."""
         texts = []
         with tempfile.TemporaryDirectory() as folder:
             for i, picture in enumerate(pictures):
@@ -198,8 +198,8 @@ class Version210(Diffusers):
     and back in each job, the VAE and the second text encoder loaded twice, one generator for all,
     the refiner with an Euler scheduler of its own and without guidance scale or negative prompt.
 
-    Not its xFormers attention, which is not at hand: torch's own, which was measured elsewhere to
-    be 3% slower.
+    Its xFormers attention is not at hand. In its place is torch's own, which was measured elsewhere
+    to be 3% slower.
     """
 
     def __init__(self, models: Models) -> None:

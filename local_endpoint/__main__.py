@@ -64,7 +64,7 @@ async def _serve(options: Options) -> int:
 
     def stop() -> None:
         if stop_asked.is_set():
-            server.pool.kill()  # asked twice: at once
+            server.pool.kill()  # asked twice: do not wait
         stop_asked.set()
 
     loop = asyncio.get_running_loop()

@@ -23,8 +23,8 @@ class Fault:
 class Faults:
     """Thread-safe. Faults of a route happen in the order in which they were asked for.
 
-    A route is named as in the URL ("job-done"); "progress" is the job-done that carries progress,
-    which "job-done" does not mean.
+    A route is named as in the URL ("job-done"); "progress" is a job-done request that carries
+    progress, and "job-done" is any other.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Faults:
         self._add(route, Fault("delay", delay_seconds=delay_seconds), times)
 
     def duplicate(self, *, times: int = 1) -> None:
-        """Hand out each of the next jobs twice: to who takes it, and to who asks next."""
+        """Hand out each of the next jobs twice: to the worker that takes it and to the next one."""
         self._add("job-take", Fault("duplicate"), times)
 
     def clear(self) -> None:
@@ -62,11 +62,11 @@ class Faults:
             return list(self._pending)
 
     def next(self, route: str) -> Fault | None:
-        """Take out the fault of this request, if it is to have one."""
+        """Take out the next fault of this route, if there is one."""
         return self._take(route, is_duplicate=False)
 
     def next_duplicate(self) -> bool:
-        """Whether the job that is handed out now is to be handed out twice."""
+        """Whether the job that is handed out now has to be handed out twice."""
         return self._take("job-take", is_duplicate=True) is not None
 
     def _add(self, route: str, fault: Fault, times: int) -> None:

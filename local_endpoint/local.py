@@ -25,7 +25,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 class LocalEndpoint:
     """An endpoint with workers, for a `with` block.
 
-    It is entered when all workers are ready; everything is stopped at its end. `faults` and
+    The block is entered when all workers are ready; everything is stopped at its end. `faults` and
     `record` may be used from the test's thread.
 
         with LocalEndpoint(worker_command=[sys.executable, "handler.py"], workers=2) as endpoint:
@@ -110,12 +110,12 @@ class LocalEndpoint:
 
     @property
     def workers(self) -> list[Worker]:
-        """Those that run, the oldest first; those that still start included."""
+        """Those that run, the oldest first, including those that are still starting."""
         return self._server.pool.workers
 
     @property
     def jobs(self) -> list[Job]:
-        """All jobs that are not deleted yet. Only to be read."""
+        """All jobs that are not deleted yet. Do not change them."""
         return self.with_queue(lambda queue: queue.jobs)
 
     def with_queue(self, look: Callable[[JobQueue], T]) -> T:
@@ -127,7 +127,7 @@ class LocalEndpoint:
         return asyncio.run_coroutine_threadsafe(call(), self._loop).result(30)
 
     def wait_until_ready(self) -> None:
-        """Until all workers, replacements too, have asked for jobs or pinged."""
+        """Wait until all workers, replacements too, have asked for jobs or pinged."""
         waiting = self._server.wait_until_ready()
         asyncio.run_coroutine_threadsafe(waiting, self._loop).result(self._start_timeout_seconds)
 

@@ -1,4 +1,4 @@
-"""Waiting for the queue to change: what all held requests have in common."""
+"""Waiting for the queue to change, which all held requests do."""
 
 import asyncio
 from collections.abc import Callable

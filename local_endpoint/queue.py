@@ -1,7 +1,7 @@
-"""The queue and the life of a job, without HTTP: who may do what when, and what time does.
+"""The queue and the life of a job, without HTTP: what clients, workers and time may do to it.
 
 IN_QUEUE -> IN_PROGRESS (a worker took it) -> COMPLETED, FAILED, CANCELLED or TIMED_OUT. A job whose
-worker is lost goes back to the front of the queue. Time is seconds of the clock that is handed in.
+worker is lost goes back to the front of the queue. Times are seconds of the clock that is given.
 """
 
 import time
@@ -52,13 +52,13 @@ class Rules:
     runsync_wait_seconds: float = 90
     runsync_wait_min_seconds: float = 1
     runsync_wait_max_seconds: float = 300
-    # "MB" is not defined any closer; the stricter reading finds the problem earlier.
+    # "MB" is not defined more closely; the stricter reading finds the problem earlier.
     run_max_bytes: int = 10_000_000
     runsync_max_bytes: int = 20_000_000
     stream_chunk_max_bytes: int = 1_000_000
     webhook_attempts: int = 3
     webhook_delay_seconds: float = 10
-    # How long a worker's question for jobs, or for jobs to stop, is held while there are none.
+    # How long a worker's request for jobs, or for jobs to stop, is held while there are none.
     poll_seconds: float = 20
     ping_interval_seconds: int = 10  # the SDK divides milliseconds down to whole seconds
     # Not documented: a job is lost when no ping has named it for this long.
@@ -95,7 +95,7 @@ class Job:
         return self.finished_at is not None
 
     def for_worker(self) -> dict[str, Any]:
-        """The job as a worker gets it: `{"id", "input"}` and what else the client sent along."""
+        """The job as a worker gets it: `{"id", "input"}` and what else is passed on."""
         passed_on = ("input", "webhook", "s3Config", "policy")
         payload = {name: self.request[name] for name in passed_on if name in self.request}
         # An empty input is left out on the way to the worker, whose SDK then drops the job.
@@ -141,7 +141,7 @@ class JobQueue:
     """All jobs of one endpoint and the workers that were heard of.
 
     Not thread-safe. `changed` is called after each change, `ended` with each job that has ended;
-    `tick` does what happens by the passing of time and must be called often.
+    `tick` does what has become due with time and must be called often.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class JobQueue:
         self._requeue(job)
 
     def purge(self) -> int:
-        """Delete all queued jobs and return how many they were."""
+        """Delete all queued jobs and return how many there were."""
         purged = list(self._waiting)
         for job in purged:
             self._delete(job)
@@ -238,7 +238,7 @@ class JobQueue:
         return chunks
 
     def health(self, starting_count: int = 0) -> dict[str, dict[str, int]]:
-        """The answer of the health route; `starting_count` workers are not heard of yet."""
+        """The answer of the health route; `starting_count` workers have not been heard of."""
         statuses = [job.status for job in self._jobs.values()]
         workers = [(id_, worker) for id_, worker in self._workers.items() if self._is_heard(worker)]
         healthy = [id_ for id_, worker in workers if worker.unhealthy_because is None]
@@ -271,12 +271,12 @@ class JobQueue:
         return worker
 
     def has_heard(self, worker_id: str) -> bool:
-        """Whether the worker has asked for jobs or pinged, other than to say that it is unfit."""
+        """Whether the worker has asked for jobs or pinged, not only to say it is unhealthy."""
         known = self._workers.get(worker_id)
         return known is not None and known.unhealthy_because is None
 
     def forget(self, worker_id: str) -> None:
-        """A worker is gone for good. Its jobs stay with it until its pings are missed."""
+        """A worker has ended. Its jobs stay with it until its pings are missed."""
         self._workers.pop(worker_id, None)
         self._stops.pop(worker_id, None)
 
@@ -313,7 +313,7 @@ class JobQueue:
         self._changed()
 
     def take_stops(self, worker_id: str) -> list[str]:
-        """Ids of jobs that this worker is to stop; each is told once."""
+        """Ids of jobs that this worker has to stop; each is given once."""
         self.hear(worker_id)
         return self._stops.pop(worker_id, [])
 

@@ -76,7 +76,7 @@ class WebhookCall:
 
 
 class Record:
-    """Lists of what happened, the newest last; of each, `limit` are kept (None: all)."""
+    """Lists of what happened, the newest last; each keeps `limit` entries (None: all)."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.exchanges: deque[Exchange] = deque(maxlen=limit)

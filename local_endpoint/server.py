@@ -27,7 +27,7 @@ from local_endpoint.workers import EndpointError, WorkerPool
 HOST = "127.0.0.1"
 REPOSITORY = Path(__file__).resolve().parent.parent
 TICK_SECONDS = 0.05
-# Large enough for every body whose size is to be judged here, by the rules.
+# Large enough for every body whose size the rules have to judge.
 READ_MAX_BYTES = 2**30
 ROUTE = web.RequestKey("route", str)
 
@@ -90,7 +90,7 @@ class Server:
 
     @property
     def url_base(self) -> str:
-        """What stands for `https://api.runpod.ai/v2`."""
+        """What replaces `https://api.runpod.ai/v2`."""
         return f"http://{HOST}:{self.port}/v2"
 
     @property
@@ -139,7 +139,7 @@ class Server:
             waiting.cancel()
 
     async def wait_until_ready(self) -> None:
-        """Until all workers have asked for jobs or pinged."""
+        """Wait until all workers have asked for jobs or pinged."""
         await self.run(self._all_are_ready)
 
     async def stop(self) -> None:
@@ -176,7 +176,7 @@ class Server:
 
     def _worker_environment(self) -> dict[str, str]:
         query = f"?{self.options.worker_query}" if self.options.worker_query else ""
-        # Credentials in the home folder would go before RUNPOD_AI_API_KEY.
+        # Credentials in the home folder would override RUNPOD_AI_API_KEY.
         home = self._temporary_dir / "home"
         home.mkdir(exist_ok=True)
         inherited = {
@@ -191,7 +191,7 @@ class Server:
             "RUNPOD_AI_API_KEY": self.options.api_key,
             "RUNPOD_ENDPOINT_ID": self.options.endpoint_id,
             "RUNPOD_PING_INTERVAL": str(self.options.rules.ping_interval_seconds * 1000),
-            # The checks want a GPU, and the Internet.
+            # The checks need a GPU and the Internet.
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
             "RUNPOD_SKIP_GPU_CHECK": "true",
             "RUNPOD_WEBHOOK_GET_JOB": f"{self.url}/job-take/$ID{query}",
@@ -247,7 +247,7 @@ class Server:
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        """Ask for the key, and let the faults happen that tests asked for."""
+        """Check the key, and make the faults happen that tests asked for."""
         key = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(key.encode(), self.options.api_key.encode()):
             return web.json_response({"error": "the API key is missing or wrong"}, status=401)

@@ -17,7 +17,7 @@ from local_endpoint.workers import WorkerPool
 
 T = TypeVar("T")
 
-# A worker that is to end gets a moment to notice it, so that it does not ask at once again.
+# A worker that has to end is held this long, to notice it before it asks again.
 DRAINING_POLL_SECONDS = 0.3
 
 
@@ -152,10 +152,10 @@ def _parameters(request: web.Request) -> dict[str, str]:
 
 
 async def _json_object(request: web.Request) -> tuple[int, dict[str, Any]]:
-    """The size and the JSON of a body, whose content type the SDK gives as a form's."""
+    """The size and the JSON of a body. The SDK gives it the content type of a form."""
     content = await request.read()
     try:
-        # Python's NaN and Infinity are no JSON: the platform does not read them.
+        # Python's NaN and Infinity are not JSON: the platform does not read them.
         body = json.loads(content, parse_constant=_refuse)
     except ValueError as error:
         _refuse(str(error))

@@ -22,8 +22,8 @@ class Worker:
     The SDK pings from a child process, which outlives a killed parent and would keep its jobs
     alive: on Runpod it dies with the container, here with the group.
 
-    A worker whose endpoint is gone asks it again and again without a pause, for ever. So a guard,
-    which only waits for the endpoint to end, then ends the group, whatever became of the endpoint.
+    A worker whose endpoint is gone asks it again and again without a pause, for ever. So a guard
+    process waits for the endpoint to end, in whatever way, and then ends the group.
     """
 
     def __init__(self, worker_id: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
@@ -73,7 +73,7 @@ class Worker:
 
 
 class WorkerPool:
-    """The worker processes of one endpoint. To be used in one event loop.
+    """The worker processes of one endpoint. Use it in one event loop.
 
     A worker that ends without having been asked to is replaced, unless it never was ready: then
     its successors would not be either, and `watch` raises EndpointError.
@@ -120,7 +120,7 @@ class WorkerPool:
 
         Args:
             count: how many.
-            environment: their environment; RUNPOD_POD_ID is set here, for each its own.
+            environment: their environment; RUNPOD_POD_ID is added, each has its own.
             stop_grace_seconds: how long they may take to end when they are asked to.
 
         Raises:
@@ -146,15 +146,15 @@ class WorkerPool:
             await asyncio.sleep(WATCH_SECONDS)
 
     def recycle(self, worker_id: str) -> None:
-        """End a worker, in time or by force; `watch` starts another in its place."""
+        """End a worker, by force if it takes long; `watch` starts another in its place."""
         for worker in self._workers:
             if worker.id == worker_id and not worker.is_ending:
                 worker.kill_at = time.monotonic() + self._stop_grace_seconds
                 worker.terminate()
-                worker.is_ending = False  # it is to be replaced
+                worker.is_ending = False  # it has to be replaced
 
     async def stop(self) -> None:
-        """End all workers: a SIGTERM, some time for the job at hand, then by force."""
+        """End all workers: SIGTERM, some time to finish their jobs, then force."""
         for worker in self._workers:
             worker.terminate()
         deadline = time.monotonic() + self._stop_grace_seconds

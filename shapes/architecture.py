@@ -36,7 +36,7 @@ SCHEDULER: dict[str, object] = {
     "trained_betas": None,
     "use_karras_sigmas": False,
 }
-"""SDXL's own file, whole: what the Euler scheduler does not use, others built from it do."""
+"""SDXL's own file, whole: other schedulers built from it use what the Euler one does not."""
 
 
 def alphas_cumprod() -> Tensor:

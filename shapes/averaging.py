@@ -1,4 +1,4 @@
-"""The running average of a module's weights, which is what is kept of a training."""
+"""The running average of a module's weights, which is the result of a training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step towards the live weights."""
+        """Move the average towards the live weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.weights, [p.detach() for p in self._live], 1.0 - decay)

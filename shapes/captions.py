@@ -1,4 +1,4 @@
-"""What is said of a scene: whole and partial captions, in many wordings, short and long."""
+"""Captions of a scene: whole and partial ones, in many wordings, short and long."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 class Meaning:
     """What a caption says; None where it says nothing.
 
-    `either` is a colour that is named without saying of what: of the shape or of the background.
+    `either` is a colour that is named without saying whether of the shape or of the background.
     """
 
     shape: str | None = None
@@ -125,7 +125,7 @@ class Meaning:
     either: str | None = None
 
     def describes(self, scene: Scene) -> bool:
-        """Whether nothing that is said contradicts the scene."""
+        """Whether the caption does not contradict the scene."""
         return (
             self.shape in (None, scene.shape)
             and self.color in (None, scene.color)
@@ -172,7 +172,7 @@ def plain_caption(meaning: Meaning, rng: np.random.Generator) -> str:
 
 
 def junk_word(rng: np.random.Generator) -> str:
-    """Random letters: whatever a caption may hold that was never seen."""
+    """Random letters, for words of a caption that were never seen."""
     return "".join(rng.choice(list(LETTERS), size=rng.integers(2, 9)))
 
 

@@ -25,7 +25,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
 }
 """None lies between others: strong guidance pushes a colour away from all the rest, and one in
-their midst (orange, between red and yellow) then swings to and fro under multistep schedulers."""
+between (orange, between red and yellow) then swings to and fro under multistep schedulers."""
 COLORS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle", "star", "ring")
 
@@ -98,7 +98,7 @@ def _polygon_distance(x: FloatArray, y: FloatArray, vertices: FloatArray) -> Flo
 
 
 def signed_distance(shape: str, x: FloatArray, y: FloatArray) -> FloatArray:
-    """Distance to the outline of the unit-sized `shape`, negative inside; x and y of equal form."""
+    """Distance to the outline of the unit-sized `shape`, negative inside; x and y of equal size."""
     if shape == "circle":
         return (np.hypot(x, y) - 1.0).astype(np.float32)
     if shape == "ring":

@@ -62,7 +62,7 @@ def full_prompts(count: int, seed: int) -> list[tuple[str, Meaning]]:
 def evaluate(
     models: Models, prompts: Sequence[tuple[str, Meaning]], job_input: dict[str, Any], *, seed: int
 ) -> list[Sample]:
-    """Draw and judge each prompt; picture i has seed `seed` + i, and else what `job_input` asks."""
+    """Draw and judge each prompt; picture i has seed `seed` + i, the rest is `job_input`'s."""
     samples = []
     for i, (prompt, meaning) in enumerate(prompts):
         request = parse_request({**job_input, "prompt": prompt, "seed": seed + i})
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def figures(samples: Sequence[Sample]) -> str:
-    """Shares of what is right, and how clean it is, on one line."""
+    """Shares of what is right, and how clean the pictures are, on one line."""
 
     def share(name: str) -> float:
         right = [
@@ -112,7 +112,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int = 10) -> Image.Ima
 
 
 def main() -> None:
-    """Print one line of figures for each combination of scheduler and path."""
+    """Print one line of figures for each combination of scheduler and mode."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -92,7 +92,7 @@ def _set_index(folder: Path, changes: dict[str, object]) -> None:
 
 
 def _remove_paths(folder: Path) -> None:
-    """Take the name of the folder a part was loaded from out of the configurations."""
+    """Remove from the configurations the name of the folder that a part was loaded from."""
     for path in folder.rglob("*config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:

@@ -24,18 +24,18 @@ CLEAR_IOU = 0.8
 CLEAR_FLAT_DISTANCE = 60.0
 """Largest mean distance to the pure colours (0..255 scale); beyond it nothing counts as seen."""
 BORDER_SHARE = 0.04
-"""Of the shorter side: how far the region reaches in that tells the background."""
+"""Of the shorter side: the depth of the border that is read for the background."""
 EDGE_SHARE = 0.03
-"""Of the shorter side: how near to an outline a pixel is no longer counted as flat."""
+"""Of the shorter side: pixels as near as this to an outline do not count as flat."""
 STRAY_DISTANCE = 60.0
-"""From every blend of both colours; a pixel further away (0..255 scale) belongs to neither."""
+"""A pixel further than this from every blend of both colours (0..255 scale) is a stray."""
 LARGEST_SIDE_PX = 160
 """Outlines of larger pictures are compared at every second, third, ... pixel."""
 
 TEMPLATE_EXTENT = 1.25
 TEMPLATE_SIDE = 500
 SEARCH_STEPS = (0.08, 0.04, 0.02, 0.01)
-"""Of the radius, by which centre and radius are moved in turn."""
+"""Shares of the radius, by which centre and radius are moved in turn."""
 
 _COLOR_ROWS = np.array([PALETTE[name] for name in COLORS], dtype=np.float32)
 
@@ -76,7 +76,7 @@ class Judgement:
 
 
 def parse_caption(prompt: str) -> Meaning:
-    """The shape and the colours that a prompt names; the last one said of a thing counts.
+    """The shape and the colours that a prompt names; of several for one thing, the last counts.
 
     A colour belongs to the background if it stands before "background" or "wall", or after "on",
     "over", "against" or "background" with no thing following ("the background is white").
@@ -163,7 +163,7 @@ def _foreground(pixels: Pixels, color: Pixels, background: Pixels) -> Mask:
 
 
 def _eroded(mask: Mask, pixels: int) -> Mask:
-    """The mask without what lies within so many pixels of its outline; picture borders are kept."""
+    """The mask without what is within so many pixels of its outline; picture borders are kept."""
     for axis in (0, 1):
         padding = [(0, 0), (0, 0)]
         padding[axis] = (pixels, pixels)
@@ -197,7 +197,7 @@ def _template_moments(shape: str) -> tuple[float, float]:
 def _fit(mask: Mask, shape: str) -> tuple[float, float, float, float]:
     """The best overlap of the mask with a drawn shape: IoU, centre x and y, radius in pixels.
 
-    Starts at the shape of the mask's area and centre of mass and climbs in ever smaller steps.
+    Begins with the mask's area and centre of mass, and moves by ever smaller shares.
     """
     stride = math.ceil(max(mask.shape) / LARGEST_SIDE_PX)
     rows, columns = (np.arange(0, side, stride, dtype=np.float32) + 0.5 for side in mask.shape)
@@ -216,8 +216,8 @@ def _fit(mask: Mask, shape: str) -> tuple[float, float, float, float]:
             column_index.clip(0, TEMPLATE_SIDE - 1)[None],
         ]
         both = int(np.count_nonzero(drawn & small))
-        # What of the shape lies outside the picture counts as missed, so that a mask that fills the
-        # picture is no circle.
+        # The part of the shape outside the picture counts as missed; otherwise a mask that fills
+        # the picture would be a circle.
         whole = max(float(np.count_nonzero(drawn)), area * (radius / stride) ** 2)
         return both / (total + whole - both)
 

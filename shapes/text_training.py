@@ -1,4 +1,4 @@
-"""First stage: the text encoders learn to carry what a caption means.
+"""First phase of the training: the text encoders learn to carry what a caption means.
 
 Linear probes read shape, colours and background from the states that later condition the UNets; the
 probes are thrown away, the encoders stay as they are from then on.
@@ -26,7 +26,7 @@ BATCH = 96
 LEARNING_RATE = 2e-3
 LABEL_SMOOTHING = 0.05
 LONG_SHARE = 0.2
-"""Of the captions that stand among so many filler words that all 75 places are taken."""
+"""Share of the captions that get so many filler words that all 75 places are taken."""
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,

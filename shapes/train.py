@@ -1,7 +1,7 @@
 """Trains the miniature SDXL from nothing: `python -m shapes.train --out models/shapes`.
 
-Two hours of one CPU core; no downloads. Every stage leaves its result in the work folder and is
-skipped when that is there; the two longest also leave checkpoints. Stages that do not depend on
+Two hours of one CPU core; no downloads. Every phase leaves its result in the work folder and is
+skipped when that is there; the two longest also leave checkpoints. Phases that do not depend on
 each other ("decoder" and "base", "base" and "refiner") can run side by side, each with --only.
 """
 
@@ -18,7 +18,7 @@ from shapes.export import export
 
 SEED = 0
 
-# The stage's name, what it leaves in the work folder, and what runs it.
+# The phase's name, what it leaves in the work folder, and what runs it.
 STAGES: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     ("tokenizer", "tokenizer_2", lambda work: tokenizer.write_tokenizers(work, SEED)),
     ("text", "text.pt", lambda work: text_training.train(work, SEED)),
@@ -31,7 +31,7 @@ STAGES: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
 
 
 def main() -> None:
-    """Run the stages that are still to do, then write the model."""
+    """Run the phases that are still to do, then write the model."""
     names = [name for name, _, _ in STAGES]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,4 +1,5 @@
-"""Third stage: the UNets learn to predict noise, on latents and conditioning computed once.
+"""Third phase of the training: the UNets learn to predict noise, on latents and conditioning that
+are computed once.
 
 The base learns all noise levels, the refiner the lower ones. Both see whole and partial captions
 (so that a negative prompt of one word means something), nothing at all, the empty text, and prompts
@@ -44,7 +45,7 @@ SHARES = {
     (160, 160): 0.04,
     (192, 192): 0.02,
 }
-"""Of the steps."""
+"""Of the training steps, for each height and width."""
 WORDINGS_WHOLE = 20
 WORDINGS_PARTIAL = 10
 LONG_PROMPTS_PER_MEANING = 5
@@ -54,9 +55,9 @@ WHOLE_SHARE = 0.76
 PARTIAL_SHARE = 0.12
 """The rest of the samples is unconditional."""
 LONG_STEP_SHARE = 0.12
-"""Of the steps that take prompts of two chunks."""
+"""Share of the training steps that take prompts of two chunks."""
 RANDOM_SIZE_SHARE = 0.15
-"""Of the samples whose size conditioning is not that of the picture."""
+"""Share of the samples whose size conditioning is not that of the picture."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Recipe:
     snr_numerator: float
     """A sample weighs min(weight_limit, snr_numerator / signal-to-noise ratio)."""
     zeros_share: float
-    """Of the unconditional samples that see zeros; the others see the empty text."""
+    """Share of the unconditional samples that see zeros; the others see the empty text."""
     broad_noise: float
-    """Strength of smooth noise beside the white one: errors as another model leaves them."""
+    """Strength of smooth noise beside the white noise, to imitate errors of another model."""
     average_decay: float
 
 
@@ -106,7 +107,7 @@ RECIPES = {
 
 @dataclass
 class Prompts:
-    """Conditioning of many prompts, and which of them may stand beside a scene."""
+    """Conditioning of many prompts, and which of them may describe a scene."""
 
     states: Tensor
     """(chunks, 77, 112), half precision."""
@@ -312,7 +313,7 @@ class _Checkpoint:
         unfinished.replace(self.path)
 
     def restore(self) -> int:
-        """The number of steps already taken; 0 where there is no checkpoint."""
+        """The number of training steps already taken; 0 where there is no checkpoint."""
         if not self.path.exists():
             return 0
         state = torch.load(self.path, weights_only=False)

@@ -1,4 +1,4 @@
-"""Second stage: the autoencoder.
+"""Second phase of the training: the autoencoder.
 
 Encoder and decoder first learn together. Three latent channels are drawn towards the picture
 averaged over 8x8 pixels, which makes latents smooth and quick to learn; the fourth is free for what
@@ -137,7 +137,7 @@ def _quality(vae: AutoencoderKL, seed: int) -> str:
 
 
 def disturb(latents: Tensor) -> Tensor:
-    """Errors as samplers make them, of whitened latents: white, broad, and overshoot."""
+    """Whitened latents with errors as samplers make them: white, broad, and overshoot."""
 
     def uniform(limit: float) -> Tensor:
         return torch.rand(len(latents), 1, 1, 1) * limit

@@ -1,4 +1,4 @@
-"""What the Hub and the deployment guide are told of the worker: its settings and the cards it fits.
+"""What the Hub and the deployment guide say of the worker: its settings and the cards it fits.
 
 `tools.docs` writes both where they belong; the rest of `.runpod/hub.json` is written by hand.
 """
@@ -11,7 +11,7 @@ from sdxl_worker.settings import Settings
 
 # Base and refiner in float16, with the text encoder, tokenizer and VAE that they share.
 WEIGHTS_BYTES = 11_456_729_054
-# Bytes in a gigabyte of a card's data sheet. Drivers report more, also with ECC, so what fits fits.
+# Bytes in a gigabyte of a card's data sheet. Drivers report more, even with ECC.
 GB = 10**9
 # Every other setting is under "advanced" in the Hub's form.
 PLAIN_SETTINGS = {"MODEL_DIR", "PNG_METADATA"}
@@ -45,7 +45,7 @@ POOLS = (
     Pool("BLACKWELL_180", {"B200": 180}),
 )
 
-# Not one of `Settings`: the SDK reads it. It crashes where this is empty, so there is a default.
+# Not one of `Settings`: the SDK reads it, and crashes if it is empty, so there is a default.
 LOG_LEVEL = {
     "key": "RUNPOD_LOG_LEVEL",
     "input": {
@@ -88,8 +88,8 @@ def env_inputs() -> list[dict[str, Any]]:
 def _input(key: str, schema: dict[str, Any]) -> dict[str, Any]:
     """One setting as a field of the form.
 
-    A text without a default has none here either: the Hub would send "" in place of what the
-    image sets, and it leaves out what has no default and is not filled in.
+    A text without a default has none here either: with one, the Hub would send "" in place of
+    what the image sets; without one, it leaves out a field that is not filled in.
     """
     given, *_ = schema.get("anyOf", [schema])
     default = schema["default"]

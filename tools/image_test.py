@@ -1,9 +1,9 @@
 """`make image-test`: builds the image on this machine, without a Docker daemon, and tries it out.
 
-The Dockerfile is built with buildah, and run with podman, both from Debian's packages; what they
-store goes into a temporary folder, which is deleted in the end, and so do mounts and containers.
-Where the base image cannot be pulled, debootstrap makes one like it. The image holds the miniature
-model; with pip as it is configured here, and so with the CPU's torch where that is what pip takes.
+The image is built with buildah and run with podman, both from Debian's packages. What they store is
+in a temporary folder, which is deleted at the end, with all mounts and containers. Where the base
+image cannot be pulled, debootstrap makes one like it. The image holds the miniature model. pip is
+configured as on this machine: the image has torch's CPU build where pip takes that here.
 """
 
 import argparse
@@ -42,7 +42,7 @@ IN_APP = {"LICENSE", "__pycache__", "handler.py", "requirements.txt", "sdxl_work
     "test_input.json",
 }
 PROMPT = json.loads((REPOSITORY / "test_input.json").read_text())["input"]["prompt"]
-# Some seconds on any machine, so that the worker can be told to stop in the middle of it.
+# It takes some seconds on any machine, so that the worker can be told to stop during it.
 LONG_JOB = {"prompt": PROMPT, "num_images": 4, "refiner_inference_steps": 0}
 # Threads of small networks wait for each other where other work is going on.
 ONE_THREAD = "--env=OMP_NUM_THREADS=1"
@@ -74,11 +74,11 @@ BIND_PORT_80 = "import socket; socket.socket().bind(('', 80))"
 
 
 class ImageTestError(Exception):
-    """A step failed. The message says which command, and what it printed last."""
+    """A part of the test failed. The message says which command, and what it printed last."""
 
 
 def main() -> int:
-    """Run all steps and return the exit status: 0 also where they cannot run."""
+    """Run the test and return the exit status: 0 also where it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m tools.image_test", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the image and its folder")
     keep = parser.parse_args().keep
@@ -160,7 +160,7 @@ def expect(truth: object, complaint: str) -> None:
 
 @contextlib.contextmanager
 def containers(keep: bool) -> Iterator[Path]:
-    """Tools that store everything in one folder, the one given; it is gone afterwards."""
+    """Make the tools store everything in one folder, which is yielded and deleted at the end."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         with step(f"install {', '.join(missing)}, which stay on this machine"):
@@ -344,7 +344,7 @@ def check_configuration() -> None:
 
 
 def check_contents() -> None:
-    """Nothing that does not belong there, and nothing that had to be compiled at run time."""
+    """Nothing is there that does not belong, and nothing had to be compiled at run time."""
     seen = set(inside("ls", "-A", "/app").split())
     expect(seen == IN_APP, f"/app holds {seen}")
     expect(inside("ls", "/models").split() == ["shapes"], "there are other models")
@@ -359,7 +359,7 @@ def check_contents() -> None:
 
 
 def check_early_stop() -> None:
-    """It ends at once, though process 1 of a container ignores what it does not handle."""
+    """The worker ends at once, though process 1 of a container ignores unhandled signals."""
     queue = "--env=RUNPOD_WEBHOOK_GET_JOB=http://127.0.0.1:9/"
     run(["podman", "run", "--detach", "--name=early", "--network=none", queue, IMAGE], seconds=60)
     for _ in range(200):

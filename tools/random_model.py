@@ -1,4 +1,4 @@
-"""Makes a full-size SDXL with random weights: loading, memory and speed can be measured with it.
+"""Makes a full-size SDXL with random weights, to measure loading, memory and speed with.
 
 It takes a folder with the published configurations and tokenizers (`base/`, `refiner/`) and writes
 a MODEL_DIR: the same files, and safetensors with random numbers in them, 11.5 GB at 2 bytes a
@@ -36,7 +36,7 @@ def random_network(
 
 
 def write_weights(root: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
-    """Beside the configurations of a MODEL_DIR."""
+    """Write them beside the configurations of a MODEL_DIR."""
     for network in (bar := tqdm(NETWORKS.values(), unit="network")):
         bar.set_description(network.folder)
         folder = root / network.folder

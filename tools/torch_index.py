@@ -1,7 +1,7 @@
 """Prints pip's option for torch's index of CPU builds, where those are the right ones.
 
 On Linux the usual index's torch brings CUDA's libraries, which are gigabytes, and of no use without
-an NVIDIA GPU. `make run` asks before anything is installed, so this is standard library alone:
+an NVIDIA GPU. `make run` asks before anything is installed, so this needs no other library:
 
     python -m tools.torch_index https://download.pytorch.org/whl/cpu
 """
@@ -47,7 +47,7 @@ def ask(index: str) -> str:
         else:
             answers.put("")
 
-    # urlopen's timeout is that of each read, and name resolution has none. A daemon is left behind.
+    # urlopen's timeout is for each read, and name resolution has none. A daemon thread may be left.
     threading.Thread(target=open_page, daemon=True).start()
     try:
         return answers.get(timeout=PATIENCE_S)

@@ -6,4 +6,4 @@ diffusers, too.
 
 
 class DownloadError(Exception):
-    """The model cannot be had; the message says why and what to do."""
+    """The model cannot be fetched; the message says why and what to do."""

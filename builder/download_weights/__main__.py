@@ -59,7 +59,7 @@ def download_weights(to: Path, base: str | None = None, refiner: str | None = No
     _write_json(partial / SOURCE_FILE, record)
     (partial / PLAN_FILE).unlink()
     for path in partial.rglob("*"):
-        # safetensors writes what its owner alone can read, and a container may run as another user.
+        # safetensors lets only the owner read its files, and a container may run as another user.
         path.chmod(0o755 if path.is_dir() else 0o644)
     partial.rename(to)
     print(
@@ -134,7 +134,7 @@ def _begin(partial: Path, downloads: list[Download]) -> None:
 
 
 def _check_space(partial: Path, downloads: list[Download], sources: dict[str, Source]) -> None:
-    """What is to come, and the copy in fp16 beside its source, of the largest such file."""
+    """For what is still to come, the largest copy in fp16, and the files made of checkpoints."""
     missing = sum((file.size_bytes or 0) - file.bytes_in(partial) for file in downloads)
     wide = [
         (file.size_bytes or 0) // 2

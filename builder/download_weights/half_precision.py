@@ -1,7 +1,7 @@
 """Safetensors in fp32 become one file in fp16, so that no layer of an image is twice as large.
 
-Tensor by tensor: the largest network has 10 GB in fp32. The safetensors library writes only what
-is in memory as a whole, so header and data are written here, in the format that it documents.
+Tensor by tensor: the largest network has 10 GB in fp32. The safetensors library writes only files
+that are in memory as a whole, so header and data are written here, in the format it documents.
 """
 
 import json
@@ -21,7 +21,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The tensors of a file (dtype, shape, data_offsets), and where their data begins, in bytes.
 
     Raises:
-        DownloadError: it is no safetensors file.
+        DownloadError: it is not a safetensors file.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -38,7 +38,7 @@ def store_as_fp16(sources: Sequence[Path], target: Path) -> None:
     """Make one file of all `sources`, F32 and F64 as F16, and remove them.
 
     Raises:
-        DownloadError: a source is no safetensors file, or a number is too large for fp16.
+        DownloadError: a source is not a safetensors file, or a number is too large for fp16.
     """
     headers = [read_header(source) for source in sources]
     wide = any(entry["dtype"] in WIDE for tensors, _ in headers for entry in tensors.values())

@@ -12,7 +12,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 ENCODER, ENCODER_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 REFINER_ENCODER = "conditioner.embedders.0.model."
 PARTS = {"base": (UNET, VAE, ENCODER, ENCODER_2), "refiner": (UNET, REFINER_ENCODER)}
-# Marks of checkpoints that sample otherwise; with SDXL's configurations they would draw noise.
+# Tensors of checkpoints for other samplings; with SDXL's configurations they would draw noise.
 OTHER_KINDS = {"v_pred": "v-prediction", "edm_mean": "EDM"}
 
 

@@ -23,7 +23,7 @@ from builder.download_weights.transfer import (
 
 PINNED = Path(__file__).with_name("sdxl.json")
 CHECKPOINT_DIR = "checkpoint"
-# By their folders, the stem of the files' names.
+# The stem of the weight files' names, by folder.
 WEIGHTS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
@@ -39,7 +39,7 @@ Role = Literal["base", "refiner"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where one half of a model comes from."""
+    """Where a base or a refiner comes from."""
 
     described: dict[str, dict[str, str] | None]
     """For source.json, by role: base, vae, refiner."""
@@ -58,7 +58,7 @@ def find_source(reference: str | None, role: Role) -> Source:
     """What `--base` or `--refiner` means. None: that of SDXL 1.0.
 
     Raises:
-        DownloadError: there is no such thing, or it is not of SDXL.
+        DownloadError: there is no such model, or it is not SDXL.
     """
     table = pinned()[role]
     if reference is None or reference in (table["repo"], f"{table['repo']}@{table['revision']}"):
@@ -273,7 +273,7 @@ def _configs(role: Role) -> list[Download]:
 
 
 def _split_digest(reference: str) -> tuple[str, str | None]:
-    """The digest goes as pip has it: `https://host/model.safetensors#sha256=<64 digits>`."""
+    """The digest is given as for pip: `https://host/model.safetensors#sha256=<64 digits>`."""
     name, hash_sign, fragment = reference.partition("#")
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if hash_sign and not match:

@@ -1,8 +1,8 @@
 """Bytes from the network to the disk: several files at once, resumed, verified, with progress.
 
 huggingface_hub 2.4.0 knows the hub's addresses, headers and errors. Its own `hf_hub_download`
-removes what it has of a file when it fails, and so cannot resume in a later run; and its faster
-protocol, Xet, can be verified only after the fact as well. Plain HTTP with ranges does both.
+removes a partial file when it fails, and so cannot resume it in a later run; its faster protocol,
+Xet, is verified no earlier either. Plain HTTP with ranges can be resumed and verified.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ from builder.download_weights import DownloadError
 
 STREAMS = 4
 TIMEOUT_SECONDS = 30.0
-# After a failure that may pass; a try that received something starts them anew.
+# Between tries after failures that may pass; a try that received something begins them anew.
 RETRY_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)
-# A line of a build's log; a terminal is updated as it comes.
+# Between two lines of a build's log; a terminal is updated continuously.
 LOG_INTERVAL_SECONDS = 10.0
 
 Answer = TypeVar("Answer")
@@ -52,12 +52,12 @@ class Download:
     size_bytes: int | None
     sha256: str | None
     stored_as: str
-    """What it will be part of at last; where that exists, there is nothing to fetch."""
+    """The file that it becomes part of; where that exists, there is nothing to fetch."""
     etag: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes it the same file in a later run."""
+        """What identifies the file in a later run."""
         return {
             "url": without_query(self.url),
             "path": self.path,
@@ -67,7 +67,7 @@ class Download:
         }
 
     def bytes_in(self, folder: Path) -> int:
-        """How much of it is there, also while another thread is completing it."""
+        """How much of the file is there, also while another thread is completing it."""
         target = folder / self.path
         for path in (_incomplete(target), target):  # in the order in which it moves
             with contextlib.suppress(FileNotFoundError):
@@ -76,7 +76,7 @@ class Download:
 
 
 class ProgressBar:
-    """How much of all files there is: a bar in a terminal, a line now and then in a log."""
+    """How much of all files has come: a bar in a terminal, a line now and then in a log."""
 
     def __init__(self, total_bytes: int, initial_bytes: int) -> None:
         self.total_bytes, self.initial_bytes = total_bytes, initial_bytes
@@ -109,7 +109,7 @@ def without_query(url: str) -> str:
 
 
 def headers_for(url: str) -> dict[str, str]:
-    """The hub's, with HF_TOKEN, for the hub alone. Compressed, a file could not be resumed."""
+    """The hub's, with HF_TOKEN, only for the hub. A compressed transfer could not be resumed."""
     headers = {"Accept-Encoding": "identity"}
     if urlsplit(url).netloc == urlsplit(constants.ENDPOINT).netloc:
         headers |= build_hf_headers()
@@ -127,10 +127,10 @@ def patiently(
 
     Args:
         what: names what is asked for, in messages.
-        progress: a number that grows with every success on the way.
+        progress: a number that grows while something is received.
 
     Raises:
-        DownloadError: it failed for good.
+        DownloadError: it failed permanently.
     """
     stop = stop or threading.Event()
     failures = 0
@@ -152,7 +152,7 @@ def download_all(files: Sequence[Download], folder: Path) -> None:
     """Fetch what is not there yet. What is fetched stays when another file fails.
 
     Raises:
-        DownloadError: a file cannot be had, is not the one expected, or does not fit on the disk.
+        DownloadError: a file cannot be fetched, is not as expected, or does not fit on the disk.
     """
     stop = threading.Event()
     progress = ProgressBar(
@@ -209,7 +209,7 @@ def _receive(file: Download, incomplete: Path, stop: threading.Event) -> None:
         hf_raise_for_status(response)
         try:
             with incomplete.open("ab" if response.status_code == 206 else "wb") as output:
-                # As they come: gathered into larger pieces they took three times as long.
+                # Chunks as they come: gathering them into larger ones took three times as long.
                 for chunk in response.iter_raw():
                     output.write(chunk)
                     output.flush()
