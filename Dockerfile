@@ -1,4 +1,4 @@
-# The worker's image; the README's section "The image" has the build commands and the sizes.
+# The worker's image; docs/image.md has the build commands and the sizes.
 # The later a layer, the more often it changes: system, weights, torch, libraries, code.
 ARG BASE_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
 # The model in the image: sdxl, checkpoint, shapes or none.

@@ -1,5 +1,5 @@
 """A worker as one would write it first, for `coldstart.py` to compare with: everything imported,
-both pipelines loaded whole, one after the other, and the same small picture drawn before the start.
+both pipelines loaded whole, one after the other, and the same first picture drawn before the start.
 """
 
 import os

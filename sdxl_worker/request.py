@@ -1,6 +1,6 @@
 """A job's input becomes an immutable, fully validated `Request`, or one readable `RequestError`.
 
-The fields, names and defaults are those of worker-sdxl 2.1.0. Each is declared once, in `Request`,
+The fields of worker-sdxl 2.1.0 have their names and defaults here. Each field is declared once, in `Request`,
 with the rules that tie it to others: validation, error messages, JSON Schema and the documents'
 table all come from that declaration.
 """
@@ -120,7 +120,9 @@ def _again(details: Any) -> InitErrorDetails:
 
 
 class Request(InputModel):
-    """What to make. Sizes are in pixels; a random seed has been drawn."""
+    """What to make. Sizes are in pixels."""
+
+    # Not in the docstring, which is published: once validated, `seed` is never -1.
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -199,7 +201,7 @@ class Request(InputModel):
     check: bool = Field(
         default=False,
         description="Answer with a report on the worker in place of pictures. Alone, it draws a "
-        "picture in 2 steps; beside other fields, the picture that they ask for.",
+        "picture in 2 steps of the base, and 1 of the refiner if there is one; beside other fields, the picture that they ask for.",
     )
 
     @classmethod

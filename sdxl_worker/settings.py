@@ -65,7 +65,8 @@ class Settings(BaseSettings):
         Quantization | None,
         Field(
             description="Lossy: the UNets' transformer blocks multiply in 8 bits, `int8` or, on "
-            "Ada, Hopper and newer GPUs, `fp8`. For `COMPILE=blocks` and `full`. Not set: off."
+            "Ada, Hopper and newer GPUs, `fp8`. On a GPU, needs `COMPILE=blocks` or "
+            "`full`. Not set: off."
         ),
     ] = None
     png_metadata: Annotated[
@@ -80,8 +81,8 @@ class Settings(BaseSettings):
         Field(
             ge=1,
             le=8,
-            description="How many jobs the worker takes at once. The GPU makes one picture at a "
-            "time; a second job fetches, encodes and posts meanwhile.",
+            description="How many jobs the worker takes at once. The GPU works on one job at a "
+            "time; a second one fetches, encodes and posts meanwhile.",
         ),
     ] = 1
 

@@ -19,7 +19,7 @@ from shapes.export import export
 SEED = 0
 
 # The phase's name, what it leaves in the work folder, and what runs it.
-STAGES: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
+PHASES: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     ("tokenizer", "tokenizer_2", lambda work: tokenizer.write_tokenizers(work, SEED)),
     ("text", "text.pt", lambda work: text_training.train(work, SEED)),
     ("vae", "vae-joint.pt", lambda work: vae_training.train_joint(work, SEED)),
@@ -32,7 +32,7 @@ STAGES: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
 
 def main() -> None:
     """Run the phases that are still to do, then write the model."""
-    names = [name for name, _, _ in STAGES]
+    names = [name for name, _, _ in PHASES]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,17 +41,17 @@ def main() -> None:
         "--work",
         type=Path,
         default=Path("build/shapes"),
-        help="folder of what the stages leave (default: %(default)s)",
+        help="folder of what the phases leave (default: %(default)s)",
     )
-    parser.add_argument("--only", choices=names, help="run this one stage, and write no model")
+    parser.add_argument("--only", choices=names, help="run this one phase, and write no model")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     arguments = parser.parse_args()
     if not arguments.out and not arguments.only:
-        parser.error("give --out, or --only for a single stage")
+        parser.error("give --out, or --only for a single phase")
 
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    for name, result, run in STAGES:
+    for name, result, run in PHASES:
         wanted = arguments.only in (None, name)
         if wanted and not (arguments.work / result).exists():
             run(arguments.work)

@@ -221,7 +221,7 @@ def build(work_dir: Path) -> None:
     if base == STAND_IN_BASE:
         make_stand_in(work_dir / "base")
     with step("build MODEL=shapes"):
-        # Two locked cache mounts, for one, would wait for each other for ever.
+        # With a time limit: two locked cache mounts would make buildah wait for ever.
         command = ["buildah", "build", "--isolation=chroot", "--network=host", "--format=docker"]
         command += ["--layers", "--pull-never", "--ulimit=nofile=4096:4096"]
         command += ["--ulimit=nproc=4096:4096", f"--build-arg=BASE_IMAGE={base}"]

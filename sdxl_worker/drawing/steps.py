@@ -22,7 +22,7 @@ class Step:
     percent: int
     """Of all steps of the request."""
     latents: Callable[[], torch.Tensor]
-    """The pictures so far at unit scale, [num_images, 4, height / 8, width / 8]."""
+    """The pictures so far at unit scale, [pictures of the batch, 4, height / 8, width / 8]."""
 
 
 class StepCounter:

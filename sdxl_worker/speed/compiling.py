@@ -2,7 +2,7 @@
 and versions.
 
 What is kept are the artifacts of `torch.compiler.save_cache_artifacts`, made at start-up: for the
-model's native size, one picture. They hold code, and are taken only from the folder that the
+model's native size (on a CPU, for 64x64), one picture. They hold code, and are taken only from the folder that the
 settings name. https://docs.pytorch.org/tutorials/recipes/torch_compile_caching_tutorial.html
 """
 

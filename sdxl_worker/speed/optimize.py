@@ -30,7 +30,7 @@ def optimize(optimizations: Collection[str], unet: Any, vae: Any = None) -> None
 
 
 def optimizations_of(settings: Settings, placement: Placement) -> Collection[str]:
-    """The optimizations of a worker: none on a CPU, unless COMPILE asks for them.
+    """The optimizations of a worker: none on a CPU, unless COMPILE or QUANTIZE asks for them.
 
     Those of a whole UNet do not work with a step cache, for deep and shallow steps would repeat the
     same pass, nor with offloading: a CUDA graph keeps the addresses that the weights had, and a

@@ -50,7 +50,7 @@ def check_quantization(
     # each product, which no CUDA graph can record.
     if not {"compile_blocks", "compile_unet"} & set(optimizations):
         raise ModelError(
-            "QUANTIZE: needs compiled UNets; set COMPILE=blocks (COMPILE=full does without "
+            "QUANTIZE: needs compiled UNets; set COMPILE=blocks (or COMPILE=full without "
             "STEP_CACHE), or leave QUANTIZE unset"
         )
 

@@ -229,7 +229,7 @@ def test_a_step_cache_leaves_only_the_blocks_to_be_compiled(
         for mode in ("blocks", "full")
     )
     check_quantization("fp8", blocks, ON_GPU)
-    with pytest.raises(ModelError, match="COMPILE=full does without STEP_CACHE"):
+    with pytest.raises(ModelError, match="or COMPILE=full without STEP_CACHE"):
         check_quantization("fp8", full, ON_GPU)
 
 
