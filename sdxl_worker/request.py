@@ -1,8 +1,8 @@
 """A job's input becomes an immutable, fully validated `Request`, or one readable `RequestError`.
 
-The fields of worker-sdxl 2.1.0 have their names and defaults here. Each field is declared once, in `Request`,
-with the rules that tie it to others: validation, error messages, JSON Schema and the documents'
-table all come from that declaration.
+The fields of worker-sdxl 2.1.0 have their names and defaults here. Each field is declared once, in
+`Request`, with the rules that tie it to others: validation, error messages, JSON Schema and the
+documents' table all come from that declaration.
 """
 
 import secrets
@@ -201,7 +201,8 @@ class Request(InputModel):
     check: bool = Field(
         default=False,
         description="Answer with a report on the worker in place of pictures. Alone, it draws a "
-        "picture in 2 steps of the base, and 1 of the refiner if there is one; beside other fields, the picture that they ask for.",
+        "picture in 2 steps of the base, and 1 of the refiner if there is one; beside other fields, "
+        "the picture that they ask for.",
     )
 
     @classmethod

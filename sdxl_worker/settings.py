@@ -93,10 +93,6 @@ class Settings(BaseSettings):
         return {name: value for name, value in lossy.items() if value is not None}
 
 
-DEFAULTS = Settings.model_construct()
-"""The settings of an empty environment."""
-
-
 def load_settings() -> Settings:
     """Read the settings from the environment.
 

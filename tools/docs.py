@@ -1,5 +1,5 @@
-"""Writes what is derived from the code: the documents' tables, the input's JSON Schema, the settings
-in the Hub's form, and the publisher's name.
+"""Writes what is derived from the code: the documents' tables, the input's JSON Schema, the
+settings in the Hub's form, and the publisher's name.
 
 Run as `make docs`; a test checks that all of it is up to date.
 """

@@ -1,9 +1,10 @@
 """Compiling: for which sizes, and keeping what was compiled for the next worker with the same GPU
 and versions.
 
-What is kept are the artifacts of `torch.compiler.save_cache_artifacts`, made at start-up: for the
-model's native size (on a CPU, for 64x64), one picture. They hold code, and are taken only from the folder that the
-settings name. https://docs.pytorch.org/tutorials/recipes/torch_compile_caching_tutorial.html
+What is kept are the artifacts of `torch.compiler.save_cache_artifacts`, made at start-up: for one
+picture of the model's native size (on a CPU, of 64x64). They hold code, and are taken only from the
+folder that the settings name.
+https://docs.pytorch.org/tutorials/recipes/torch_compile_caching_tutorial.html
 """
 
 import contextlib
