@@ -1,7 +1,8 @@
 """The peak of live tensors in one pass of each network of SDXL, counted on the meta device.
 
 The figures behind `sdxl_worker/drawing/batches.py`: bytes a pixel, with guidance and in 16-bit
-numbers. The weights are not in them; attention counts as its output alone, as FlashAttention computes it.
+numbers. The weights are not in them; attention counts as its output alone, as FlashAttention
+computes it.
 
     python -m benchmarks.memory
 """

@@ -201,8 +201,8 @@ class Request(InputModel):
     check: bool = Field(
         default=False,
         description="Answer with a report on the worker in place of pictures. Alone, it draws a "
-        "picture in 2 steps of the base, and 1 of the refiner if there is one; beside other fields, "
-        "the picture that they ask for.",
+        "picture in 2 steps of the base, and 1 of the refiner if there is one; beside other "
+        "fields, the picture that they ask for.",
     )
 
     @classmethod
