@@ -289,6 +289,38 @@ def test_the_sdk_s_own_checks_run_while_the_models_load() -> None:
     assert checked < text.index("loaded the refiner in"), "they did not wait for the models"
 
 
+SLOW_CHECK = """
+import asyncio, sys
+import runpod
+sys.argv[1:] = []
+
+async def slow():
+    await asyncio.sleep(8)
+    print("slow check passed", flush=True)
+
+# The SDK runs it as one of its own: after those that are there before it begins, before ours.
+def as_one_of_the_sdk_s():
+    runpod.serverless.register_fitness_check(slow)
+
+runpod.serverless.register_fitness_check(as_one_of_the_sdk_s)
+import handler
+handler.main()
+"""
+
+
+def test_no_cuda_graph_is_recorded_while_the_sdk_s_checks_run() -> None:
+    """They wait for all work of the GPU, which fails while a graph is recorded. COMPILE stands for
+    graphs here too, where there is no GPU."""
+    with LocalEndpoint(
+        worker_command=[sys.executable, "-c", SLOW_CHECK],
+        rules=RULES,
+        environment={"COMPILE": "graphs", "RUNPOD_LOG_LEVEL": "INFO"},
+    ) as endpoint:
+        text = endpoint.workers[0].log()
+    assert text.index("loaded the base in") < text.index("slow check passed")
+    assert text.index("slow check passed") < text.index("drew a first picture in")
+
+
 def test_the_webhook_gets_the_finished_job(endpoint: LocalEndpoint) -> None:
     received: list[dict[str, Any]] = []
 

@@ -125,3 +125,19 @@ def test_garbage_is_collected_again_once_the_worker_is_ready() -> None:
     finally:
         gc.unfreeze()
         gc.enable()
+
+
+@pytest.mark.usefixtures("_nothing_begun")
+def test_the_first_picture_waits_for_what_comes_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    generate = generate_module.generate
+
+    def drawn(*arguments: Any, **options: Any) -> Any:
+        order.append("drawn")
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(generate_module, "generate", drawn)
+    start(Settings(), before_drawing=lambda: order.append("before")).result()
+    assert order == ["before", "drawn", "drawn"]
