@@ -80,14 +80,14 @@ def main() -> None:
         log.warning("BUCKET_ENDPOINT_URL is not used yet: answers hold the pictures themselves")
     sdk_checks_done = threading.Event()
 
-    def wait_for_sdk_checks() -> None:
-        # The checks synchronize the GPU, which is forbidden while CUDA graphs are recorded.
-        if place is command_line.Place.QUEUE and settings.compile is not None:
-            sdk_checks_done.wait()
+    if place is not command_line.Place.QUEUE:
+        sdk_checks_done.set()  # there are none
 
     try:
         settings = load_settings()
-        models_start = start(settings, before_drawing=wait_for_sdk_checks)
+        # The checks synchronize the GPU, which is forbidden while CUDA graphs are recorded, and
+        # time a product, which would wait for whatever is drawn.
+        models_start = start(settings, before_drawing=sdk_checks_done.wait)
 
         import runpod  # takes more than a second; the models load meanwhile
 
@@ -112,12 +112,15 @@ def main() -> None:
         command_line.Place.SERVER: lambda handler: handler,
         command_line.Place.QUEUE: heeding_early_stops,
     }[place]
-    runpod.serverless.start(
-        {
-            "handler": wrap(handler),
-            "concurrency_modifier": lambda _: settings.worker_concurrency,
-        }
-    )
+    try:
+        runpod.serverless.start(
+            {
+                "handler": wrap(handler),
+                "concurrency_modifier": lambda _: settings.worker_concurrency,
+            }
+        )
+    finally:
+        sdk_checks_done.set()  # or a worker that is told to end early would wait for them for ever
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ def let_go(error: BaseException) -> None:
     Call it in the thread that failed, before the error reaches a coroutine: clearing the frame of
     a waiting coroutine would end the coroutine.
     """
-    for one in (error, error.__cause__, error.__context__):
-        if one is not None:
+    chain: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while chain:
+        one = chain.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
             traceback.clear_frames(one.__traceback__)
+            chain += [one.__cause__, one.__context__]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What NVIDIA's driver makes for each GPU; the second is that of Windows Subsystem for Linux.
-DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/dxg")
+# What NVIDIA's driver puts there: for each GPU, and for Windows' Subsystem for Linux.
+DEVICE_FILES = ("/dev/nvidia[0-9]*", "/usr/lib/wsl/lib/libcuda.so*")
 ON_CPU_ON_PURPOSE = "to serve on the CPU on purpose, set CUDA_VISIBLE_DEVICES=-1"
 
 
@@ -45,7 +45,7 @@ def choose_device() -> "torch.device":
                 "many minutes. Choose a GPU in the endpoint's settings"
             )
         return torch.device("cpu")
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and not torch.cuda.is_available():
         raise ModelError(
             "there is a GPU, and this build of torch is for CPUs: install the one for CUDA "
             f"(pip install torch=={torch.__version__.partition('+')[0]}), or, {ON_CPU_ON_PURPOSE}"
@@ -62,6 +62,8 @@ def choose_device() -> "torch.device":
             "as the endpoint's CUDA versions, or update the driver; where that is so already, the "
             f"GPU is broken; {ON_CPU_ON_PURPOSE}"
         ) from error
+    if torch.version.cuda is None:
+        return torch.device("cuda")  # ROCm, whose architectures have other names
     if not _has_code_for(capability, torch.cuda.get_arch_list()):
         raise ModelError(
             f"there is a GPU that cannot be used: {name} has compute capability "

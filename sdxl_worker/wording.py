@@ -21,6 +21,15 @@ IN_WORDS = "in_words"
 RULE = "x-rule"
 """In a field's JSON Schema: its rule in words, where the schema's own would be unclear."""
 
+BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "of at most",
+    "exclusiveMaximum": "below",
+}
+# Deeper inside, a value is not shown.
+MAX_DEPTH = 4
+
 Schema = dict[str, Any]
 
 
@@ -35,8 +44,7 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
         if place.is_union and any(path.startswith(inside) for path in paths):
             continue  # the value was meant for the alternative in which something is wrong
         if details["type"] in ("extra_forbidden", "invalid_key"):
-            line = _unknown_field(place, details["loc"][-1])
-            unknown.setdefault(place.path, line)
+            unknown.setdefault(place.path, _unknown_field(place, details["loc"]))
         else:
             # A field that breaks several of its rules gets only one line.
             others.setdefault(place.path, _problem(place, details))
@@ -56,18 +64,23 @@ def rule(schema: Schema) -> str:
         return json.dumps(schema["const"])
     kind = schema.get("type")
     if kind == "object":
-        return "an object with " + ", ".join(schema.get("properties", ["any fields"]))
+        fields = schema.get("properties")
+        return "an object" + (f" with {', '.join(fields)}" if fields else "")
     if kind == "array":
-        bounds = [("at least", schema.get("minItems")), ("at most", schema.get("maxItems"))]
-        count = " and ".join(f"{words} {number}" for words, number in bounds if number)
-        return f"a list{count and ' of '}{count}, each {rule(schema['items'])}"
+        sizes = [("at least", schema.get("minItems")), ("at most", schema.get("maxItems"))]
+        count = " and ".join(f"{words} {number}" for words, number in sizes if number)
+        each = f", each {rule(schema['items'])}" if "items" in schema else ""
+        return f"a list{count and ' of '}{count}{each}"
     if kind == "boolean":
         return "true or false"
-    words = {"integer": "an integer", "number": "a number", "string": "a string"}[str(kind)]
-    if "minimum" in schema:
+    words = {"integer": "an integer", "number": "a number", "string": "a string"}.get(
+        str(kind), "another value"
+    )
+    if "minimum" in schema and "maximum" in schema:
         words += f" from {schema['minimum']} to {schema['maximum']}"
-    if "exclusiveMinimum" in schema:
-        words += f" above {schema['exclusiveMinimum']} and below {schema['exclusiveMaximum']}"
+    else:
+        bounds = [f"{told} {schema[name]}" for name, told in BOUNDS.items() if name in schema]
+        words += " " * bool(bounds) + " and ".join(bounds)
     if "multipleOf" in schema:
         words += f", a multiple of {schema['multipleOf']}"
     if "minLength" in schema:
@@ -102,16 +115,39 @@ def _find(location: tuple[int | str, ...], root: Schema) -> _Place:
             # Here pydantic names the alternative that it tried; what is wrong inside comes after.
             if not rest:
                 break
-            kind = "array" if isinstance(rest[0], int) else "object"
-            schema = next(one for one in options if one.get("type") == kind)
+            schema = max(options, key=lambda option: _suits(option, name, rest[0]))
             continue
         [parent] = options
         if isinstance(name, int):
-            path, schema = f"{path}[{name}]", parent.get("items", {})
+            in_turn = parent.get("prefixItems", [])
+            schema = in_turn[name] if name < len(in_turn) else parent.get("items", {})
+            path = f"{path}[{name}]"
         else:
-            path = f"{path}.{name}" if path else name
-            schema = parent.get("properties", {}).get(name, {})
+            fields = parent.get("properties", {})
+            schema = fields.get(name) or parent.get("additionalProperties") or {}
+            schema = schema if isinstance(schema, dict) else {}
+            # What is no field is the caller's word, and may be anything.
+            told = (
+                name if name in fields or (name.isidentifier() and len(name) < 40) else shown(name)
+            )
+            path = f"{path}.{told}" if path else told
     return _Place(path, schema, parent)
+
+
+def _suits(option: Schema, tag: object, inside: int | str) -> int:
+    """How well an alternative of a union suits an error inside it: the higher, the better.
+
+    Args:
+        tag: what pydantic calls the alternative; of a discriminated union, the value that tells.
+        inside: the field or place that comes next in the error's `loc`.
+    """
+    if isinstance(inside, int):
+        return int(option.get("type") == "array")
+    if option.get("type") != "object":
+        return 0
+    fields = option.get("properties", {})
+    is_told = any(tag == one.get("const") or tag in one.get("enum", ()) for one in fields.values())
+    return 1 + (inside in fields) + 4 * is_told
 
 
 def _problem(place: _Place, details: ErrorDetails) -> str:
@@ -127,9 +163,9 @@ def _problem(place: _Place, details: ErrorDetails) -> str:
     return f"{path}: must be {words}; got {shown(value)}{_near_match(value, choices)}"
 
 
-def _unknown_field(place: _Place, name: object) -> str:
-    fields = place.parent["properties"]
-    where = place.path if "." in place.path else shown(name)
+def _unknown_field(place: _Place, location: tuple[int | str, ...]) -> str:
+    fields, name = place.parent.get("properties", {}), location[-1]
+    where = place.path if len(location) > 1 else shown(name)
     return f"{where}: no such field{_near_match(name, fields)}; the fields are {', '.join(fields)}"
 
 
@@ -137,7 +173,10 @@ def _alternatives(schema: Schema) -> list[Schema]:
     """What a value may be, except null, which means "not given"."""
     if "type" in schema:
         return [schema]  # an object's own `anyOf` ties its fields together
-    options = [one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"]
+    options = schema.get("anyOf") or schema.get("oneOf") or [schema]
+    options = [one for one in options if one.get("type") != "null"]
+    if len(options) == 1 and options[0] is not schema and "type" not in options[0]:
+        return _alternatives(options[0])  # a union within the only one
     # A field's own description and default stand beside its only alternative.
     return [{**schema, **options[0]}] if len(options) == 1 else options
 
@@ -167,8 +206,10 @@ def _schema(model: type[BaseModel]) -> Schema:
 
 
 def _near_match(value: object, choices: Iterable[str]) -> str:
+    if not isinstance(value, str):
+        return ""
     by_lower_case = {choice.lower(): choice for choice in choices}
-    matches = difflib.get_close_matches(str(value)[:100].lower(), by_lower_case, n=1)
+    matches = difflib.get_close_matches(value[:100].lower(), by_lower_case, n=1)
     return f" (did you mean {by_lower_case[matches[0]]}?)" if matches else ""
 
 
@@ -182,14 +223,18 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
 
 
-def _without_secrets_inside(value: object) -> object:
-    match value:
-        case str():
-            return without_secrets(value) if "://" in value else value
-        case dict():
-            return {str(name): _without_secrets_inside(one) for name, one in value.items()}
-        case list():
-            return [_without_secrets_inside(one) for one in value]
+def _without_secrets_inside(value: object, depth: int = 0) -> object:
+    if isinstance(value, str):
+        return without_secrets(value) if "://" in value else value
+    if isinstance(value, (dict, list)) and depth == MAX_DEPTH:
+        return "..."
+    if isinstance(value, dict):
+        return {
+            str(_without_secrets_inside(str(name))): _without_secrets_inside(one, depth + 1)
+            for name, one in value.items()
+        }
+    if isinstance(value, list):
+        return [_without_secrets_inside(one, depth + 1) for one in value]
     return value
 
 

@@ -137,3 +137,99 @@ def test_problems_are_told_by_path(given: dict[str, Any], lines: list[str]) -> N
 def test_no_secret_of_an_address_is_told_from_inside_a_value() -> None:
     [line] = told(sizes={"path": ["https://user:pw@example.com/a?token=1"]})
     assert line.endswith('got {"path": ["https://example.com/a"]}')
+
+
+class Canny(InputModel):
+    kind: Literal["canny"]
+    low: Annotated[int, Field(ge=0)] = 1
+
+
+class Depth(InputModel):
+    kind: Literal["depth"]
+    high: Annotated[float, Field(gt=0, le=2)] = 1.0
+
+
+class Odd(InputModel):
+    """Rules that no field has today."""
+
+    told_apart: Annotated[Canny | Depth, Field(discriminator="kind")] | None = None
+    either: Canny | Depth | None = None
+    pair: tuple[int, int] | None = None
+    named: dict[str, int] | None = None
+    at_most: Annotated[int, Field(le=5)] | None = None
+    above: Annotated[float, Field(gt=0)] | None = None
+    half_open: Annotated[float, Field(ge=0, lt=2)] | None = None
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        (
+            {"told_apart": {"kind": "canny", "low": -1}},
+            ["told_apart.low: must be an integer of at least 0; got -1"],
+        ),
+        (
+            {"told_apart": {"kind": "depth", "high": 3}},
+            ["told_apart.high: must be a number above 0 and of at most 2; got 3"],
+        ),
+        (
+            {"either": {"kind": "depth", "high": 0}},
+            ["either.high: must be a number above 0 and of at most 2; got 0"],
+        ),
+        ({"at_most": 9}, ["at_most: must be an integer of at most 5; got 9"]),
+        ({"above": 0}, ["above: must be a number above 0; got 0"]),
+        ({"half_open": 2}, ["half_open: must be a number of at least 0 and below 2; got 2"]),
+        ({"named": {"a": "b"}}, ['named.a: must be an integer; got "b"']),
+    ],
+)
+def test_rules_of_other_kinds_have_their_words(given: dict[str, Any], lines: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Odd.model_validate(given)
+    assert lines[0] in problems(caught.value, Odd)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"told_apart": {"kind": "pose"}},
+        {"told_apart": 3},
+        {"either": 3},
+        {"either": {}},
+        {"pair": [1, "a"]},
+        {"pair": 3},
+        {"named": 3},
+    ],
+)
+def test_every_rule_can_be_told(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Odd.model_validate(given)
+    lines = problems(caught.value, Odd)
+    assert lines
+    assert all(line.startswith(next(iter(given))) for line in lines)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("name", "shown_as"),
+    [
+        ("https://user:pw@example.com/a.png?token=SECRET", '"https://example.com/a.png"'),
+        ("a.b\nprompt: fine", '"a.b\\nprompt: fine"'),
+        ("x" * 100_000, "a string of 100000 characters"),
+        ("a.b", '"a.b"'),
+    ],
+)
+def test_a_name_that_is_no_field_is_told_as_any_other_value(
+    name: str, shown_as: str, nested: bool
+) -> None:
+    given: dict[str, Any] = {"first": {"path": "aa", name: 1}} if nested else {name: 1}
+    [line] = told(**given)
+    place = "first." * nested
+    assert line.startswith(f"{place}{shown_as}: no such field")
+
+
+def test_a_value_of_any_depth_is_refused_in_one_short_line() -> None:
+    deep: Any = "a"
+    for _ in range(5000):
+        deep = [deep]
+    [line] = told(sizes=deep)[-1:]
+    assert len(line) < 300

@@ -65,10 +65,10 @@ def listing() -> str:
     name = publisher()
     url = f"https://console.runpod.io/hub/{name}"
     return (
-        f"[![Runpod](https://api.runpod.io/badge/{name})]({url})\n\n"
         f"**Today the Hub's [listing of `{name}`]({url}) deploys the old worker, 2.1.0.** It "
         "deploys this one\nonce a release of this repository is published under that name. Until "
-        "then, [build your own image](docs/deploy.md#your-own-build)."
+        "then, [build your own image](docs/deploy.md#your-own-build).\n\n"
+        f"[![Runpod](https://api.runpod.io/badge/{name})]({url})"
     )
 
 

@@ -100,7 +100,9 @@ class ModelDir:
             if folder.parent.name == "snapshots":
                 return folder.name
         digest = hashlib.sha256()
-        for path in sorted(self.root.rglob("*.safetensors")):
+        # Folder by folder: a walk through the root would pass by one that is a link.
+        folders = [self.folder(network) for network in self.networks().values()]
+        for path in sorted(path for folder in folders for path in folder.glob("*.safetensors")):
             digest.update(f"{path.relative_to(self.root)} {path.stat().st_size}".encode())
             with path.open("rb") as file:
                 digest.update(file.read(DIGEST_BYTES))

@@ -132,7 +132,7 @@ def load_base(weights: Weights) -> Models:
         "loaded the base of %s from %s%s, %s on %s",
         models.name,
         model_dir.root,
-        "" if model_dir.refiner else "; there is no refiner/",
+        "" if model_dir.refiner else " (there is no refiner/)",
         str(placement.dtype).removeprefix("torch."),
         placement.device,
     )

@@ -17,19 +17,29 @@ def take_turns(networks: Collection[torch.nn.Module], device: torch.device) -> N
 
     Called again with more networks, it holds for all of them.
     """
+    on_device: list[torch.nn.Module] = []
     for network in networks:
-        add_hook_to_module(network, _Turn(network, networks, device))
+        others = [other for other in networks if other is not network]
+        add_hook_to_module(network, _Turn(others, on_device, device))
 
 
 class _Turn(ModelHook):
     def __init__(
-        self, network: torch.nn.Module, networks: Collection[torch.nn.Module], device: torch.device
+        self,
+        others: list[torch.nn.Module],
+        on_device: list[torch.nn.Module],
+        device: torch.device,
     ) -> None:
-        self._others = [other for other in networks if other is not network]
+        self._others = others
+        self._on_device = on_device  # shared by all: whose turn it is
         self.execution_device = device  # where pipelines make the network's inputs
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        for other in self._others:
-            other.to("cpu")
-        module.to(self.execution_device)
+        # Asking a network to go where it is takes milliseconds, in each step.
+        if self._on_device != [module]:
+            self._on_device.clear()
+            for other in self._others:
+                other.to("cpu")
+            module.to(self.execution_device)
+            self._on_device.append(module)
         return tuple(send_to_device(inputs, self.execution_device) for inputs in (args, kwargs))

@@ -261,8 +261,8 @@ def test_name_and_revision_are_those_that_were_written_with_the_weights(tmp_path
 
 def test_the_revision_tells_weights_apart(tmp_path: Path) -> None:
     def revision(name: str, content: bytes) -> str:
-        (tmp_path / name / "base").mkdir(parents=True)
-        (tmp_path / name / "base" / "a.safetensors").write_bytes(content)
+        (tmp_path / name / "base" / "unet").mkdir(parents=True)
+        (tmp_path / name / "base" / "unet" / "a.safetensors").write_bytes(content)
         return find(tmp_path / name).revision()
 
     one = revision("one", b"1" * 100)
@@ -313,3 +313,12 @@ def test_a_network_without_a_configuration_is_a_wrong_model(tmp_path: Path) -> N
     (tmp_path / "model" / "base" / "vae" / "config.json").unlink()
     with pytest.raises(ModelError, match="vae/config.json cannot be read"):
         find(tmp_path / "model").configs()
+
+
+def test_a_revision_is_that_of_the_files_also_where_a_folder_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "base").symlink_to(EMBEDDED_MODEL_DIR / "base")
+    shutil.copytree(EMBEDDED_MODEL_DIR / "base", tmp_path / "copied" / "base")
+    linked, copied = find(tmp_path / "linked").revision(), find(tmp_path / "copied").revision()
+    assert linked == copied
+    assert linked != f"sha256:{hashlib.sha256().hexdigest()[:16]}"
