@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from sdxl_worker.request import MAX_SEED
 from sdxl_worker.serving.job import Handler
 
 DEFAULT_JOB_FILE = "test_input.json"
@@ -69,7 +70,7 @@ def saving(handler: Handler) -> Handler:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         paths = []
         for i, data_uri in enumerate(output["images"]):
-            path = OUTPUT_DIR / f"{stamp}-seed{output['seed'] + i}.png"
+            path = OUTPUT_DIR / f"{stamp}-seed{(output['seed'] + i) % (MAX_SEED + 1)}.png"
             path.write_bytes(base64.b64decode(data_uri.partition(",")[2]))
             paths.append(str(path))
             print(f"Saved {path}")
