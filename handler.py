@@ -14,11 +14,10 @@ from typing import Any
 
 from sdxl_worker.errors import ModelError, RequestError
 from sdxl_worker.serving import command_line
-from sdxl_worker.serving.gpu_thread import on_gpu_thread
 from sdxl_worker.serving.job import run_job
 from sdxl_worker.serving.logs import set_up_logging
 from sdxl_worker.serving.start import start
-from sdxl_worker.serving.stops import heeding_early_stops
+from sdxl_worker.serving.threads import on_gpu_thread
 from sdxl_worker.settings import load_settings
 
 log = logging.getLogger("sdxl_worker")
@@ -38,15 +37,19 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     except (RequestError, ModelError) as error:
         log.info("refused", extra=extra)
         return {"error": str(error)}
-    except asyncio.CancelledError:
-        log.info("stopped", extra=extra)
-        raise
-    except Exception as error:
+    except BaseException as error:
+        # Only the task itself tells whether the job was stopped: inside it, anything can be raised.
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            log.info("stopped", extra=extra)
+            raise
         log.exception("failed", extra=extra)
+        if isinstance(error, GeneratorExit):  # nothing can be waited for in a closed coroutine
+            return _failed(error)
         return await on_gpu_thread(_describe_failure, error)
 
 
-def _describe_failure(error: Exception) -> dict[str, Any]:
+def _describe_failure(error: BaseException) -> dict[str, Any]:
     """The answer to a failure that is not the caller's mistake: no traceback, no paths."""
     import torch
 
@@ -64,6 +67,10 @@ def _describe_failure(error: Exception) -> dict[str, Any]:
             "error": "not enough GPU memory for this job; ask for fewer or smaller pictures "
             "(num_images, height, width)"
         }
+    return _failed(error)
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
     return {
         "error": f"the worker failed at this job ({type(error).__name__}); its log, under the "
         "job's id, says where"
@@ -107,15 +114,16 @@ def main() -> None:
     # runs checks one by one, its own after those registered before it begins. So ours is registered
     # once it has begun, and comes last: the models load while the SDK's own checks run.
     runpod.serverless.register_fitness_check(come_after_the_sdk_checks)
-    wrap = {
-        command_line.Place.LOCAL_JOB: command_line.saving,
-        command_line.Place.SERVER: lambda handler: handler,
-        command_line.Place.QUEUE: heeding_early_stops,
-    }[place]
+    if place is command_line.Place.QUEUE:
+        # It imports runpod.
+        from sdxl_worker.serving.scaler import take_the_place_of_the_sdks_scaler
+
+        take_the_place_of_the_sdks_scaler()
+    is_local_job = place is command_line.Place.LOCAL_JOB
     try:
         runpod.serverless.start(
             {
-                "handler": wrap(handler),
+                "handler": command_line.saving(handler) if is_local_job else handler,
                 "concurrency_modifier": lambda _: settings.worker_concurrency,
             }
         )

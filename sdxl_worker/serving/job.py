@@ -1,6 +1,5 @@
 """One job, phase by phase."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -13,9 +12,9 @@ from sdxl_worker.inputs.decode import decode, fit
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
 from sdxl_worker.request import Request, parse_request
-from sdxl_worker.serving.gpu_thread import on_gpu_thread
 from sdxl_worker.serving.logs import timed
 from sdxl_worker.serving.start import ready_models
+from sdxl_worker.serving.threads import in_thread, on_gpu_thread
 from sdxl_worker.settings import load_settings
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,8 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     input_picture = None
     if request.image_url is not None:
         with timed("fetch", job_id):
-            input_picture = await asyncio.to_thread(_input_picture, request)
+            data = await fetch(request.image_url, "image_url")
+            input_picture = await in_thread(_input_picture, data, request)
     if not request.check:
         width, height = output_size_px(stages, input_picture)
         check_expected_size(request.num_images, width * height, job_id)
@@ -72,7 +72,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             if request.check:
                 steps = total_steps(stages)
                 return build_report(request, models, settings, pictures, generate_ms, steps)
-            output = await asyncio.to_thread(
+            output = await in_thread(
                 build_output,
                 pictures,
                 request,
@@ -96,7 +96,6 @@ def _draw(
     return pictures, timing.ms
 
 
-def _input_picture(request: Request) -> Image.Image:
-    data = fetch(str(request.image_url), "image_url")
+def _input_picture(data: bytes, request: Request) -> Image.Image:
     picture = decode(data, "image_url")
     return fit(picture, "image_url", height_px=request.height, width_px=request.width)

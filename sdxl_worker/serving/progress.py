@@ -10,13 +10,13 @@ import base64
 import contextlib
 import json
 import logging
-import os
 import threading
 from typing import Any, Self
 
 from sdxl_worker.drawing.preview import preview_jpeg
 from sdxl_worker.drawing.steps import Step
 from sdxl_worker.loading.latent_rgb import LatentRgb
+from sdxl_worker.serving.delivery import job_url
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Progress:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        if url := _update_url(self._job_id):
+        if url := job_url(self._job_id):
             self._task = asyncio.create_task(self._send_updates(url))
         return self
 
@@ -111,17 +111,3 @@ class Progress:
                     # A job does not fail because an update does.
                     log.debug("update not sent: %s", error, extra={"job_id": self._job_id})
                 await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
-
-
-def _update_url(job_id: str) -> str | None:
-    """Where the platform takes updates of this job, or None where there is no platform.
-
-    It comes from the variables that the SDK posts results with.
-    """
-    template = os.environ.get("RUNPOD_WEBHOOK_POST_OUTPUT")
-    if not template or not os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
-        return None
-    from runpod.serverless.modules.worker_state import WORKER_ID
-
-    url = template.replace("$RUNPOD_POD_ID", WORKER_ID).replace("$ID", job_id)
-    return url + "&isStream=false"

@@ -18,7 +18,7 @@ from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.read_ahead import read_ahead
 from sdxl_worker.loading.sparing_imports import sparing_imports
 from sdxl_worker.request import CHECK_INPUT, parse_request
-from sdxl_worker.serving.gpu_thread import start_on_gpu_thread
+from sdxl_worker.serving.threads import start_on_gpu_thread
 from sdxl_worker.settings import Settings
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from benchmarks.ways import psnr_db
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import CHECK_INPUT, parse_request
-from sdxl_worker.serving.gpu_thread import start_on_gpu_thread
 from sdxl_worker.serving.start import start
+from sdxl_worker.serving.threads import start_on_gpu_thread
 from sdxl_worker.settings import Settings
 from sdxl_worker.speed.compiling import compiles, for_one_size
 from sdxl_worker.speed.optimize import (

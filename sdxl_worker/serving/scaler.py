@@ -1,0 +1,202 @@
+"""The SDK's loop over the platform's jobs, mended where it loses jobs or ends the worker.
+
+`runpod.serverless.start` makes a `JobScaler` and lets nobody choose another one: of its
+configuration, "jobs_fetcher" and "jobs_handler" are heeded only where there is no platform. So this
+subclass, which sets what they would set, takes its place. tests/serving/test_scaler.py fails where
+another version of the SDK is built otherwise.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from typing import Any
+
+from runpod.http_client import TooManyRequests
+from runpod.serverless.modules import rp_scale
+from runpod.serverless.modules.rp_job import _job_get_url
+
+from sdxl_worker.inputs.fetch import hurry
+from sdxl_worker.serving.delivery import Deliveries
+
+log = logging.getLogger(__name__)
+
+# An answer without a job that comes sooner was not held back by the platform.
+HELD_SECONDS = 0.5
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
+# Results that may wait for the platform before the worker takes no more jobs.
+MAX_WAITING_RESULTS = 8
+MAX_ID_CHARACTERS = 500
+# How long a stop is remembered for a job that has not begun: long enough for the SDK to begin a
+# job that it holds. One with the same id that comes later was sent again, and has to run.
+STOP_KEPT_SECONDS = 5.0
+
+
+def take_the_place_of_the_sdks_scaler() -> None:
+    rp_scale.JobScaler = WorkerScaler
+
+
+class WorkerScaler(rp_scale.JobScaler):  # type: ignore[misc]
+    """Takes jobs, runs them with the handler, delivers their results."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self.jobs_fetcher = self._take
+        self.jobs_handler = self._run
+        self._deliveries = Deliveries(done=self._delivered)
+        self._pause_seconds = 0.0
+        self._stopped_at: dict[str, float] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # Taking.
+
+    async def get_jobs(self, session: Any) -> None:
+        """Until the worker is told to end; then what that left to do."""
+        self._loop = asyncio.get_running_loop()
+        await super().get_jobs(session)
+        # The SDK's other loop may have ended before the last poll brought a job.
+        await self.run_jobs(session)
+        await self._deliveries.all_done()
+
+    async def _take(self, session: Any, count: int) -> list[dict[str, Any]]:
+        """Jobs that can be run, whatever the platform says.
+
+        Where it answers at once and has none, or fails, it is asked again after a pause: the SDK
+        would ask a thousand times a second.
+        """
+        began = time.monotonic()
+        try:
+            jobs = await self._ask(session, count)
+        except TooManyRequests:
+            raise  # the SDK waits by itself
+        except Exception:
+            await self._wait()
+            raise
+        if jobs or time.monotonic() - began > HELD_SECONDS:
+            self._pause_seconds = 0.0
+        else:
+            await self._wait()
+        return jobs
+
+    async def _wait(self) -> None:
+        longer = max(FIRST_PAUSE_SECONDS, 2 * self._pause_seconds)
+        self._pause_seconds = min(longer, LONGEST_PAUSE_SECONDS)
+        await asyncio.sleep(self._pause_seconds)
+
+    async def _ask(self, session: Any, count: int) -> list[dict[str, Any]]:
+        """As the SDK's `get_job`, which fails at a job without input, and loses it."""
+        async with session.get(_job_get_url(count)) as response:
+            if response.status == 429:
+                raise TooManyRequests(response.request_info, response.history, status=429)
+            if response.status == 400:  # "expected when FlashBoot is enabled", says the SDK
+                return []
+            response.raise_for_status()
+            if response.status == 204 or response.content_type != "application/json":
+                return []
+            text = await response.text(errors="replace")
+        try:
+            answer = json.loads(text, parse_int=_int)
+        except (ValueError, RecursionError):
+            for job_id in _ids_in(text):
+                error = "the job cannot be read: its JSON is not valid, or nested too deeply"
+                self._deliveries.start(session, job_id, {"error": error})
+            return []
+        jobs = [_runnable(job) for job in (answer if isinstance(answer, list) else [answer])]
+        if None in jobs:
+            log.error("the platform handed out something that is no job, or has no id: dropped")
+        return [job for job in jobs if job is not None]
+
+    # Running.
+
+    async def handle_job(self, session: Any, job: dict[str, Any]) -> None:
+        try:
+            await super().handle_job(session, job)
+        finally:
+            # Until its result is delivered, the pings name a job, or the platform would give it to
+            # another worker.
+            if self._deliveries.is_delivering(job["id"]):
+                self.job_progress.add(job)
+
+    def _delivered(self, job_id: str) -> None:
+        if job_id not in self.jobs_tasks:  # or it was handed out once more
+            self.job_progress.remove(job_id)
+
+    def current_occupancy(self) -> int:
+        """Jobs that keep the worker from taking others: a few whose results wait do not."""
+        waiting = sum(
+            self._deliveries.is_delivering(job.id) and job.id not in self.jobs_tasks
+            for job in self.job_progress
+        )
+        return int(super().current_occupancy()) - min(waiting, MAX_WAITING_RESULTS)
+
+    async def _run(self, session: Any, config: dict[str, Any], job: dict[str, Any]) -> None:
+        self._forget_old_stops()
+        if self._stopped_at.pop(job["id"], None) is not None:
+            return
+        output = await config["handler"](job)
+        result: dict[str, Any] = {}
+        if error := output.pop("error", None):
+            result["error"] = error
+        if output.pop("refresh_worker", None):
+            result["stopPod"] = True
+        if output or not result:
+            result["output"] = output
+        self._deliveries.start(session, job["id"], result)
+
+    # Stopping.
+
+    async def stop_job(self, job_id: str) -> bool:
+        """A stop for a job that has not begun is remembered. The SDK drops it, and the job, handed
+        out within the last tenth of a second, would run to its end and be paid for."""
+        if self._deliveries.drop(job_id):
+            return True
+        was_running: bool = await super().stop_job(job_id)
+        if not was_running:
+            self._forget_old_stops()
+            self._stopped_at[job_id] = time.monotonic()
+        return was_running
+
+    def kill_worker(self) -> None:
+        """Called from a signal handler: the worker ends once its jobs have."""
+        super().kill_worker()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(hurry)
+
+    def _forget_old_stops(self) -> None:
+        oldest = time.monotonic() - STOP_KEPT_SECONDS
+        self._stopped_at = {job_id: at for job_id, at in self._stopped_at.items() if at > oldest}
+
+
+def _int(digits: str) -> int | float:
+    """Python refuses numbers of thousands of digits, and with them the job that has one."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float("-inf" if digits.startswith("-") else "inf")
+
+
+def _runnable(job: object) -> dict[str, Any] | None:
+    """The job in a form that the SDK can keep; None where it has no id to answer under."""
+    if not isinstance(job, dict):
+        return None
+    job_id = job.get("id")
+    if isinstance(job_id, int) and not isinstance(job_id, bool):
+        job_id = str(job_id)
+    if not isinstance(job_id, str) or not 0 < len(job_id) <= MAX_ID_CHARACTERS:
+        return None
+    job.pop("self", None)  # the SDK passes all keys on as arguments of a method
+    # The platform leaves out an input without fields.
+    return {"input": {}, **job, "id": job_id}
+
+
+def _ids_in(text: str) -> list[str]:
+    """The ids of the jobs in an answer that cannot be read as a whole."""
+    ids, depth = [], 0
+    depth_of_jobs = 2 if text.lstrip().startswith("[") else 1
+    parts = re.findall(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]', text)
+    for name, colon, value in zip(parts, parts[1:], parts[2:], strict=False):
+        depth += (name in ("{", "[")) - (name in ("}", "]"))
+        if depth == depth_of_jobs and (name, colon) == ('"id"', ":") and value.startswith('"'):
+            ids.append(json.loads(value))
+    return [job["id"] for one in ids if (job := _runnable({"id": one}))]
