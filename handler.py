@@ -46,7 +46,11 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
         log.exception("failed", extra=extra)
         if isinstance(error, GeneratorExit):  # nothing can be waited for in a closed coroutine
             return _failed(error)
-        return await on_gpu_thread(_describe_failure, error)
+        try:
+            return await on_gpu_thread(_describe_failure, error)
+        except Exception:
+            log.exception("and so did the look at the GPU", extra=extra)
+            return _failed(error)
 
 
 def _describe_failure(error: BaseException) -> dict[str, Any]:

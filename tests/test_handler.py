@@ -93,7 +93,7 @@ def test_importing_any_module_loads_no_weights_and_starts_no_thread_of_ours() ->
         ({"num_inference_steps": 1001}, "num_inference_steps: must be an integer from 1 to 150"),
         ({"prompt": None}, "prompt: required, unless image_url is given; got nothing"),
         ({"image_url": "/etc/passwd"}, "image_url: must be an http:// or https:// address"),
-        ({"image_url": "http://127.0.0.1/a.png"}, "image_url: the worker does not fetch this"),
+        ({"image_url": "http://127.0.0.1/a.png"}, "image_url: the worker fetches from public"),
         ({"foo": 1}, '"foo": no such field'),
         ({"seed": 2**64}, "seed: must be an integer from -1 to 9007199254740991"),
     ],
@@ -151,6 +151,45 @@ def test_an_unexpected_failure_is_one_string_without_its_details(
     assert "/private/path" in caplog.text, "the log has the details"
     monkeypatch.undo()
     assert picture(**QUICK), "the worker is unharmed"
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        StopIteration,
+        StopAsyncIteration,
+        SystemExit,
+        KeyboardInterrupt,
+        GeneratorExit,
+        asyncio.CancelledError,
+        MemoryError,
+        RecursionError,
+    ],
+)
+def test_a_job_that_raises_anything_is_answered(
+    raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answered() -> dict[str, Any]:
+        running = handler.handler({"id": "test", "input": QUICK})
+        return await asyncio.wait_for(running, 30)
+
+    def raising(*_: Any, **__: Any) -> Any:
+        raise raised
+
+    replace_generate(monkeypatch, failing(raised()))
+    assert asyncio.run(answered())["error"].startswith("the worker failed at this job (")
+    monkeypatch.undo()
+    for module, name in [(job, "build_output"), (job, "parse_request"), (job, "load_settings")]:
+        monkeypatch.setattr(module, name, raising)
+        assert asyncio.run(answered())["error"].startswith("the worker failed at this job (")
+        monkeypatch.undo()
+    assert picture(**QUICK), "the worker is unharmed"
+
+
+def test_a_failure_whose_description_fails_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_generate(monkeypatch, failing(ValueError()))
+    monkeypatch.setattr(gpu, "is_broken", failing(ZeroDivisionError()))
+    assert error(QUICK).startswith("the worker failed at this job (ValueError)")
 
 
 def test_too_little_memory_is_told_and_the_worker_stays(monkeypatch: pytest.MonkeyPatch) -> None:

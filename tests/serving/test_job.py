@@ -29,7 +29,10 @@ def test_what_is_fetched_and_is_no_picture_is_refused(payload: str) -> None:
 
 
 def test_a_page_in_place_of_a_picture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "fetch", lambda *_: b"<html>")
+    async def page(*_: str) -> bytes:
+        return b"<html>"
+
+    monkeypatch.setattr(job, "fetch", page)
     job_input = {"prompt": PROMPT, "image_url": "https://example.com/page.html"}
     assert error(job_input).startswith("image_url: not a picture")
 
@@ -55,9 +58,9 @@ def test_while_one_picture_is_made_another_job_s_input_picture_is_fetched(
         assert fetched.wait(30), "the other job waited for the GPU before it fetched its picture"
         return generate(*arguments, **options)
 
-    def recorded(*arguments: Any) -> Any:
+    async def recorded(*arguments: Any) -> Any:
         fetched.set()
-        return fetch(*arguments)
+        return await fetch(*arguments)
 
     replace_generate(monkeypatch, generate_once_fetched)
     monkeypatch.setattr(job, "fetch", recorded)
