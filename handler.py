@@ -12,7 +12,7 @@ import sys
 import threading
 from typing import Any
 
-from sdxl_worker.errors import ModelError, RequestError
+from sdxl_worker.errors import ModelError, PictureError, RequestError
 from sdxl_worker.serving import command_line
 from sdxl_worker.serving.job import run_job
 from sdxl_worker.serving.logs import set_up_logging
@@ -37,6 +37,9 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     except (RequestError, ModelError) as error:
         log.info("refused", extra=extra)
         return {"error": str(error)}
+    except PictureError as error:
+        log.error("no picture", extra=extra)
+        return {"error": str(error)}
     except BaseException as error:
         # Only the task itself tells whether the job was stopped: inside it, anything can be raised.
         task = asyncio.current_task()
@@ -55,8 +58,6 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
 
 def _describe_failure(error: BaseException) -> dict[str, Any]:
     """The answer to a failure that is not the caller's mistake: no traceback, no paths."""
-    import torch
-
     from sdxl_worker import gpu
 
     if gpu.is_broken():
@@ -64,9 +65,9 @@ def _describe_failure(error: BaseException) -> dict[str, Any]:
             "error": "the worker's GPU failed and the worker is being replaced; send the job again",
             "refresh_worker": True,
         }
-    if isinstance(error, torch.OutOfMemoryError):
+    if gpu.is_out_of_memory(error):
         # The failed pass's tensors are free by now: the GPU thread clears the frames of an error.
-        torch.cuda.empty_cache()
+        gpu.free_memory()
         return {
             "error": "not enough GPU memory for this job; ask for fewer or smaller pictures "
             "(num_images, height, width)"

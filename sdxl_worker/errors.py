@@ -1,4 +1,4 @@
-"""Failures by type. The third kind, a job too large for the memory, is torch's own error."""
+"""Failures by type. One more kind, a job too large for the memory, has torch's own errors."""
 
 import traceback
 
@@ -9,6 +9,10 @@ class RequestError(Exception):
 
 class ModelError(Exception):
     """The models cannot be loaded as configured. The worker must stop: no job can succeed."""
+
+
+class PictureError(Exception):
+    """The models gave no picture, twice. The message is for the caller; the worker is unharmed."""
 
 
 def let_go(error: BaseException) -> None:

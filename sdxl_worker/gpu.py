@@ -1,6 +1,7 @@
 """Questions about the GPU. torch is used only where it is imported already, or must be."""
 
 import functools
+import gc
 import logging
 import os
 import resource
@@ -103,6 +104,24 @@ def is_broken() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory did not do. CUDA's libraries and the CPU have no type of their own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(sign in str(error) for sign in ("_ALLOC_FAILED", "DefaultCPUAllocator"))
+    )
+
+
+def free_memory() -> None:
+    """Give back what torch keeps for reuse: in other sizes, it may be of no use."""
+    gc.collect()
+    torch = _torch_with_gpu()
+    if torch is not None:
+        torch.cuda.empty_cache()
 
 
 @functools.cache

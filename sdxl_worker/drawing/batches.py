@@ -32,6 +32,13 @@ class Plan:
     tiling: bool
     """Whether each is decoded in tiles. Their seams are blended, so pixels change a little."""
 
+    def smaller(self) -> "Plan | None":
+        """What to try where the memory did not do; None where there is nothing smaller."""
+        if self.batch_size > 1:
+            half = self.batch_size // 2
+            return Plan(half, slicing=half > 1, tiling=self.tiling)
+        return None if self.tiling else Plan(1, slicing=False, tiling=True)
+
 
 def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
     """The largest batch that fits; slicing and tiling only where decoding does not fit without.

@@ -1,23 +1,31 @@
 """Drawing pictures: the stages of a request, batch after batch."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from PIL import Image
 
-from sdxl_worker.drawing import batches
+from sdxl_worker.drawing import batches, second_tries
+from sdxl_worker.drawing.decoding import decode, decoding_as_planned
 from sdxl_worker.drawing.prompts import Encoding, encode_pair
 from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.drawing.stages import Stage, output_size_px, total_steps
 from sdxl_worker.drawing.steps import Step, StepCounter
-from sdxl_worker.errors import let_go
+from sdxl_worker.errors import PictureError, let_go
+from sdxl_worker.gpu import free_memory, is_out_of_memory
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
+from sdxl_worker.speed.cuda_graphs import forget_recordings
 from sdxl_worker.speed.no_waits import timesteps_on_device
 from sdxl_worker.speed.step_cache import step_cache
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# A picture whose brightest value is below this may well become one without any light.
+DARK = 32
 
 
 @torch.no_grad()
@@ -41,48 +49,115 @@ def generate(
         input_picture: the picture of `image_url`, RGB and in the size to refine.
         on_step: called after each denoising step. If it raises, drawing ends at once.
         step_cache_interval: as `STEP_CACHE`.
-    """
-    if not stages:
-        return [cast(Image.Image, input_picture)] * request.num_images
 
-    size_px, steps = output_size_px(stages, input_picture), total_steps(stages)
-    texts = encode_pair(request.prompt, request.negative_prompt, models)
-    plan = batches.plan(models, num_images=request.num_images, pixels=math.prod(size_px))
-    # Each picture has a generator of its own, on the CPU: picture i is what a request for one
-    # picture with seed + i gives, within rounding, on any device. The refiner goes on with the
-    # base's generator: from a fresh one it would add the same noise that the base began with.
-    generators = [
-        torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in range(request.num_images)
-    ]
-    starts = range(0, request.num_images, plan.batch_size)
-    counter = StepCounter(on_step, steps * len(starts), models.device)
+    Raises:
+        PictureError: what came out is no picture, and was none the second time.
+        torch.OutOfMemoryError: one picture, decoded in tiles, does not fit.
+    """
+    count = request.num_images
+    if not stages:
+        return [cast(Image.Image, input_picture)] * count
+
+    plan = batches.plan(
+        models, num_images=count, pixels=math.prod(output_size_px(stages, input_picture))
+    )
+    counter = StepCounter(on_step, total_steps(stages), count, models.device)
+    texts = _with_room(encode_pair, request.prompt, request.negative_prompt, models)
     pictures: list[Image.Image] = []
-    with _decoding_as_planned(models.vae, plan), timesteps_on_device(*models.unets()):
-        for start in starts:
-            batch = generators[start : start + plan.batch_size]
-            images: Any = input_picture
-            for stage in stages:
-                pipeline = _pipeline(stage, models)
-                call = {
-                    **stage.options,
-                    **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
-                    "guidance_scale": request.guidance_scale,
-                    "num_images_per_prompt": len(batch),
-                    "generator": batch,
-                    "callback_on_step_end": counter.callback(stage.name),
-                    "output_type": "pt" if stage is stages[-1] else "latent",
-                }
-                if images is not None:
-                    call["image"] = images
-                pipeline.scheduler = build_scheduler(
-                    request.scheduler,
-                    models.scheduler_config,
-                    begins_in_mid_schedule=stage.begins_in_mid_schedule,
+    while len(pictures) < count:
+        batch = range(len(pictures), min(len(pictures) + plan.batch_size, count))
+        try:
+            with decoding_as_planned(models.vae, plan), timesteps_on_device(*models.unets()):
+                pictures += _draw(
+                    batch,
+                    request,
+                    stages,
+                    models,
+                    texts,
+                    input_picture,
+                    counter,
+                    step_cache_interval,
                 )
-                with step_cache(pipeline, step_cache_interval):
-                    images = pipeline(**call).images
-            pictures += _to_pictures(images)
+        except RuntimeError as error:
+            smaller = plan.smaller()
+            if smaller is None or not is_out_of_memory(error):
+                raise
+            let_go(error)
+            forget_recordings(models.unets())
+            free_memory()
+            second_tries.note("drawn in smaller batches")
+            plan = smaller
     return pictures
+
+
+def _with_room(encode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `encode` gives, called again where the memory did not do until it was given back."""
+    try:
+        return encode(*args, **kwargs)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        let_go(error)
+        free_memory()
+        second_tries.note("texts encoded again")
+        return encode(*args, **kwargs)
+
+
+def _draw(
+    batch: range,
+    request: Request,
+    stages: Sequence[Stage],
+    models: Models,
+    texts: tuple[Encoding, Encoding],
+    input_picture: Image.Image | None,
+    counter: StepCounter,
+    step_cache_interval: int | None,
+) -> list[Image.Image]:
+    """The pictures with these numbers, drawn a second time if something else came out.
+
+    Raises:
+        PictureError: as `generate`.
+    """
+    is_dark = (
+        input_picture is not None and max(high for _, high in input_picture.getextrema()) < DARK
+    )
+    for is_last in (False, True):
+        # Each picture has a generator of its own, on the CPU: picture i is what a request for one
+        # picture with seed + i gives, within rounding, on any device. The refiner goes on with the
+        # base's generator: from a fresh one it would add the same noise that the base began with.
+        generators = [torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in batch]
+        counter.begin(batch.start, len(batch))
+        images: Any = input_picture
+        for stage in stages:
+            pipeline = _pipeline(stage, models)
+            call = {
+                **stage.options,
+                **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
+                "guidance_scale": request.guidance_scale,
+                "num_images_per_prompt": len(batch),
+                "generator": generators,
+                "callback_on_step_end": counter.callback(stage.name),
+                "output_type": "latent",
+            }
+            if images is not None:
+                call["image"] = images
+            pipeline.scheduler = build_scheduler(
+                request.scheduler,
+                models.scheduler_config,
+                begins_in_mid_schedule=stage.begins_in_mid_schedule,
+            )
+            with step_cache(pipeline, step_cache_interval):
+                images = pipeline(**call).images
+        pictures = decode(images, models.vae, may_be_black=bool(is_dark))
+        if pictures is not None:
+            return pictures
+        if not is_last:
+            second_tries.note("drawn again")
+    raise PictureError(
+        "the models gave no picture: numbers that are not finite, or all black, twice; try another "
+        "seed or size; if it comes again, the worker's owner should try another DTYPE, or check "
+        "the weights and the GPU"
+    )
 
 
 def _pipeline(stage: Stage, models: Models) -> Any:
@@ -112,34 +187,6 @@ def _pipeline(stage: Stage, models: Models) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextlib.contextmanager
-def _decoding_as_planned(vae: Any, plan: batches.Plan) -> Iterator[None]:
-    """Around what decodes or encodes. Afterwards the VAE is as it was, even if that fails.
-
-    diffusers sets a VAE with `force_upcast` to float32 and, if the pass fails, leaves it so.
-    """
-    dtype, slicing, tiling = vae.dtype, vae.use_slicing, vae.use_tiling
-    vae.use_slicing, vae.use_tiling = plan.slicing, plan.tiling
-    try:
-        yield
-    except BaseException as error:
-        let_go(error)  # or there may be no memory left to convert the VAE back
-        raise
-    finally:
-        vae.use_slicing, vae.use_tiling = slicing, tiling
-        vae.to(dtype=dtype)
-
-
-def _to_pictures(images: torch.Tensor) -> list[Image.Image]:
-    """Rounded to 8 bits on their device, so that only a quarter of the bytes leaves the GPU.
-
-    Args:
-        images: RGB from 0 to 1, [n, 3, height, width].
-    """
-    pixels = images.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(array) for array in pixels.contiguous().cpu().numpy()]
 
 
 def _embeddings(

@@ -28,11 +28,23 @@ class Step:
 class StepCounter:
     """Called by the pipelines after each step; calls `on_step`, whose exceptions end the work."""
 
-    def __init__(self, on_step: Callable[[Step], None], planned: int, device: torch.device) -> None:
+    def __init__(
+        self, on_step: Callable[[Step], None], planned: int, num_images: int, device: torch.device
+    ) -> None:
+        """
+        Args:
+            planned: steps of one picture.
+            num_images: of the request.
+        """
         self._on_step = on_step
         self._planned = planned
-        self._done = 0
+        self._num_images = num_images
+        self._pictures_done = self._batch_size = self._done = 0
         self._steps_ahead = StepsAhead(device)
+
+    def begin(self, pictures_done: int, batch_size: int) -> None:
+        """A batch begins, perhaps not for the first time."""
+        self._pictures_done, self._batch_size, self._done = pictures_done, batch_size, 0
 
     def callback(self, stage: str) -> Callable[..., dict[str, Any]]:
         """For one stage, in the form of diffusers' `callback_on_step_end`."""
@@ -43,7 +55,8 @@ class StepCounter:
     ) -> dict[str, Any]:
         self._steps_ahead.limit()
         self._done += 1
-        percent = min(100 * self._done // self._planned, 100)
+        of_batch = min(self._done / self._planned, 1)
+        percent = int(100 * (self._pictures_done + self._batch_size * of_batch) / self._num_images)
         # Between steps, the scheduler's input scaling is that of the step to come.
         scale = pipeline.scheduler.scale_model_input
         latents = functools.partial(scale, tensors["latents"], timestep)

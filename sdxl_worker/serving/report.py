@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import sdxl_worker
+from sdxl_worker.drawing.second_tries import COUNTS
 from sdxl_worker.gpu import peak_memory_bytes
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
@@ -38,6 +39,7 @@ def build_report(
         "dtype": str(models.dtype).removeprefix("torch."),
         "step_cache": settings.step_cache,
         "quantization": settings.quantize,
+        "second_tries": dict(COUNTS),
         "peak_memory_mb": round(peak_memory_bytes() / 1e6),
         "free_memory_mb": round(torch.cuda.mem_get_info()[0] / 1e6) if gpu else None,
         "versions": {

@@ -1,7 +1,7 @@
 """A UNet's forward pass recorded once for each shape of its inputs, and replayed."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -57,6 +57,10 @@ class GraphedForward:
         # The next replay writes to the same memory, and some schedulers remember earlier outputs.
         return (self._graph(key)(*inputs).clone(),)
 
+    def forget(self) -> None:
+        """Free what the recordings hold. They are made again when they are needed."""
+        self._graph.cache_clear()
+
     def _record(self, key: Key) -> Callable[..., torch.Tensor]:
         """
         Returns:
@@ -110,3 +114,9 @@ class GraphedForward:
 def _stream() -> torch.cuda.Stream:
     """The stream that all recordings are made on."""
     return torch.cuda.Stream()
+
+
+def forget_recordings(unets: Iterable[Any]) -> None:
+    for unet in unets:
+        if isinstance(unet.forward, GraphedForward):
+            unet.forward.forget()

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 
-from sdxl_worker.drawing import batches
+from sdxl_worker.drawing import batches, decoding
 from sdxl_worker.drawing import generate as generate_module
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.schedulers import build_scheduler
@@ -363,7 +363,7 @@ def test_pictures_leave_the_gpu_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> No
         return copy(tensor)
 
     monkeypatch.setattr(torch.Tensor, "cpu", noted)
-    generate_module._to_pictures(torch.rand(2, 3, 8, 8))
+    decoding._to_pixels(torch.rand(2, 4, 1, 1), torch.rand(2, 3, 8, 8), may_be_black=False)
     assert [(tensor.dtype, tensor.is_contiguous()) for tensor in copied] == [(torch.uint8, True)]
 
 
