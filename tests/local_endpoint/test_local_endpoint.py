@@ -788,6 +788,23 @@ def test_results_get_through_500s_but_a_dropped_one_means_another_run(
     assert (answer["status"], answer["retries"]) == ("COMPLETED", 1), "not so after a lost one"
 
 
+def test_workers_get_over_random_faults_without_losing_or_doubling_a_job(
+    endpoint: LocalEndpoint,
+) -> None:
+    passing = [Fault("answer", 500), Fault("delay", delay_seconds=0.2)]
+    before = len(endpoint.record.exchanges)
+    endpoint.faults.at_random("job-take", "job-done", faults=passing, share=0.3, seed=1)
+    endpoint.faults.duplicate(times=2)
+    job_ids = [endpoint.run({"a": i}) for i in range(12)]
+    for job_id in job_ids:
+        assert endpoint.wait(job_id)["status"] == "COMPLETED"
+    endpoint.faults.clear()
+    met = [one.fault for one in list(endpoint.record.exchanges)[before:] if one.fault]
+    assert len(met) > 1
+    counts = endpoint.record.result_counts()
+    assert {job_id: counts[job_id] for job_id in job_ids} == dict.fromkeys(job_ids, 1)
+
+
 def test_of_a_job_delivered_twice_the_first_result_counts(endpoint: LocalEndpoint) -> None:
     endpoint.faults.duplicate()
     job_id = endpoint.run({"sleep_seconds": 1})
