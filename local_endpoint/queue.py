@@ -459,8 +459,7 @@ class JobQueue:
         if value is None:
             return default
         maximum = self.rules.policy_max_seconds
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not minimum * 1000 <= value <= maximum * 1000:
+        if not isinstance(value, int | float) or not minimum * 1000 <= value <= maximum * 1000:
             raise RequestRefused(
                 f"policy.{name}: must be a number of milliseconds from {minimum * 1000:.0f} "
                 f"to {maximum * 1000:.0f}; got {reprlib.repr(value)}"
