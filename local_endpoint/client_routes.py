@@ -1,17 +1,16 @@
 """What clients call, under `/v2/<endpoint>/`: the operations of Runpod's endpoint API."""
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 from aiohttp import web
 
 from local_endpoint.polling import Changes
-from local_endpoint.queue import Job, JobQueue, RequestRefused
+from local_endpoint.queue import Job, JobQueue
+from local_endpoint.reading import path_names, read_integer, read_json
 
 
 class ClientRoutes:
-    """Handlers that read and change the queue. Errors are answered as `{"error": "..."}`."""
+    """Handlers that read and change the queue."""
 
     def __init__(
         self, queue: JobQueue, changes: Changes, count_starting: Callable[[], int]
@@ -61,10 +60,7 @@ class ClientRoutes:
 
     async def retry(self, request: web.Request) -> web.Response:
         job = self._find(request)
-        try:
-            self._queue.retry(job)
-        except RequestRefused as error:
-            raise _error(web.HTTPBadRequest, str(error)) from None
+        self._queue.retry(job)
         return web.json_response({"id": job.id, "status": job.status.value})
 
     async def purge_queue(self, _: web.Request) -> web.Response:
@@ -79,18 +75,11 @@ class ClientRoutes:
         body = await request.read()
         if len(body) > max_bytes:
             message = f"the request has {len(body)} bytes; at most {max_bytes} are allowed"
-            raise web.HTTPRequestEntityTooLarge(
-                max_bytes, len(body), text=_error_text(message), content_type="application/json"
-            )
-        try:
-            return self._queue.submit(json.loads(body), is_sync=is_sync)
-        except RequestRefused as error:
-            raise _error(web.HTTPBadRequest, str(error)) from None
-        except ValueError as error:
-            raise _error(web.HTTPBadRequest, f"the body is not valid JSON: {error}") from None
+            raise web.HTTPRequestEntityTooLarge(max_bytes, len(body), text=message)
+        return self._queue.submit(read_json(body), is_sync=is_sync)
 
     def _find(self, request: web.Request) -> Job:
-        job_id = request.match_info["job_id"]
+        [job_id] = path_names(request)
         job = self._queue.find(job_id)
         if job is None:
             raise _not_found(job_id)
@@ -102,22 +91,11 @@ class ClientRoutes:
         if text is None:
             return rules.runsync_wait_seconds
         minimum, maximum = rules.runsync_wait_min_seconds, rules.runsync_wait_max_seconds
-        if not text.isdecimal() or not minimum <= int(text) / 1000 <= maximum:
-            raise _error(
-                web.HTTPBadRequest,
-                f"wait: must be a number of milliseconds from {minimum * 1000:.0f} to "
-                f"{maximum * 1000:.0f}; got {text!r}",
-            )
-        return int(text) / 1000
+        return (
+            read_integer("wait", text, int(minimum * 1000), int(maximum * 1000), " milliseconds")
+            / 1000
+        )
 
 
 def _not_found(job_id: str) -> web.HTTPException:
-    return _error(web.HTTPNotFound, f"there is no job {job_id}")
-
-
-def _error(kind: type[web.HTTPError], message: Any) -> web.HTTPException:
-    return kind(text=_error_text(message), content_type="application/json")
-
-
-def _error_text(message: str) -> str:
-    return json.dumps({"error": message})
+    return web.HTTPNotFound(text=f"there is no job {job_id[:80]}")

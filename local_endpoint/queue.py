@@ -4,6 +4,7 @@ IN_QUEUE -> IN_PROGRESS (a worker took it) -> COMPLETED, FAILED, CANCELLED or TI
 worker is lost goes back to the front of the queue. Times are seconds of the clock that is given.
 """
 
+import reprlib
 import time
 import uuid
 from collections import deque
@@ -64,6 +65,8 @@ class Rules:
     # Not documented: a job is lost when no ping has named it for this long.
     job_lost_after_seconds: float = 30
     max_retries: int = 1
+    # Not documented: the answer to a result of a job that has ended. It is ignored in any case.
+    late_result_status_code: int = 200
 
 
 @dataclass(eq=False)
@@ -165,23 +168,26 @@ class JobQueue:
 
     # What clients do.
 
-    def submit(self, request: Any, *, is_sync: bool) -> Job:
+    def submit(self, request: Any, *, is_sync: bool, job_id: str | None = None) -> Job:
         """Queue a job.
 
         Args:
             request: the body of the client's request, `{"input": ..., "policy"?, "webhook"?, ...}`.
+            job_id: in place of one like the platform's, for tests.
 
         Raises:
             RequestRefused: there is no `input`, or the policy is outside the limits.
         """
         if not isinstance(request, dict) or "input" not in request:
             raise RequestRefused('the body must be a JSON object with "input" in it')
-        policy = request.get("policy") or {}
+        policy = request.get("policy")
+        if policy is None:
+            policy = {}
         if not isinstance(policy, dict):
             raise RequestRefused("policy: must be an object")
         rules = self.rules
         job = Job(
-            id=f"{'sync-' if is_sync else ''}{uuid.uuid4()}-{'e' if is_sync else 'u'}1",
+            id=job_id or f"{'sync-' if is_sync else ''}{uuid.uuid4()}-{'e' if is_sync else 'u'}1",
             request=request,
             is_sync=is_sync,
             submitted_at=self._clock(),
@@ -453,10 +459,10 @@ class JobQueue:
         if value is None:
             return default
         maximum = self.rules.policy_max_seconds
-        if not isinstance(value, int | float) or not minimum <= value / 1000 <= maximum:
+        if not isinstance(value, int | float) or not minimum * 1000 <= value <= maximum * 1000:
             raise RequestRefused(
                 f"policy.{name}: must be a number of milliseconds from {minimum * 1000:.0f} "
-                f"to {maximum * 1000:.0f}; got {value!r}"
+                f"to {maximum * 1000:.0f}; got {reprlib.repr(value)}"
             )
         return value / 1000
 

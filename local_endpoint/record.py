@@ -1,6 +1,6 @@
 """What happened at the endpoint, in order, for tests to look at."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ class Exchange:
     route: str  # as in the URL, "job-take" for example; "progress" for progress posted to job-done
     path: str
     status_code: int | None
+    fault: str | None = None  # the kind of fault that it met
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,17 @@ class Record:
         return [
             post for post in list(self.posts) if post.job_id == job_id and kind in (None, post.kind)
         ]
+
+    def result_counts(self, receipt: Receipt | None = Receipt.ACCEPTED) -> Counter[str]:
+        """How many results of each job became `receipt`; all that were posted, if that is None.
+
+        None is lost and none is doubled where this equals `dict.fromkeys(job_ids, 1)`.
+        """
+        return Counter(
+            post.job_id
+            for post in list(self.posts)
+            if post.kind == "result" and receipt in (None, post.receipt)
+        )
 
     @property
     def late_progress(self) -> list[Post]:

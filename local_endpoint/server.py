@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import hmac
-import json
 import os
 import sys
 import tempfile
@@ -16,9 +15,10 @@ from pathlib import Path
 from aiohttp import web
 
 from local_endpoint.client_routes import ClientRoutes
-from local_endpoint.faults import Fault, Faults
+from local_endpoint.faults import Faults
 from local_endpoint.polling import Changes
-from local_endpoint.queue import Job, JobQueue, Rules
+from local_endpoint.queue import Job, JobQueue, RequestRefused, Rules
+from local_endpoint.reading import read_json, route_of
 from local_endpoint.record import Exchange, Record
 from local_endpoint.webhooks import call_webhook
 from local_endpoint.worker_routes import WorkerRoutes, is_progress
@@ -27,9 +27,11 @@ from local_endpoint.workers import EndpointError, WorkerPool
 HOST = "127.0.0.1"
 REPOSITORY = Path(__file__).resolve().parent.parent
 TICK_SECONDS = 0.05
+TRICKLE_SECONDS = 0.5
 # Large enough for every body whose size the rules have to judge.
 READ_MAX_BYTES = 2**30
 ROUTE = web.RequestKey("route", str)
+FAULT = web.RequestKey("fault", str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class Server:
         self.port = listening[1]
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self.pool.start(
-            self.options.workers, self._worker_environment(), self.options.stop_grace_seconds
+            self.options.workers, self.worker_environment(), self.options.stop_grace_seconds
         )
         self._tasks = {
             asyncio.create_task(self._tick_for_ever()),
@@ -174,7 +176,8 @@ class Server:
             self._webhooks.add(task)
             task.add_done_callback(self._webhooks.discard)
 
-    def _worker_environment(self) -> dict[str, str]:
+    def worker_environment(self) -> dict[str, str]:
+        """What workers find in their environment, but for RUNPOD_POD_ID: each has its own."""
         query = f"?{self.options.worker_query}" if self.options.worker_query else ""
         # Credentials in the home folder would override RUNPOD_AI_API_KEY.
         home = self._temporary_dir / "home"
@@ -220,24 +223,31 @@ class Server:
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        """Note each request with its answer, and turn refusals into answers."""
+        """Note each request with its answer, and turn refusals into `{"error": "..."}`."""
         came_at = time.monotonic()
         status_code = None
         try:
             try:
                 response = await handler(request)
+            except RequestRefused as refusal:
+                response = _error(400, str(refusal))
+            except web.RequestPayloadError:
+                response = _error(400, "the body's encoding, or its chunks, cannot be read")
             except web.HTTPException as refusal:
-                response = web.Response(
-                    status=refusal.status, text=refusal.text, content_type=refusal.content_type
-                )
+                response = _error(refusal.status, refusal.text or refusal.reason)
             if request.transport is not None and not request.transport.is_closing():
                 status_code = response.status
             return response
         finally:
-            route = request.get(ROUTE, "")
             self.record.exchanges.append(
                 Exchange(
-                    came_at, time.monotonic(), request.method, route, request.path, status_code
+                    came_at,
+                    time.monotonic(),
+                    request.method,
+                    request.get(ROUTE, ""),
+                    request.path,
+                    status_code,
+                    request.get(FAULT),
                 )
             )
 
@@ -249,30 +259,55 @@ class Server:
     ) -> web.StreamResponse:
         """Check the key, and make the faults happen that tests asked for."""
         key = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(key.encode(), self.options.api_key.encode()):
-            return web.json_response({"error": "the API key is missing or wrong"}, status=401)
+        # The server keeps bytes that are not UTF-8 as surrogates.
+        sent = key.encode(errors="surrogateescape")
+        if not hmac.compare_digest(sent, self.options.api_key.encode(errors="surrogateescape")):
+            return _error(401, "the API key is missing or wrong")
         route = request[ROUTE] = await _route(request)
-        fault = self.faults.next(route) or Fault("delay")
-        if fault.kind == "status":
-            return web.json_response({"error": "a fault on demand"}, status=fault.status_code)
-        if fault.kind == "drop":
-            return _dropped(request)
+        fault = self.faults.next(route)
+        if fault is None:
+            return await handler(request)
+        request[FAULT] = fault.kind
+        match fault.kind:
+            case "answer":
+                headers = {"Content-Type": "application/json", **fault.headers}
+                body = fault.body.encode()
+                return web.Response(status=fault.status_code, headers=headers, body=body)
+            case "drop":
+                return _dropped(request)
+            case "trickle":
+                return await _trickled(request)
         await asyncio.sleep(fault.delay_seconds)
         response = await handler(request)
         return _dropped(request) if fault.kind == "drop-answer" else response
 
 
 async def _route(request: web.Request) -> str:
-    route = request.path.split("/")[3] if request.path.count("/") > 2 else ""
+    route = route_of(request)
     if route == "job-done":
-        with contextlib.suppress(ValueError):
-            body = json.loads(await request.read())
+        with contextlib.suppress(RequestRefused):
+            body = read_json(await request.read())
             if isinstance(body, dict) and is_progress(body):
                 return "progress"
     return route
+
+
+def _error(status_code: int, message: str) -> web.Response:
+    return web.json_response({"error": message}, status=status_code)
 
 
 def _dropped(request: web.Request) -> web.Response:
     if request.transport is not None:
         request.transport.abort()
     return web.Response()
+
+
+async def _trickled(request: web.Request) -> web.StreamResponse:
+    """An answer that never ends, nor stalls: blanks before the JSON, until the caller hangs up."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionResetError):
+        while True:
+            await response.write(b" ")
+            await asyncio.sleep(TRICKLE_SECONDS)
+    return response

@@ -1,22 +1,24 @@
 """What workers call, under `/v2/<endpoint>/`, as Runpod's Python SDK does."""
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from aiohttp import web
 
 from local_endpoint.faults import Faults
 from local_endpoint.polling import Changes
-from local_endpoint.queue import JobQueue, Receipt
+from local_endpoint.queue import JobQueue, Receipt, RequestRefused
+from local_endpoint.reading import path_names, read_integer, read_json
 from local_endpoint.record import Ping, Post, PostKind, Record, Stop, Take
 from local_endpoint.workers import WorkerPool
 
 T = TypeVar("T")
 
+# Not documented. More than any worker asks for.
+MAX_BATCH_SIZE = 1000
 # A worker that has to end is held this long, to notice it before it asks again.
 DRAINING_POLL_SECONDS = 0.3
 
@@ -52,11 +54,12 @@ class WorkerRoutes:
         return web.json_response(jobs[0]) if jobs else web.Response(status=204)
 
     async def job_take_batch(self, request: web.Request) -> web.Response:
-        jobs = await self._take(request, int(_parameters(request).get("batch_size", "1")))
+        text = _parameters(request).get("batch_size", "1")
+        jobs = await self._take(request, read_integer("batch_size", text, 1, MAX_BATCH_SIZE))
         return web.json_response(jobs) if jobs else web.Response(status=204)
 
     async def job_stop(self, request: web.Request) -> web.Response:
-        worker_id = _name(request, "worker")
+        [worker_id] = path_names(request)
         job_ids = await self._hold(worker_id, lambda: self._queue.take_stops(worker_id))
         if not job_ids:
             return web.Response(status=204)
@@ -65,7 +68,7 @@ class WorkerRoutes:
 
     async def job_done(self, request: web.Request) -> web.Response:
         """Take a result, or progress where the body has `"status": "IN_PROGRESS"`."""
-        worker_id, job_id = _name(request, "worker"), _name(request, "job")
+        worker_id, job_id = path_names(request)
         size_bytes, body = await _json_object(request)
         if is_progress(body):
             progress = body.get("output")
@@ -78,14 +81,14 @@ class WorkerRoutes:
         return self._answer("result", request, body, size_bytes, receipt)
 
     async def job_stream(self, request: web.Request) -> web.Response:
+        worker_id, job_id = path_names(request)
         size_bytes, body = await _json_object(request)
-        receipt = self._queue.add_chunk(
-            _name(request, "worker"), _name(request, "job"), body.get("output"), size_bytes
-        )
+        receipt = self._queue.add_chunk(worker_id, job_id, body.get("output"), size_bytes)
         return self._answer("chunk", request, body, size_bytes, receipt)
 
     async def ping(self, request: web.Request) -> web.Response:
-        worker_id, parameters = _name(request, "worker"), _parameters(request)
+        [worker_id] = path_names(request)
+        parameters = _parameters(request)
         job_ids = tuple(filter(None, parameters.get("job_id", "").split(",")))
         unhealthy_because = None
         if parameters.get("status") == "unhealthy":
@@ -95,7 +98,7 @@ class WorkerRoutes:
         return web.Response()
 
     async def _take(self, request: web.Request, count: int) -> list[dict[str, Any]]:
-        worker_id = _name(request, "worker")
+        [worker_id] = path_names(request)
         jobs = await self._hold(worker_id, lambda: self._queue.take(worker_id, count))
         if jobs:
             for job in jobs:
@@ -125,14 +128,16 @@ class WorkerRoutes:
         size_bytes: int,
         receipt: Receipt,
     ) -> web.Response:
-        worker_id, job_id = _name(request, "worker"), _name(request, "job")
+        worker_id, job_id = path_names(request)
         self._record.posts.append(
             Post(time.monotonic(), kind, worker_id, job_id, body, size_bytes, receipt)
         )
         if receipt is Receipt.TOO_LARGE:
-            _refuse(f"{size_bytes} bytes are too many")
+            raise RequestRefused(f"{size_bytes} bytes are too many")
         if receipt is Receipt.UNKNOWN:
-            return web.json_response({"error": f"there is no job {job_id}"}, status=404)
+            raise web.HTTPNotFound(text=f"there is no job {job_id[:80]}")
+        if receipt is Receipt.LATE and kind == "result":
+            return web.Response(status=self._queue.rules.late_result_status_code)
         return web.Response()
 
 
@@ -141,29 +146,15 @@ def is_progress(body: dict[str, Any]) -> bool:
     return body.get("status") == "IN_PROGRESS"
 
 
-def _name(request: web.Request, part: str) -> str:
-    # The SDK appends "&job_in_progress=0" even to an address without "?": the name ends there.
-    return request.match_info[part].partition("&")[0]
-
-
 def _parameters(request: web.Request) -> dict[str, str]:
-    tail = request.path.partition("&")[2]
+    tail = request.rel_url.raw_path.partition("&")[2]  # the SDK's, of an address without "?"
     return dict(parse_qsl(tail)) | dict(request.query)
 
 
 async def _json_object(request: web.Request) -> tuple[int, dict[str, Any]]:
     """The size and the JSON of a body. The SDK gives it the content type of a form."""
     content = await request.read()
-    try:
-        # Python's NaN and Infinity are not JSON: the platform does not read them.
-        body = json.loads(content, parse_constant=_refuse)
-    except ValueError as error:
-        _refuse(str(error))
+    body = read_json(content)
     if not isinstance(body, dict):
-        _refuse("not an object")
+        raise RequestRefused("the body must be a JSON object")
     return len(content), body
-
-
-def _refuse(what: str) -> NoReturn:
-    text = json.dumps({"error": f"the body cannot be read: {what}"})
-    raise web.HTTPBadRequest(text=text, content_type="application/json")

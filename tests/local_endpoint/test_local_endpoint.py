@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import psutil
 import pytest
 import runpod
 
-from local_endpoint import EndpointError, LocalEndpoint, Receipt, Rules
+from local_endpoint import JUNK_JOBS, EndpointError, Fault, LocalEndpoint, Receipt, Rules
 from local_endpoint.server import REPOSITORY
 from tests import tutorial
 
@@ -495,6 +496,158 @@ def test_a_job_can_be_delivered_twice(bare: LocalEndpoint, hand: HandWorker) -> 
     assert hand.get("job-take/hand")[0] == 204
 
 
+def test_an_answer_can_have_headers_and_a_body(bare: LocalEndpoint) -> None:
+    bare.faults.answer("health", 429, headers={"Retry-After": "7", "Content-Type": "text/html"})
+    request = urllib.request.Request(f"{bare.url}/health", headers={"Authorization": bare.api_key})
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(request)
+    with raised.value as answer:
+        assert answer.code == 429
+        assert answer.headers["Retry-After"] == "7"
+        assert answer.headers["Content-Type"] == "text/html"
+    bare.faults.answer("job-done", 413, body='{"error": "large"}')
+    assert HandWorker(bare).done("any", {"output": 1}) == 413
+    assert bare.call("health")[0] == 200
+
+
+@pytest.mark.parametrize("name", JUNK_JOBS)
+def test_a_question_for_jobs_can_be_answered_with_junk(bare: LocalEndpoint, name: str) -> None:
+    """And takes no job from the queue."""
+    job_id = bare.run(1)
+    bare.faults.add("job-take", JUNK_JOBS[name])
+    request = urllib.request.Request(
+        f"{bare.url}/job-take/hand", headers={"Authorization": bare.api_key}
+    )
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 200
+        assert answer.read().decode() == JUNK_JOBS[name].body
+        expected = "text/html" if name == "another content type" else "application/json"
+        assert answer.headers.get_content_type() == expected
+    assert HandWorker(bare).take()["id"] == job_id
+
+
+def test_an_answer_can_trickle_for_ever(bare: LocalEndpoint) -> None:
+    bare.faults.trickle("health")
+    request = urllib.request.Request(f"{bare.url}/health", headers={"Authorization": bare.api_key})
+    start = time.monotonic()
+    with urllib.request.urlopen(request) as answer:
+        assert answer.read(4) == b" " * 4
+    assert time.monotonic() - start > 1
+    exchange = eventually(
+        lambda: [one for one in list(bare.record.exchanges) if one.fault == "trickle"]
+    )[-1]
+    assert exchange.route == "health"
+
+
+def faults_met(endpoint: LocalEndpoint, *routes: str, count: int) -> list[str | None]:
+    """What the next requests of these routes meet."""
+    before = len(endpoint.record.exchanges)
+    for _ in range(count):
+        for route in routes:
+            with suppress(OSError, ValueError):
+                endpoint.call(route)
+    return [exchange.fault for exchange in list(endpoint.record.exchanges)[before:]]
+
+
+def test_a_share_of_the_requests_can_fail_at_random_and_again_in_the_same_way(
+    bare: LocalEndpoint,
+) -> None:
+    faults = [Fault("answer", 503), Fault("drop")]
+    bare.faults.at_random("health", faults=faults, share=0.25, seed=5)
+    met = faults_met(bare, "health", count=100)
+    assert len(met) == 100
+    assert 10 < met.count("answer") + met.count("drop") < 40
+    assert {"answer", "drop"} < set(met)
+    bare.faults.at_random("health", faults=faults, share=0.25, seed=5)
+    assert faults_met(bare, "health", count=100) == met
+    bare.faults.at_random("health", faults=faults, share=0.25, seed=6)
+    assert faults_met(bare, "health", count=100) != met
+    bare.faults.clear()
+    assert set(faults_met(bare, "health", count=50)) == {None}
+
+
+def test_random_faults_spare_other_routes_and_come_after_those_asked_for(
+    bare: LocalEndpoint,
+) -> None:
+    bare.faults.at_random("health", faults=[Fault("answer", 503)], share=1)
+    bare.faults.answer("health", 418)
+    assert [bare.call("health")[0] for _ in range(2)] == [418, 503]
+    assert bare.call("status/a")[0] == 404
+    with pytest.raises(ValueError, match="no route 'helth'"):
+        bare.faults.at_random("helth")
+
+
+def test_a_random_duplicate_is_of_the_job_handed_out_next(
+    bare: LocalEndpoint, hand: HandWorker
+) -> None:
+    bare.faults.at_random("job-take", faults=[Fault("duplicate")], share=1)
+    bare.run(1)
+    job = hand.take()
+    bare.faults.clear()
+    assert hand.take() == job
+
+
+def test_the_record_counts_the_results_of_each_job(bare: LocalEndpoint, hand: HandWorker) -> None:
+    job_ids = [bare.run(i) for i in range(3)]
+    once, twice, never = [hand.take()["id"] for _ in job_ids]
+    hand.done(never, {"status": "IN_PROGRESS", "output": 1})
+    hand.done(once, {"output": 1})
+    bare.faults.drop_answer("job-done")
+    with pytest.raises(OSError, match=r"reset|closed"):
+        hand.done(twice, {"output": 1})
+    hand.done(twice, {"output": 1})
+
+    def counts(receipt: Receipt | None) -> list[int]:
+        return [bare.record.result_counts(receipt)[job_id] for job_id in (once, twice, never)]
+
+    accepted = bare.record.result_counts()
+    assert [accepted[job_id] for job_id in (once, twice, never)] == [1, 1, 0]
+    assert counts(Receipt.LATE) == [0, 1, 0]
+    assert counts(None) == [1, 2, 0]
+
+
+def test_nothing_lost_and_nothing_doubled_is_one_comparison() -> None:
+    with bare_endpoint() as endpoint:
+        hand = HandWorker(endpoint)
+        job_ids = [endpoint.run(i) for i in range(2)]
+        hand.done(hand.take()["id"], {"output": 1})
+        assert endpoint.record.result_counts() != dict.fromkeys(job_ids, 1)
+        hand.done(hand.take()["id"], {"output": 1})
+        assert endpoint.record.result_counts() == dict.fromkeys(job_ids, 1)
+
+
+@pytest.mark.parametrize("code", [200, 400, 404])
+def test_a_second_result_changes_nothing_whatever_it_is_answered(code: int) -> None:
+    with bare_endpoint(late_result_status_code=code) as endpoint:
+        hand = HandWorker(endpoint)
+        job_id = endpoint.run(1)
+        hand.take()
+        assert hand.done(job_id, {"output": "first"}) == 200
+        assert hand.done(job_id, {"output": "second"}) == code
+        assert hand.done(job_id, {"status": "IN_PROGRESS", "output": 1}) == 200
+        assert endpoint.status(job_id)["output"] == "first"
+        assert [post.receipt for post in endpoint.record.posts_of(job_id, "result")] == [
+            Receipt.ACCEPTED,
+            Receipt.LATE,
+        ]
+
+
+@pytest.mark.parametrize(
+    "job_id", ["../../x", "a&b=c", "a b", "%2F", "\u00fc\u732b", "a\nb", "?", "#", "..", "a%26b"]
+)
+def test_a_job_is_found_by_any_id_that_is_quoted(
+    bare: LocalEndpoint, hand: HandWorker, job_id: str
+) -> None:
+    bare.run(1, job_id=job_id)
+    assert hand.take()["id"] == job_id
+    quoted = urllib.parse.quote(job_id, safe="").replace(".", "%2E")
+    bare.call(f"job-stream/hand/{quoted}?isStream=false", {"output": "chunk"})
+    assert bare.call(f"stream/{quoted}")[1]["stream"] == [{"output": "chunk"}]
+    assert bare.call(f"job-done/hand/{quoted}&isStream=false", {"output": 1})[0] == 200
+    assert bare.record.posts_of(job_id, "result")[-1].receipt is Receipt.ACCEPTED
+    assert bare.status(job_id)["output"] == 1
+
+
 def test_a_taken_port_is_told(bare: LocalEndpoint) -> None:
     port = int(bare.url.split(":")[2].split("/")[0])
     with pytest.raises(EndpointError, match=f"port {port} is taken"), LocalEndpoint(port=port):
@@ -633,6 +786,23 @@ def test_results_get_through_500s_but_a_dropped_one_means_another_run(
     lost = endpoint.run({"a": 2})
     answer = endpoint.wait(lost)
     assert (answer["status"], answer["retries"]) == ("COMPLETED", 1), "not so after a lost one"
+
+
+def test_workers_get_over_random_faults_without_losing_or_doubling_a_job(
+    endpoint: LocalEndpoint,
+) -> None:
+    passing = [Fault("answer", 500), Fault("delay", delay_seconds=0.2)]
+    before = len(endpoint.record.exchanges)
+    endpoint.faults.at_random("job-take", "job-done", faults=passing, share=0.3, seed=1)
+    endpoint.faults.duplicate(times=2)
+    job_ids = [endpoint.run({"a": i}) for i in range(12)]
+    for job_id in job_ids:
+        assert endpoint.wait(job_id)["status"] == "COMPLETED"
+    endpoint.faults.clear()
+    met = [one.fault for one in list(endpoint.record.exchanges)[before:] if one.fault]
+    assert len(met) > 1
+    counts = endpoint.record.result_counts()
+    assert {job_id: counts[job_id] for job_id in job_ids} == dict.fromkeys(job_ids, 1)
 
 
 def test_of_a_job_delivered_twice_the_first_result_counts(endpoint: LocalEndpoint) -> None:

@@ -503,8 +503,8 @@ def test_faults_happen_in_order_as_often_as_asked_and_to_their_route_only() -> N
     assert faults.next("job-take") is None, "a duplicate is no fault of a request"
     found = [faults.next("job-done") for _ in range(4)]
     assert [fault and (fault.kind, fault.status_code) for fault in found] == [
-        ("status", 503),
-        ("status", 503),
+        ("answer", 503),
+        ("answer", 503),
         ("delay", 500),
         None,
     ]
