@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdxl_worker.gpu import reset_peak_memory
-from sdxl_worker.inputs.decode import decode, fit
+from sdxl_worker.inputs.decoder_process import decode_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
 from sdxl_worker.request import Request, parse_request
@@ -98,5 +98,4 @@ def _draw(
 
 def _input_picture(request: Request) -> Image.Image:
     data = fetch(str(request.image_url), "image_url")
-    picture = decode(data, "image_url")
-    return fit(picture, "image_url", height_px=request.height, width_px=request.width)
+    return decode_apart(data, "image_url", height_px=request.height, width_px=request.width)

@@ -1,0 +1,122 @@
+"""Decoding in a process of its own: what it costs is bounded, and the worker lives on."""
+
+import io
+import struct
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs import decoder_process
+from sdxl_worker.inputs.decoder_process import decode_apart
+
+FORMATS = ("png", "jpeg", "webp", "gif", "bmp", "avif")
+
+
+def file(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def plain(width: int, height: int, kind: str, mode: str = "RGB", **options: Any) -> bytes:
+    fast = {"png": {"compress_level": 1}, "avif": {"speed": 10}, "webp": {"method": 0}}
+    return file(Image.new(mode, (width, height)), kind, **fast.get(kind, {}), **options)
+
+
+def drawn_on(data: bytes, height: int | None = None, width: int | None = None) -> Image.Image:
+    return decode_apart(data, "image_url", height_px=height, width_px=width)
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(RequestError, match=r"^image_url: ") as caught:
+        drawn_on(data)
+    return str(caught.value)
+
+
+def test_a_picture_comes_through_as_it_is() -> None:
+    picture = Image.effect_noise((128, 64), 50).convert("RGB")
+    assert drawn_on(file(picture, "png")).tobytes() == picture.tobytes()
+
+
+def test_the_given_sides_hold() -> None:
+    assert drawn_on(plain(200, 100, "png"), height=96, width=72).size == (72, 96)
+
+
+def test_a_refusal_comes_through_as_it_is() -> None:
+    assert refusal(b"%PDF-1.7").startswith("image_url: this is PDF, which is not read; send PNG")
+    assert "would become 64 x 2176" in refusal(plain(64, 2176, "png"))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_memory_is_bounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some 24 MB of pixels: too many for one limit, and not for the next."""
+    data = plain(3000, 2000, kind)
+    monkeypatch.setattr(decoder_process, "MAX_MEMORY_BYTES", 200 * 1024**2)
+    assert drawn_on(data).size == (2048, 1368)
+    monkeypatch.setattr(decoder_process, "MAX_MEMORY_BYTES", 64 * 1024**2)
+    assert any(words in refusal(data) for words in ("MB of memory", "too large", "crashed"))
+
+
+def test_memory_is_bounded_where_the_header_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libavif decodes the video frame in whatever size it has, and then scales it down."""
+    data = plain(6000, 6000, "avif")
+    lie = data.replace(struct.pack(">II", 6000, 6000), struct.pack(">II", 64, 64))
+    assert lie != data
+    assert drawn_on(lie).size == (64, 64)
+    monkeypatch.setattr(decoder_process, "MAX_MEMORY_BYTES", 96 * 1024**2)
+    assert "too large to decode" in refusal(lie)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "mode", "options"),
+    [
+        ("png", (8192, 8192), "RGB", {}),
+        ("png", (8192, 8192), "LA", {}),
+        ("jpeg", (8192, 8192), "RGB", {"progressive": True, "subsampling": 0}),
+        ("gif", (8192, 8192), "P", {}),
+        ("webp", (8192, 6144), "RGB", {}),
+    ],
+)
+def test_the_largest_pictures_are_within_the_bound(
+    kind: str, size: tuple[int, int], mode: str, options: dict[str, Any]
+) -> None:
+    assert max(drawn_on(plain(*size, kind, mode, **options)).size) == 2048
+
+
+def test_more_pixels_than_that_are_refused_by_the_header() -> None:
+    assert "over the limit of 50331648 pixels" in refusal(plain(8192, 6145, "webp"))
+    assert "over the limit of 67108864 pixels" in refusal(plain(8193, 8192, "png", "L"))
+
+
+def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_process, "DECODE_TIMEOUT_SECONDS", 0.01)
+    assert "takes more than 0.01 seconds to decode" in refusal(plain(64, 64, "png"))
+
+
+def test_a_crash_of_the_decoder_is_the_picture_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "crashing.py").write_text("import os; os.abort()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(decoder_process, "_PROGRAM", "crashing")
+    assert "crashed its decoder" in refusal(plain(64, 64, "png"))
+
+
+def test_one_picture_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    (tmp_path / "slow.py").write_text(
+        f"import time\nlog = open({str(log)!r}, 'a', 1)\n"
+        "log.write('start\\n'); time.sleep(0.1); log.write('end\\n')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(decoder_process, "_PROGRAM", "slow")
+    threads = [threading.Thread(target=refusal, args=(b"",)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert log.read_text().split() == ["start", "end"] * 3
