@@ -210,7 +210,7 @@ def _what_is_wrong_with(data: bytes) -> str:
         if re.match(signature, data[:1024], re.DOTALL):
             if name in _DECODED:
                 return f"the {name} picture is damaged, cut short or too large to decode"
-            return f"this is {name}, which is not read; {WHAT_TO_SEND}"
+            return f"not a picture that can be read ({name}); {WHAT_TO_SEND}"
     return f"not a picture that can be read; {WHAT_TO_SEND}"
 
 

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -204,7 +205,8 @@ def test_a_header_that_claims_a_huge_picture_is_told_its_limit(side: int) -> Non
 def test_another_format_is_refused_by_its_name(kind: str, name: str) -> None:
     message = refusal(file(noise(64, 64), kind))
     assert message == (
-        f"image_url: this is {name}, which is not read; send PNG, JPEG, WebP, GIF, BMP or AVIF"
+        f"image_url: not a picture that can be read ({name}); "
+        "send PNG, JPEG, WebP, GIF, BMP or AVIF"
     )
 
 
@@ -223,7 +225,7 @@ def test_another_format_is_refused_by_its_name(kind: str, name: str) -> None:
     ],
 )
 def test_a_file_that_is_often_sent_in_error_is_named(data: bytes, name: str) -> None:
-    assert f"this is {name}, which is not read; send PNG" in refusal(data)
+    assert f"not a picture that can be read ({name}); send PNG" in refusal(data)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -284,6 +286,7 @@ def profile(
     space: bytes,
     *,
     gamma: float = 2.2,
+    levels: Sequence[int] = (),
     # Of Display P3, adapted to the D50 white of profiles (SMPTE EG 432-1).
     red: tuple[float, float, float] = (0.5151, 0.2412, -0.0011),
     green: tuple[float, float, float] = (0.2920, 0.6922, 0.0419),
@@ -295,6 +298,8 @@ def profile(
         return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in values))
 
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    if levels:
+        curve = b"curv\0\0\0\0" + struct.pack(f">I{len(levels)}H", len(levels), *levels)
     if space == b"CMYK":
         # Two points for each ink: all are white but for full yellow, which is made red (Lab).
         table = b"".join(
@@ -365,8 +370,21 @@ def test_a_cmyk_profile_holds_for_cmyk() -> None:
 
 
 def test_a_profile_of_srgb_leaves_every_byte() -> None:
-    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert loaded(file(noise(), icc_profile=srgb)).tobytes() == noise().tobytes()
+    """By whatever name and in whatever form: lcms's own, and one whose curve is a table."""
+    lights = [i / 1023 for i in range(1024)]
+    levels = [
+        round(65535 * (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4)) for x in lights
+    ]
+    table = profile(
+        b"RGB",
+        levels=levels,
+        red=(0.4361, 0.2225, 0.0139),
+        green=(0.3851, 0.7169, 0.0971),
+        blue=(0.1431, 0.0606, 0.7141),
+    )
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for srgb in (own, table):
+        assert loaded(file(noise(), icc_profile=srgb)).tobytes() == noise().tobytes()
 
 
 @pytest.mark.parametrize(

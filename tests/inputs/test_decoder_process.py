@@ -47,7 +47,7 @@ def test_the_given_sides_hold() -> None:
 
 
 def test_a_refusal_comes_through_as_it_is() -> None:
-    assert refusal(b"%PDF-1.7").startswith("image_url: this is PDF, which is not read; send PNG")
+    assert refusal(b"%PDF-1.7").startswith("image_url: not a picture that can be read (PDF); send ")
     assert "would become 64 x 2176" in refusal(plain(64, 2176, "png"))
 
 
