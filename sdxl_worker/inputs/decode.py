@@ -129,7 +129,6 @@ def _decoded(data: bytes, field: str) -> Image.Image:
         )
     picture.load()
     profile = picture.info.get("icc_profile")
-    # From here on there is a plain picture, without its decoder's memory.
     picture = _upright(picture)
     to_srgb = _to_srgb(profile, picture.mode) if profile else None
     if picture.mode == "RGB" and not picture.has_transparency_data and to_srgb is None:
@@ -192,7 +191,7 @@ def _to_srgb(profile: bytes, mode: str) -> ToSrgb | None:
             levels = bytes(itertools.chain(*itertools.product(range(0, 256, 15), repeat=3)))
             swatches = Image.frombytes("RGB", (len(levels) // 3, 1), levels).convert(colours)
             change = ImageChops.difference(transform.apply(swatches), swatches.convert("RGB"))
-            if max(most for _, most in change.getextrema()) <= _UNSEEN:
+            if max(change.tobytes()) <= _UNSEEN:
                 return None
     except Exception:  # of many kinds, about bytes that nobody vouches for
         return None
@@ -265,6 +264,7 @@ def main() -> None:
     with contextlib.suppress(ValueError):  # a smaller limit is set already, or this is macOS
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     output = sys.stdout.buffer
+    answer: dict[str, str | tuple[int, int]]
     pixels = b""
     try:
         picture = decode(sys.stdin.buffer.read(), arguments["field"])
