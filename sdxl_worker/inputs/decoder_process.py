@@ -18,8 +18,8 @@ from sdxl_worker.request import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_MULTIPLE_PX
 # progressive CMYK JPEG (four of the pixel, eight of its coefficients), 11 in an AVIF with
 # transparency, some 60 MB of Python and its libraries, and the file of up to 50 MB.
 MAX_MEMORY_BYTES = 896 * 1024**2
-# The largest pictures take some 3 seconds; a file can be made to take hours.
-DECODE_TIMEOUT_SECONDS = 30
+# The largest pictures take 3 seconds, and 10 on two busy cores; a file can be made to take hours.
+DECODE_TIMEOUT_SECONDS = 60
 
 _PROGRAM = "sdxl_worker.inputs.decode"
 _REPOSITORY = Path(__file__).parents[2]
