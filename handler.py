@@ -16,6 +16,7 @@ from sdxl_worker.errors import ModelError, PictureError, RequestError
 from sdxl_worker.serving import command_line
 from sdxl_worker.serving.job import run_job
 from sdxl_worker.serving.logs import set_up_logging
+from sdxl_worker.serving.orphans import leave_no_orphans
 from sdxl_worker.serving.start import start
 from sdxl_worker.serving.threads import on_gpu_thread
 from sdxl_worker.settings import load_settings
@@ -87,6 +88,7 @@ def main() -> None:
     # The kernel drops unhandled signals to process 1, as in a container. Later the SDK handles it.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     set_up_logging()
+    leave_no_orphans()
     sys.argv[1:], place = command_line.prepare(sys.argv[1:])
     if os.environ.get("BUCKET_ENDPOINT_URL"):
         log.warning("BUCKET_ENDPOINT_URL is not used yet: answers hold the pictures themselves")

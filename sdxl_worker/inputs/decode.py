@@ -1,56 +1,226 @@
-"""Bytes become a picture to draw on: plain RGB, upright, in a size that the models take."""
+"""Bytes become a picture to draw on: plain RGB, upright, in a size that the models take.
 
+As a program, it makes one picture of a stranger's bytes; `decoder_process` runs it so, within
+limits of memory and time. It imports little, because it starts anew for each picture.
+"""
+
+import contextlib
 import io
+import itertools
+import json
+import re
+import resource
+import sys
+from collections.abc import Callable
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    ExifTags,
+    Image,
+    ImageChops,
+    ImageCms,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.request import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_MULTIPLE_PX
 
-# Decoded, a picture takes 3 or 4 bytes a pixel. A larger one is refused once its header is read.
+# A multi-picture file of a phone's camera (MPO) is opened as the JPEG that it begins with.
+FORMATS = ("PNG", "JPEG", WebPImagePlugin.WebPImageFile.format, "GIF", "BMP", "AVIF")
+WHAT_TO_SEND = "send PNG, JPEG, WebP, GIF, BMP or AVIF"
+
 MAX_INPUT_PIXELS = 64 * 1024**2
+# libwebp holds two more canvases: at 16 bytes a pixel, this is what the limit of memory leaves it.
+MAX_WEBP_PIXELS = 48 * 1024**2
+
+# What a file begins with. Those that are decoded are here to be called damaged by their names.
+_SIGNATURES = (
+    ("PNG", rb"\x89PNG"),
+    ("JPEG", rb"\xff\xd8\xff"),
+    ("WebP", rb"RIFF.{4}WEBP"),
+    ("GIF", rb"GIF8"),
+    ("AVIF", rb".{4}ftyp.{0,48}avi[fs]"),
+    ("HEIC", rb".{4}ftyp(hei[cfmsx]|hev[cmsx]|mif1|msf1)"),
+    ("JPEG 2000", rb".{4}jP  |\xff\x4f\xff\x51"),
+    ("JPEG XL", rb".{4}JXL |\xff\x0a"),
+    ("TIFF", rb"II[\x2a\x2b]\0|MM\0[\x2a\x2b]"),
+    ("PSD", rb"8BPS"),
+    ("OpenEXR", rb"v/1\x01"),
+    ("Radiance HDR", rb"#\?RADIANCE"),
+    ("DDS", rb"DDS "),
+    ("FITS", rb"SIMPLE  ="),
+    ("ICNS", rb"icns"),
+    ("ICO", rb"\0\0[\x01\x02]\0"),
+    ("PNM", rb"P[1-7fF]\s"),
+    ("EPS", rb"%!PS|\xc5\xd0\xd3\xc6"),
+    ("PDF", rb"%PDF"),
+    ("MP4", rb".{4}ftyp"),
+    ("WebM", rb"\x1a\x45\xdf\xa3"),
+    ("ZIP", rb"PK\x03\x04"),
+    ("SVG", rb"(\xef\xbb\xbf)?\s*(<[?!].*)?<svg[\s>]"),
+    ("HTML", rb"(\xef\xbb\xbf)?\s*(?i:<(!doctype html|html|head|body))"),
+    ("XML", rb"(\xef\xbb\xbf)?\s*<\?xml"),
+    ("BMP", rb"BM"),
+)
+_DECODED = {"PNG", "JPEG", "WebP", "GIF", "BMP", "AVIF"}
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# A file's claim of more pixels is Pillow's DecompressionBombError, which comes at twice this number
+# and before libwebp takes memory.
+Image.MAX_IMAGE_PIXELS = MAX_INPUT_PIXELS // 2
+# A CMYK profile is 2 MB, and generators write their workflow into the text of a PNG.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 1024**2
+# Each of libavif's threads takes memory of its own.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+# Colours are converted in bands of rows, so that no second picture lies in memory on the way.
+_BAND_PIXELS = 1024**2
+
+# The most that rounding changes of 255.
+_UNSEEN = 2
+
+ToSrgb = Callable[[Image.Image], Image.Image]
 
 
 def decode(data: bytes, field: str) -> Image.Image:
-    """The picture as RGB, turned as its EXIF orientation says, transparency on white.
+    """The picture as sRGB, turned as its EXIF orientation says, transparency on white; of an
+    animation, the first frame.
+
+    A colour profile is converted from, relative to the white point; one that cannot be read, or
+    is of other colours than the picture, is left aside as browsers do.
 
     Args:
         field: the place of `data` in the request, for messages.
 
     Raises:
         RequestError: it is not a picture that can be decoded, or is too large.
+        MemoryError: if the decoder says so. For some formats it calls the picture damaged.
     """
     try:
-        picture: Image.Image = Image.open(io.BytesIO(data))
-        if picture.width * picture.height > MAX_INPUT_PIXELS:
-            raise RequestError(
-                f"{field}: a picture of {picture.width} x {picture.height} pixels is over "
-                f"the limit of {MAX_INPUT_PIXELS} pixels"
-            )
-        picture = ImageOps.exif_transpose(picture)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        elif picture.mode.startswith("I;16"):
-            # Pillow would clip 16 bits to 8; a depth map or a scan needs them scaled.
-            picture = picture.point(lambda value: value / 257).convert("L")
-        return picture.convert("RGB")
-    except UnidentifiedImageError:
-        raise RequestError(
-            f"{field}: not a picture that can be read (PNG, JPEG, WebP and the like can)"
-        ) from None
+        return _decoded(data, field)
     except Image.DecompressionBombError:
-        # Pillow's own limit, also by the header, is larger and checked first.
         raise RequestError(
-            f"{field}: the picture is over the limit of {MAX_INPUT_PIXELS} pixels"
+            f"{field}: the picture is over the limit of {MAX_INPUT_PIXELS} pixels; send a smaller "
+            "one"
         ) from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RequestError(f"{field}: the picture is damaged ({error})") from None
+    except (MemoryError, RequestError):
+        raise
+    except Exception:
+        # The decoders raise errors of a dozen kinds about such bytes, from RuntimeError to
+        # struct.error, and their words are for programmers.
+        raise RequestError(f"{field}: {_what_is_wrong_with(data)}") from None
+
+
+def _decoded(data: bytes, field: str) -> Image.Image:
+    picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    limit = MAX_WEBP_PIXELS if picture.format == "WEBP" else MAX_INPUT_PIXELS
+    if picture.width * picture.height > limit:
+        raise RequestError(
+            f"{field}: a {picture.format} picture of {picture.width} x {picture.height} pixels is "
+            f"over the limit of {limit} pixels; send a smaller one"
+        )
+    picture.load()
+    profile = picture.info.get("icc_profile")
+    picture = _upright(picture)
+    to_srgb = _to_srgb(profile, picture.mode) if profile else None
+    if picture.mode == "RGB" and not picture.has_transparency_data and to_srgb is None:
+        return picture
+    result = Image.new("RGB", picture.size)
+    rows = max(1, _BAND_PIXELS // picture.width)
+    for top in range(0, picture.height, rows):
+        band = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        result.paste(_plain(band, to_srgb), (0, top))
+    return result
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    orientation = None
+    with contextlib.suppress(Exception):  # what EXIF tells of a picture may be broken, or a lie
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _plain(band: Image.Image, to_srgb: ToSrgb | None) -> Image.Image:
+    alpha = None
+    if band.mode.startswith("I;16"):
+        key = band.info.pop("transparency", None)
+        if key is not None:
+            table = [255] * 2**16
+            table[key] = 0
+            alpha = band.convert("I").point(table, "L")
+        # Pillow would clip 16 bits to 8; a depth map or a scan needs them scaled.
+        band = band.point(lambda value: value / 257).convert("L")
+    elif band.has_transparency_data:
+        band = band.convert("RGBA")
+        alpha = band.getchannel("A")
+    colours = to_srgb(band) if to_srgb else band.convert("RGB")
+    if alpha is not None:
+        colours.putalpha(alpha)
+        white = Image.new("RGBA", colours.size, "white")
+        colours = Image.alpha_composite(white, colours).convert("RGB")
+    return colours
+
+
+def _to_srgb(profile: bytes, mode: str) -> ToSrgb | None:
+    """None if the profile says nothing of the picture that sRGB does not, or cannot be used."""
+    grey = mode in ("1", "L", "LA") or mode.startswith("I;16")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        colours = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        if (colours == "CMYK") != (mode == "CMYK") or (colours == "L" and not grey):
+            return None
+        transform = ImageCms.ImageCmsTransform(
+            source,
+            ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
+            colours,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        if colours != "CMYK":
+            # Most profiles are sRGB by one name or another. Its pictures stay as they are.
+            levels = bytes(itertools.chain(*itertools.product(range(0, 256, 15), repeat=3)))
+            swatches = Image.frombytes("RGB", (len(levels) // 3, 1), levels).convert(colours)
+            change = ImageChops.difference(transform.apply(swatches), swatches.convert("RGB"))
+            if max(change.tobytes()) <= _UNSEEN:
+                return None
+    except Exception:  # of many kinds, about bytes that nobody vouches for
+        return None
+
+    def to_srgb(band: Image.Image) -> Image.Image:
+        if band.mode != colours:
+            band = band.convert("RGB").convert(colours)
+        return transform.apply(band)
+
+    return to_srgb
+
+
+def _what_is_wrong_with(data: bytes) -> str:
+    for name, signature in _SIGNATURES:
+        if re.match(signature, data[:1024], re.DOTALL):
+            if name in _DECODED:
+                return f"the {name} picture is damaged, cut short or too large to decode"
+            return f"not a picture that can be read ({name}); {WHAT_TO_SEND}"
+    return f"not a picture that can be read; {WHAT_TO_SEND}"
 
 
 def fit(
-    picture: Image.Image, field: str, *, height_px: int | None, width_px: int | None
+    picture: Image.Image,
+    field: str,
+    *,
+    height_px: int | None,
+    width_px: int | None,
+    bounds_px: tuple[int, int, int],
 ) -> Image.Image:
     """Resize to the given sides; a side that is not given follows from the aspect ratio.
 
@@ -59,11 +229,12 @@ def fit(
 
     Args:
         field: the place of `picture` in the request, for messages.
+        bounds_px: the smallest side, the largest side, and what each is a multiple of.
 
     Raises:
         RequestError: no size with this aspect ratio is within the bounds.
     """
-    lowest, highest, multiple = MIN_SIDE_PX, MAX_SIDE_PX, SIDE_MULTIPLE_PX
+    lowest, highest, multiple = bounds_px
     if width_px and height_px:
         size = (width_px, height_px)
     else:
@@ -83,3 +254,35 @@ def fit(
             "give both height and width, or crop the picture"
         )
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def main() -> None:
+    """Read the file from standard input and write, after a line of JSON, the pixels; or the
+    refusal in that line. The argument is JSON too: the limits, and what `fit` takes.
+    """
+    arguments = json.loads(sys.argv[1])
+    memory_bytes, cpu_seconds = arguments.pop("memory_bytes"), arguments.pop("cpu_seconds")
+    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CPU: cpu_seconds}
+    for limit, value in limits.items():
+        with contextlib.suppress(ValueError):  # a smaller one is set already, or this is macOS
+            resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+    output = sys.stdout.buffer
+    answer: dict[str, str | tuple[int, int]]
+    pixels = b""
+    try:
+        picture = decode(sys.stdin.buffer.read(), arguments["field"])
+        picture = fit(picture, **arguments)
+        pixels = picture.tobytes()
+        answer = {"size": picture.size}
+    except RequestError as error:
+        answer = {"refusal": str(error)}
+    except MemoryError:
+        answer = {
+            "refusal": f"{arguments['field']}: the picture takes more than "
+            f"{memory_bytes // 1024**2} MB of memory to decode; send a smaller one"
+        }
+    output.write(json.dumps(answer).encode() + b"\n" + pixels)
+
+
+if __name__ == "__main__":
+    main()

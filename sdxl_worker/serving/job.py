@@ -8,10 +8,10 @@ from typing import Any
 from PIL import Image
 
 from sdxl_worker.gpu import reset_peak_memory
-from sdxl_worker.inputs.decode import decode, fit
+from sdxl_worker.inputs.decoder_process import decode_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
-from sdxl_worker.request import Request, parse_request
+from sdxl_worker.request import parse_request
 from sdxl_worker.serving.logs import timed
 from sdxl_worker.serving.start import ready_models
 from sdxl_worker.serving.threads import in_thread, on_gpu_thread
@@ -51,7 +51,9 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     if request.image_url is not None:
         with timed("fetch", job_id):
             data = await fetch(request.image_url, "image_url")
-            input_picture = await in_thread(_input_picture, data, request)
+            input_picture = await decode_apart(
+                data, "image_url", height_px=request.height, width_px=request.width
+            )
     if not request.check:
         width, height = output_size_px(stages, input_picture)
         check_expected_size(request.num_images, width * height, job_id)
@@ -94,8 +96,3 @@ def _draw(
     with timed("generate", job_id, queued_at=queued_at) as timing:
         pictures = generate(*arguments, **options)
     return pictures, timing.ms
-
-
-def _input_picture(data: bytes, request: Request) -> Image.Image:
-    picture = decode(data, "image_url")
-    return fit(picture, "image_url", height_px=request.height, width_px=request.width)

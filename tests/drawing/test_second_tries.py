@@ -112,7 +112,7 @@ class TestNoPicture:
             draw(parse_request(BASE), narrow)
         hook.remove()
         in_float32 = {"decoded in float32": 2} if part == "vae.decoder" else {}
-        assert COUNTS == {"drawn again": 1, **in_float32}
+        assert {"drawn again": 1, **in_float32} == COUNTS
         assert narrow.vae.dtype == torch.bfloat16
         assert draw(parse_request(BASE), narrow), "the next job draws"
 

@@ -3,15 +3,18 @@
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs import decode as decode_module
 from sdxl_worker.inputs.decode import decode, fit
+
+BOUNDS_PX = (64, 2048, 8)
 
 
 def file(picture: Image.Image, kind: str = "png", **options: Any) -> bytes:
@@ -22,7 +25,13 @@ def file(picture: Image.Image, kind: str = "png", **options: Any) -> bytes:
 
 def loaded(data: bytes, *, height: int | None = None, width: int | None = None) -> Image.Image:
     """As a job draws on it."""
-    image = fit(decode(data, "image_url"), "image_url", height_px=height, width_px=width)
+    image = fit(
+        decode(data, "image_url"),
+        "image_url",
+        height_px=height,
+        width_px=width,
+        bounds_px=BOUNDS_PX,
+    )
     assert image.mode == "RGB"
     return image
 
@@ -40,7 +49,7 @@ def noise(width: int = 128, height: int = 64, channels: int = 3) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("kind", ["png", "webp", "bmp", "gif", "tiff"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp", "gif", "avif", "mpo"])
 def test_the_usual_formats_are_decoded(kind: str) -> None:
     picture = Image.new("RGB", (64, 64), (255, 0, 0))
     assert loaded(file(picture, kind)).getpixel((5, 5)) == pytest.approx((255, 0, 0), abs=2)
@@ -110,15 +119,23 @@ def test_grey_and_cmyk_become_rgb() -> None:
 def test_without_sides_the_size_is_the_nearest_within_the_bounds(
     size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    picture = fit(Image.new("RGB", size), "image_url", height_px=None, width_px=None)
+    picture = fit(
+        Image.new("RGB", size), "image_url", height_px=None, width_px=None, bounds_px=BOUNDS_PX
+    )
     assert picture.size == expected
     assert picture.width / picture.height == pytest.approx(size[0] / size[1], rel=0.05)
 
 
 def test_one_given_side_sets_the_other_by_the_aspect_ratio() -> None:
     wide = Image.new("RGB", (400, 200))
-    assert fit(wide, "image_url", height_px=None, width_px=128).size == (128, 64)
-    assert fit(wide, "image_url", height_px=128, width_px=None).size == (256, 128)
+    assert fit(wide, "image_url", height_px=None, width_px=128, bounds_px=BOUNDS_PX).size == (
+        128,
+        64,
+    )
+    assert fit(wide, "image_url", height_px=128, width_px=None, bounds_px=BOUNDS_PX).size == (
+        256,
+        128,
+    )
 
 
 def test_both_given_sides_are_the_size() -> None:
@@ -142,7 +159,7 @@ def test_a_truncated_picture_is_refused() -> None:
     assert "damaged" in refusal(whole[: len(whole) // 2])
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"<html>"])
+@pytest.mark.parametrize("data", [b"", b"hello", b"\n{}", bytes(2000)])
 def test_what_is_no_picture_is_refused(data: bytes) -> None:
     assert "not a picture" in refusal(data)
 
@@ -151,7 +168,13 @@ def test_the_field_that_is_to_blame_is_named() -> None:
     with pytest.raises(RequestError, match=r"^init_image: not a picture"):
         decode(b"hello", "init_image")
     with pytest.raises(RequestError, match=r"^init_image: .* 64 x 2176 pixels would become"):
-        fit(Image.new("RGB", (64, 2176)), "init_image", height_px=None, width_px=None)
+        fit(
+            Image.new("RGB", (64, 2176)),
+            "init_image",
+            height_px=None,
+            width_px=None,
+            bounds_px=BOUNDS_PX,
+        )
 
 
 def test_a_picture_with_too_many_pixels_is_refused_by_its_header(
@@ -172,3 +195,249 @@ def test_a_header_that_claims_a_huge_picture_is_told_its_limit(side: int) -> Non
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
     message = refusal(png)
     assert f"over the limit of {64 * 1024**2} pixels" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("tiff", "TIFF"), ("jpeg2000", "JPEG 2000"), ("eps", "EPS"), ("ico", "ICO"), ("icns", "ICNS"),
+     ("ppm", "PNM"), ("dds", "DDS"), ("pdf", "PDF")],
+)  # fmt: skip
+def test_another_format_is_refused_by_its_name(kind: str, name: str) -> None:
+    message = refusal(file(noise(64, 64), kind))
+    assert message == (
+        f"image_url: not a picture that can be read ({name}); "
+        "send PNG, JPEG, WebP, GIF, BMP or AVIF"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"8BPS\0\1" + bytes(90), "PSD"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(90), "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(90), "HEIC"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isom" + bytes(90), "MP4"),
+        (b"\xff\x0a" + bytes(90), "JPEG XL"),
+        (b"SIMPLE  =                    T" + bytes(90), "FITS"),
+        (b'<?xml version="1.0"?>\n<!-- drawn -->\n<svg xmlns="a">', "SVG"),
+        (b"\n<!DOCTYPE html><title>404</title>", "HTML"),
+        (b"<html>", "HTML"),
+    ],
+)
+def test_a_file_that_is_often_sent_in_error_is_named(data: bytes, name: str) -> None:
+    assert f"not a picture that can be read ({name}); send PNG" in refusal(data)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(orientation: int) -> None:
+    upright = Image.new("RGB", (128, 64), "blue")
+    upright.paste("red", (0, 0, 32, 32))
+    steps = Image.Transpose
+    stored = {
+        1: [], 2: [steps.FLIP_LEFT_RIGHT], 3: [steps.ROTATE_180], 4: [steps.FLIP_TOP_BOTTOM],
+        5: [steps.TRANSPOSE], 6: [steps.ROTATE_90], 7: [steps.TRANSVERSE], 8: [steps.ROTATE_270],
+    }[orientation]  # fmt: skip
+    picture = upright
+    for step in stored:
+        picture = picture.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert loaded(file(picture, "png", exif=exif)).tobytes() == upright.tobytes()
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"nonsense"])
+def test_broken_exif_does_not_spoil_a_picture(exif: bytes) -> None:
+    assert loaded(file(noise(), "png", exif=exif)).tobytes() == noise().tobytes()
+
+
+def test_the_first_frame_of_an_animation_is_drawn_on() -> None:
+    first, second = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    for kind in ("png", "gif", "webp", "avif"):
+        data = file(first, kind, save_all=True, append_images=[second])
+        assert loaded(data).getpixel((9, 9)) == pytest.approx((255, 0, 0), abs=3), kind
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_flattened_on_white() -> None:
+    values = np.full((64, 64), 300 * 100, np.uint16)
+    values[:32] = 1234
+    result = loaded(file(Image.fromarray(values), transparency=1234))
+    assert result.getpixel((9, 9)) == (255, 255, 255)
+    assert result.getpixel((9, 50)) == pytest.approx((117, 117, 117), abs=1)
+
+
+def test_bands_leave_no_trace() -> None:
+    """As many rows as several bands have, and some."""
+    picture = noise(2048, 1040, 4)
+    whole = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    assert decode(file(picture, compress_level=1), "image_url").tobytes() == whole.tobytes()
+
+
+def test_a_png_with_a_large_text_is_decoded_and_with_a_huge_one_refused() -> None:
+    def with_text(megabytes: int) -> bytes:
+        text = PngImagePlugin.PngInfo()
+        text.add_text("workflow", "x" * megabytes * 1024**2, zip=True)
+        return file(noise(), pnginfo=text)
+
+    assert loaded(with_text(4)).tobytes() == noise().tobytes()
+    assert "damaged" in refusal(with_text(64))
+
+
+def profile(
+    space: bytes,
+    *,
+    gamma: float = 2.2,
+    levels: Sequence[int] = (),
+    # Of Display P3, adapted to the D50 white of profiles (SMPTE EG 432-1).
+    red: tuple[float, float, float] = (0.5151, 0.2412, -0.0011),
+    green: tuple[float, float, float] = (0.2920, 0.6922, 0.0419),
+    blue: tuple[float, float, float] = (0.1571, 0.0666, 0.7841),
+) -> bytes:
+    """An ICC profile, version 2 (ICC.1:2001-04)."""
+
+    def xyz(values: tuple[float, ...]) -> bytes:
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in values))
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    if levels:
+        curve = b"curv\0\0\0\0" + struct.pack(f">I{len(levels)}H", len(levels), *levels)
+    if space == b"CMYK":
+        # Two points for each ink: all are white but for full yellow, which is made red (Lab).
+        table = b"".join(
+            bytes([136, 208, 195]) if i & 2 else bytes([255, 128, 128]) for i in range(16)
+        )
+        ramp = bytes(range(256))
+        tags = {
+            b"A2B0": b"mft1\0\0\0\0" + bytes([4, 3, 2, 0])
+            + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+            + ramp * 4 + table + ramp * 3
+        }  # fmt: skip
+    elif space == b"GRAY":
+        tags = {b"kTRC": curve}
+    else:
+        tags = {b"rXYZ": xyz(red), b"gXYZ": xyz(green), b"bXYZ": xyz(blue)}
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    tags[b"wtpt"] = xyz((0.9642, 1.0, 0.8249))
+    index, body = b"", b""
+    for name, tag in tags.items():
+        index += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(tag))
+        body += tag
+    body = struct.pack(">I", len(tags)) + index + body
+    head = struct.pack(">I4sI4s4s4s", 128 + len(body), b"\0" * 4, 0x02400000,
+                       b"prtr" if space == b"CMYK" else b"mntr", space.ljust(4),
+                       b"Lab " if space == b"CMYK" else b"XYZ ")  # fmt: skip
+    head = head.ljust(36, b"\0") + b"acsp"
+    return head.ljust(68, b"\0") + xyz((0.9642, 1.0, 0.8249))[8:] + bytes(48) + body
+
+
+P3 = profile(b"RGB")
+# A green that a screen of sRGB shows as well: (0.4, 0.6, 0.3) in Display P3.
+P3_GREEN, SRGB_GREEN = (102, 153, 77), (83, 154, 67)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "avif"])
+def test_a_colour_profile_is_converted_from(kind: str) -> None:
+    options = {"quality": 98} if kind != "png" else {}
+    data = file(Image.new("RGB", (64, 64), P3_GREEN), kind, icc_profile=P3, **options)
+    assert loaded(data).getpixel((9, 9)) == pytest.approx(SRGB_GREEN, abs=5)
+
+
+def test_a_colour_profile_holds_for_transparent_pictures_and_for_palettes() -> None:
+    half = Image.new("RGBA", (64, 64), (*P3_GREEN, 128))
+    expected = [(value + 255) / 2 for value in SRGB_GREEN]
+    assert loaded(file(half, icc_profile=P3)).getpixel((9, 9)) == pytest.approx(expected, abs=4)
+    palette = Image.new("P", (64, 64), 0)
+    palette.putpalette(P3_GREEN)
+    result = loaded(file(palette, icc_profile=P3)).getpixel((9, 9))
+    assert result == pytest.approx(SRGB_GREEN, abs=4)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_a_grey_profile_holds_for_greys(mode: str) -> None:
+    """Half of the range in a gamma of 1 is half of the light."""
+    greys: dict[str, int | tuple[int, int]] = {"L": 128, "LA": (128, 255), "I;16": 128 * 257}
+    data = file(Image.new(mode, (64, 64), greys[mode]), icc_profile=profile(b"GRAY", gamma=1))
+    assert loaded(data).getpixel((9, 9)) == pytest.approx((188, 188, 188), abs=2)
+
+
+def test_a_cmyk_profile_holds_for_cmyk() -> None:
+    """In which yellow ink is red, so that a plain conversion shows."""
+    yellow = Image.new("CMYK", (64, 64), (0, 0, 255, 0))
+    data = file(yellow, "jpeg", icc_profile=profile(b"CMYK"), quality=98)
+    red, green, blue = loaded(data).getpixel((9, 9))  # type: ignore[misc]
+    assert red > 200 > 100 > max(green, blue)
+    plain = loaded(file(yellow, "jpeg", quality=98)).getpixel((9, 9))
+    assert plain == pytest.approx((255, 255, 0), abs=6)
+
+
+def test_a_profile_of_srgb_leaves_every_byte() -> None:
+    """By whatever name and in whatever form: lcms's own, and a small one whose curve is a table."""
+    shares = [i / 25 for i in range(26)]
+    levels = [
+        round(65535 * (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4)) for x in shares
+    ]
+    table = profile(
+        b"RGB",
+        levels=levels,
+        red=(0.4361, 0.2225, 0.0139),
+        green=(0.3851, 0.7169, 0.0971),
+        blue=(0.1431, 0.0606, 0.7141),
+    )
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for srgb in (own, table):
+        assert loaded(file(noise(), icc_profile=srgb)).tobytes() == noise().tobytes()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [b"nonsense", P3[:100], P3[:200], b"\0" * 500, profile(b"GRAY"), profile(b"CMYK"),
+     profile(b"CMYK")[:500]],
+)  # fmt: skip
+def test_a_profile_that_says_nothing_of_the_picture_is_left_aside(broken: bytes) -> None:
+    assert loaded(file(noise(), icc_profile=broken)).tobytes() == noise().tobytes()
+
+
+def test_a_profile_of_two_megabytes_is_read() -> None:
+    large = P3 + np.random.default_rng(0).bytes(2 * 1024**2)
+    data = file(Image.new("RGB", (64, 64), P3_GREEN), icc_profile=large)
+    assert loaded(data).getpixel((9, 9)) == pytest.approx(SRGB_GREEN, abs=4)
+
+
+def test_a_webp_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module, "MAX_WEBP_PIXELS", 128 * 64 - 1)
+    assert "a WEBP picture of 128 x 64 pixels is over the limit" in refusal(file(noise(), "webp"))
+
+
+FUZZED = {
+    "png": {"icc_profile": P3},
+    "jpeg": {"progressive": True, "icc_profile": P3},
+    "webp": {"exif": b"Exif\0\0II*\0\1\0"},
+    "gif": {},
+    "bmp": {},
+    "avif": {"speed": 10, "icc_profile": P3},
+}
+
+
+@pytest.mark.parametrize("kind", FUZZED)
+def test_whatever_a_decoder_makes_of_broken_bytes_is_the_caller_s_error(kind: str) -> None:
+    random = np.random.default_rng(0)
+    whole = file(noise(64, 64), kind, **FUZZED[kind])  # type: ignore[arg-type]
+    refusals = set()
+    refused = 0
+    for i in range(150):
+        data = bytearray(whole)
+        if i % 3 == 0:
+            del data[int(random.integers(len(data))) :]
+        else:
+            # Half of them in the headers, which most decoders hardly check.
+            for at in random.integers(min(len(data), (200, len(data))[i % 2]), size=1 + i % 5):
+                data[at] = random.integers(256)
+        try:
+            decode(bytes(data), "image_url")
+        except RequestError as error:
+            refused += 1
+            refusals.add(str(error))
+    assert refused >= 20
+    for message in refusals:
+        assert message.startswith("image_url: ")
+        assert len(message) < 150
+        assert "object at" not in message

@@ -1,0 +1,94 @@
+"""Decoding apart, in a process that ends with it: what a stranger's bytes make of a decoder, in
+memory, in time or in a crash, is not the worker's.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import MutableMapping
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from PIL import Image
+
+from sdxl_worker.errors import RequestError
+from sdxl_worker.request import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_MULTIPLE_PX
+
+# Of address space. The least that takes every picture of 64 megapixels: 12 bytes a pixel in a
+# progressive CMYK JPEG (four of the pixel, eight of its coefficients), 11 in an AVIF with
+# transparency, some 60 MB of Python and its libraries, and the file of up to 50 MB.
+MAX_MEMORY_BYTES = 896 * 1024**2
+# The largest pictures take 3 seconds of the CPU; a file can be made to take hours.
+DECODE_CPU_SECONDS = 15
+# On a machine that is too busy to give them.
+DECODE_TIMEOUT_SECONDS = 60
+
+_PROGRAM = "sdxl_worker.inputs.decode"
+_REPOSITORY = Path(__file__).parents[2]
+# A decoder that a picture has taken over finds no credentials.
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+# One picture at a time: the memory that decoding takes does not grow with the jobs at once.
+_one_at_a_time: MutableMapping[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+async def decode_apart(
+    data: bytes, field: str, *, height_px: int | None, width_px: int | None
+) -> Image.Image:
+    """The picture that `decode` and then `fit` make. Cancelled, it ends the process at once.
+
+    Args:
+        field: the place of `data` in the request, for messages.
+
+    Raises:
+        RequestError: theirs, or the decoder went over a limit or crashed.
+    """
+    arguments = {
+        "memory_bytes": MAX_MEMORY_BYTES,
+        "cpu_seconds": DECODE_CPU_SECONDS,
+        "field": field,
+        "height_px": height_px,
+        "width_px": width_px,
+        "bounds_px": (MIN_SIDE_PX, MAX_SIDE_PX, SIDE_MULTIPLE_PX),
+    }
+    async with _one_at_a_time.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+        try:
+            async with asyncio.timeout(DECODE_TIMEOUT_SECONDS):
+                status, output = await _run(json.dumps(arguments), data)
+        except TimeoutError:
+            status, output = -signal.SIGXCPU, b""
+    if status == -signal.SIGXCPU:
+        raise RequestError(
+            f"{field}: the picture takes too long to decode; send a smaller one, or save it anew "
+            "as PNG"
+        )
+    header, _, pixels = output.partition(b"\n")
+    if status or not header:
+        raise RequestError(f"{field}: the picture crashed its decoder; send a smaller one")
+    answer = json.loads(header)
+    if "refusal" in answer:
+        raise RequestError(answer["refusal"])
+    return Image.frombytes("RGB", answer["size"], pixels)
+
+
+async def _run(arguments: str, data: bytes) -> tuple[int | None, bytes]:
+    """The status with which the program ended, and what it wrote."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", _PROGRAM, arguments),
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=DEVNULL,
+        cwd=_REPOSITORY,
+        # More arenas would count for the limit of memory without being used.
+        env={"MALLOC_ARENA_MAX": "1"}
+        | {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+    )
+    try:
+        output, _ = await process.communicate(data)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return process.returncode, output

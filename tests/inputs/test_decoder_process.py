@@ -1,0 +1,174 @@
+"""Decoding in a process of its own: what it costs is bounded, and the worker lives on."""
+
+import asyncio
+import functools
+import io
+import os
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs import decoder_process
+from sdxl_worker.inputs.decoder_process import decode_apart
+
+FORMATS = ("png", "jpeg", "webp", "gif", "bmp", "avif")
+
+
+def file(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def plain(width: int, height: int, kind: str, mode: str = "RGB", **options: Any) -> bytes:
+    fast = {"png": {"compress_level": 1}, "avif": {"speed": 10}, "webp": {"method": 0}}
+    return file(Image.new(mode, (width, height)), kind, **fast.get(kind, {}), **options)
+
+
+def drawn_on(data: bytes, height: int | None = None, width: int | None = None) -> Image.Image:
+    return asyncio.run(decode_apart(data, "image_url", height_px=height, width_px=width))
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(RequestError, match=r"^image_url: ") as caught:
+        drawn_on(data)
+    return str(caught.value)
+
+
+def test_a_picture_comes_through_as_it_is() -> None:
+    picture = Image.effect_noise((128, 64), 50).convert("RGB")
+    assert drawn_on(file(picture, "png")).tobytes() == picture.tobytes()
+
+
+def test_the_given_sides_hold() -> None:
+    assert drawn_on(plain(200, 100, "png"), height=96, width=72).size == (72, 96)
+
+
+def test_a_refusal_comes_through_as_it_is() -> None:
+    assert refusal(b"%PDF-1.7").startswith("image_url: not a picture that can be read (PDF); send ")
+    assert "would become 64 x 2176" in refusal(plain(64, 2176, "png"))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_memory_is_bounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some 24 MB of pixels: too many for one limit, and not for the next."""
+    data = plain(3000, 2000, kind)
+    monkeypatch.setattr(decoder_process, "MAX_MEMORY_BYTES", 200 * 1024**2)
+    assert drawn_on(data).size == (2048, 1368)
+    monkeypatch.setattr(decoder_process, "MAX_MEMORY_BYTES", 64 * 1024**2)
+    assert any(words in refusal(data) for words in ("MB of memory", "too large", "crashed"))
+
+
+def test_memory_is_bounded_where_the_header_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libavif decodes the video frame in whatever size it has, and then scales it down."""
+    data = plain(6000, 6000, "avif")
+    lie = data.replace(struct.pack(">II", 6000, 6000), struct.pack(">II", 64, 64))
+    assert lie != data
+    assert drawn_on(lie).size == (64, 64)
+    monkeypatch.setattr(decoder_process, "MAX_MEMORY_BYTES", 96 * 1024**2)
+    assert "too large to decode" in refusal(lie)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "mode", "options"),
+    [
+        ("png", (8192, 8192), "RGB", {}),
+        ("png", (8192, 8192), "LA", {}),
+        ("jpeg", (8192, 8192), "RGB", {"progressive": True, "subsampling": 0}),
+        ("gif", (8192, 8192), "P", {}),
+        ("webp", (8192, 6144), "RGB", {}),
+    ],
+)
+def test_the_largest_pictures_are_within_the_bound(
+    kind: str, size: tuple[int, int], mode: str, options: dict[str, Any]
+) -> None:
+    assert max(drawn_on(plain(*size, kind, mode, **options)).size) == 2048
+
+
+def test_more_pixels_than_that_are_refused_by_the_header() -> None:
+    assert "over the limit of 50331648 pixels" in refusal(plain(8192, 6145, "webp"))
+    assert "over the limit of 67108864 pixels" in refusal(plain(8193, 8192, "png", "L"))
+
+
+def program(text: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Put another program in the decoder's place."""
+    (folder / "other_decoder.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(decoder_process, "_PROGRAM", "other_decoder")
+
+
+def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program("import time; time.sleep(60)", monkeypatch, tmp_path)
+    monkeypatch.setattr(decoder_process, "DECODE_TIMEOUT_SECONDS", 0.1)
+    assert "takes too long to decode" in refusal(plain(64, 64, "png"))
+
+
+def test_the_time_of_the_cpu_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = "from sdxl_worker.inputs import decode\ndef busy(*_):\n while True: pass\n"
+    program(f"{text}decode.decode = busy\ndecode.main()", monkeypatch, tmp_path)
+    monkeypatch.setattr(decoder_process, "DECODE_CPU_SECONDS", 1)
+    began = time.monotonic()
+    assert "takes too long to decode" in refusal(plain(64, 64, "png"))
+    assert time.monotonic() - began < 30
+
+
+def test_a_cancelled_job_ends_its_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    text = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    program(text, monkeypatch, tmp_path)
+
+    async def cancelled() -> int:
+        decoding = asyncio.create_task(
+            decode_apart(b"", "image_url", height_px=None, width_px=None)
+        )
+        while not (told.exists() and told.read_text()):
+            await asyncio.sleep(0.01)
+        decoding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await decoding
+        return int(told.read_text())
+
+    pid = asyncio.run(cancelled())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_the_decoder_is_given_no_credentials(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RUNPOD_AI_API_KEY", "secret")
+    told = tmp_path / "environment"
+    program(f"import os; open({str(told)!r}, 'w').write(str(os.environ))", monkeypatch, tmp_path)
+    refusal(b"")
+    assert "MALLOC_ARENA_MAX" in told.read_text()
+    assert "RUNPOD" not in told.read_text()
+
+
+def test_a_crash_of_the_decoder_is_the_picture_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program("import os; os.abort()", monkeypatch, tmp_path)
+    assert "crashed its decoder" in refusal(plain(64, 64, "png"))
+
+
+def test_one_picture_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program(
+        f"import time\nlog = open({str(log)!r}, 'a', 1)\n"
+        "log.write('start\\n'); time.sleep(0.1); log.write('end\\n')",
+        monkeypatch,
+        tmp_path,
+    )
+
+    async def three() -> None:
+        one = functools.partial(decode_apart, b"", "image_url", height_px=None, width_px=None)
+        await asyncio.gather(*(one() for _ in range(3)), return_exceptions=True)
+
+    for _ in range(2):  # a second event loop has a lock of its own
+        asyncio.run(three())
+    assert log.read_text().split() == ["start", "end"] * 6
