@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -118,9 +119,7 @@ def _draw(
     Raises:
         PictureError: as `generate`.
     """
-    is_dark = (
-        input_picture is not None and max(high for _, high in input_picture.getextrema()) < DARK
-    )
+    is_dark = input_picture is not None and int(np.asarray(input_picture).max()) < DARK
     for is_last in (False, True):
         # Each picture has a generator of its own, on the CPU: picture i is what a request for one
         # picture with seed + i gives, within rounding, on any device. The refiner goes on with the
@@ -148,7 +147,7 @@ def _draw(
             )
             with step_cache(pipeline, step_cache_interval):
                 images = pipeline(**call).images
-        pictures = decode(images, models.vae, may_be_black=bool(is_dark))
+        pictures = decode(images, models.vae, may_be_black=is_dark)
         if pictures is not None:
             return pictures
         if not is_last:

@@ -37,7 +37,7 @@ def take_the_place_of_the_sdks_scaler() -> None:
     rp_scale.JobScaler = WorkerScaler
 
 
-class WorkerScaler(rp_scale.JobScaler):  # type: ignore[misc]
+class WorkerScaler(rp_scale.JobScaler):
     """Takes jobs, runs them with the handler, delivers their results."""
 
     def __init__(self, config: dict[str, Any]) -> None:

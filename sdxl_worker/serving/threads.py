@@ -1,6 +1,7 @@
 """Work off the event loop, which stays free for stop signals and results."""
 
 import asyncio
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -22,15 +23,15 @@ async def on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
 
 def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
     """As `on_gpu_thread`, without waiting for it."""
-    return _gpu_thread.submit(_answering, function, *args, **kwargs)
+    return _gpu_thread.submit(_answering, functools.partial(function, *args, **kwargs))
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `function`, which takes a moment of CPU time and waits for nobody, in another thread."""
-    return await asyncio.to_thread(_answering, function, *args, **kwargs)
+    return await asyncio.to_thread(_answering, functools.partial(function, *args, **kwargs))
 
 
-def _answering(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _answering(function: Callable[[], T]) -> T:
     """
     Raises:
         RuntimeError: for what is no `Exception`, and for StopIteration. A future cannot carry
@@ -38,7 +39,7 @@ def _answering(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
             a task would, on the way out of a job, end the worker or leave the job unanswered.
     """
     try:
-        return function(*args, **kwargs)
+        return function()
     except BaseException as error:
         # The error lives until it is reported and logged; other jobs need the memory earlier.
         let_go(error)

@@ -157,7 +157,7 @@ def too_large_for(module: Any, limit: int, *, failures: list[int]) -> Any:
     or so many numbers a picture, where it is negative."""
 
     def check(_: Any, inputs: Any, options: Any) -> None:
-        [first, *_rest] = [*inputs, *options.values()]
+        first: torch.Tensor = next(iter([*inputs, *options.values()]))
         size = first.shape[0] if limit > 0 else -first[0].numel()
         if (size > limit) if limit > 0 else (size < limit):
             failures.append(size)
@@ -243,7 +243,8 @@ class TestOutOfMemory:
         assert again[0].tobytes() == expected[0].tobytes()
 
     def test_what_never_fits_fails_alone(self) -> None:
-        hook = too_large_for(models().unet, -1, failures=(failures := []))
+        failures: list[int] = []
+        hook = too_large_for(models().unet, -1, failures=failures)
         message = error({**BASE, "num_images": 4})
         hook.remove()
         assert message.startswith("not enough GPU memory for this job; ask for fewer or smaller")

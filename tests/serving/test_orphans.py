@@ -15,13 +15,6 @@ import pytest
 from local_endpoint import LocalEndpoint, Rules
 from tests.support import REPOSITORY
 
-WORKER = """
-from sdxl_worker.serving.orphans import leave_no_orphans
-from tests import tiny_worker
-
-leave_no_orphans()
-tiny_worker.main()
-"""
 RULES = Rules(ping_interval_seconds=1, poll_seconds=1)
 
 
@@ -44,7 +37,7 @@ def eventually(look: Callable[[], Any], seconds: float) -> Any:
 def worker_on(endpoint: LocalEndpoint, name: str) -> Iterator[list[psutil.Process]]:
     """A worker that has pinged, and the child that pings for it."""
     with subprocess.Popen(
-        [sys.executable, "-c", WORKER],
+        [sys.executable, "handler.py"],
         cwd=REPOSITORY,
         env={**endpoint.worker_environment, "RUNPOD_POD_ID": name},
         stdout=subprocess.DEVNULL,

@@ -182,7 +182,7 @@ def test_a_worker_takes_jobs_after_junk(monkeypatch: pytest.MonkeyPatch) -> None
     assert platform.results.keys() == answered
 
 
-ODD_JOBS = [
+ODD_JOBS: list[tuple[dict[str, Any], str, Any]] = [
     ({"id": 7, "input": {}}, "7", {}),
     ({"id": "\n", "input": {}}, "\n", {}),
     ({"id": "../../x", "input": {}}, "../../x", {}),
@@ -250,17 +250,17 @@ def test_a_job_that_comes_with_the_last_poll_is_run(monkeypatch: pytest.MonkeyPa
     platform = Platform()
     workers: list[WorkerScaler] = []
 
-    def first_ask() -> None:
+    def third_ask() -> None:
         if len(platform.asked_at) == 3:
             workers[0].kill_worker()
             platform.given = [JOB]
 
-    platform.on_ask = first_ask
-    serve(
-        platform,
-        monkeypatch,
-        until=lambda working: bool(workers.append(working) or not working.is_alive()),
-    )
+    def until(working: WorkerScaler) -> bool:
+        workers.append(working)
+        return not working.is_alive()
+
+    platform.on_ask = third_ask
+    serve(platform, monkeypatch, until=until)
     assert platform.results == {"job-1": [{"output": {"got": {"prompt": "a"}}}]}
 
 
