@@ -1,21 +1,24 @@
 """`python handler.py` as a process: what a developer types, sees and gets back."""
 
+import asyncio
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from sdxl_worker.serving import command_line
 from tests.support import REPOSITORY, decoded
 
 QUICK = {
@@ -32,8 +35,12 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def handler_process(
-    *arguments: str, folder: Path, **variables: str
+    *arguments: str, folder: Path, before: Callable[[], None] | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
+    """
+    Args:
+        before: what the new process does before it is Python.
+    """
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "handler.py"), *arguments],
         cwd=folder,
@@ -41,6 +48,7 @@ def handler_process(
         capture_output=True,
         text=True,
         timeout=120,
+        preexec_fn=before,
     )
 
 
@@ -107,6 +115,48 @@ def test_a_job_that_fails_exits_with_its_reason(tmp_path: Path) -> None:
     assert "height: must be an integer from 64 to 2048, a multiple of 8; got 65" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "output").exists()
+
+
+def assert_not_saved(done: subprocess.CompletedProcess[str], folder: Path, reason: str) -> None:
+    assert done.returncode == 1
+    told = f"the pictures cannot be saved in {folder}/output: {reason}; see that it is a folder"
+    assert told in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Saved" not in done.stdout
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_told_and_left(tmp_path: Path) -> None:
+    write_job(tmp_path / "test_input.json")
+    (tmp_path / "output").write_text("mine")
+    done = handler_process("--test_input", folder=tmp_path)
+    assert_not_saved(done, tmp_path, "File exists")
+    assert (tmp_path / "output").read_text() == "mine"
+
+
+def test_where_the_room_ends_midway_no_half_file_is_left(tmp_path: Path) -> None:
+    """As on a full disk; here the system ends each file at 4 kB, and a picture is larger."""
+    write_job(tmp_path / "test_input.json")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "output.json").write_text("that of the job before")
+    limit = (resource.RLIMIT_FSIZE, (4096, 4096))
+    done = handler_process(
+        "--test_input", folder=tmp_path, before=lambda: resource.setrlimit(*limit)
+    )
+    assert_not_saved(done, tmp_path, "File too large")
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["output.json"]
+    assert (tmp_path / "output" / "output.json").read_text() == "that of the job before"
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even root can make a file in /proc."""
+
+    async def handler(_: dict[str, Any]) -> dict[str, Any]:
+        return {"images": ["data:image/png;base64,aGk="], "image_url": "", "seed": 1}
+
+    monkeypatch.chdir("/proc")
+    answer = asyncio.run(command_line.saving(handler)({"id": "test", "input": {}}))
+    assert list(answer) == ["error"]
+    assert answer["error"].startswith("the pictures cannot be saved in /proc/output: ")
 
 
 @pytest.mark.parametrize(
