@@ -136,7 +136,7 @@ class Request(InputModel):
         json_schema_extra={
             "anyOf": [
                 {"required": ["prompt"]},
-                {"required": ["image_url"]},
+                {"required": ["image_url"], "properties": {"image_url": {"type": "string"}}},
                 {
                     "required": ["check"],
                     "maxProperties": 1,

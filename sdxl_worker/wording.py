@@ -240,8 +240,9 @@ def shown(value: object) -> str:
         if len(text) > MAX_SHOWN_CHARACTERS:
             text = text[:MAX_SHOWN_CHARACTERS] + "..."
             break
-    # JSON can carry half a character (a lone surrogate), which no answer can be encoded with.
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    # JSON can carry half a character (a lone surrogate), which no answer can be encoded with, and
+    # characters that end lines or turn them around.
+    return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
 
 
 def _parts(value: object, depth: int = 0) -> Iterator[str]:

