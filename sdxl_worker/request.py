@@ -136,7 +136,10 @@ class Request(InputModel):
         json_schema_extra={
             "anyOf": [
                 {"required": ["prompt"]},
-                {"required": ["image_url"], "properties": {"image_url": {"type": "string"}}},
+                {
+                    "required": ["image_url"],
+                    "properties": {"image_url": {"not": {"type": "null"}}},
+                },
                 {
                     "required": ["check"],
                     "maxProperties": 1,

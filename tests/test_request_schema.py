@@ -59,7 +59,7 @@ def named(line: str) -> str:
 
 
 def broken_fields(
-    validator: jsonschema.Draft202012Validator, job_input: dict[str, Any]
+    model: type[InputModel], validator: jsonschema.Draft202012Validator, job_input: dict[str, Any]
 ) -> set[str]:
     """The fields of the input that jsonschema finds fault with."""
     broken: set[str] = set()
@@ -67,7 +67,7 @@ def broken_fields(
         if error.absolute_path:
             broken.add(str(error.absolute_path[0]))
         elif error.validator == "additionalProperties":
-            broken |= set(job_input) - set(validator.schema["properties"])
+            broken |= set(job_input) - set(model.model_fields)
         else:
             assert error.validator == "anyOf", error
             broken.add("prompt")
@@ -79,7 +79,7 @@ def assert_both_judge_alike(
 ) -> None:
     lines = refusal(model, job_input)
     told = {named(line) for line in lines[:MAX_PROBLEMS_TOLD]}
-    broken = broken_fields(validator, without_nulls(job_input))
+    broken = broken_fields(model, validator, without_nulls(job_input))
     if len(lines) > MAX_PROBLEMS_TOLD:
         assert told <= broken
     else:

@@ -4,14 +4,13 @@ import asyncio
 import json
 import os
 import re
-import resource
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +34,21 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def handler_process(
-    *arguments: str, folder: Path, before: Callable[[], None] | None = None, **variables: str
+    *arguments: str, folder: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """
-    Args:
-        before: what the new process does before it is Python.
-    """
+    return process(
+        sys.executable, str(REPOSITORY / "handler.py"), *arguments, folder=folder, **variables
+    )
+
+
+def process(*command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(REPOSITORY / "handler.py"), *arguments],
+        command,
         cwd=folder,
         env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=120,
-        preexec_fn=before,
     )
 
 
@@ -138,10 +138,8 @@ def test_where_the_room_ends_midway_no_half_file_is_left(tmp_path: Path) -> None
     write_job(tmp_path / "test_input.json")
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "output.json").write_text("that of the job before")
-    limit = (resource.RLIMIT_FSIZE, (4096, 4096))
-    done = handler_process(
-        "--test_input", folder=tmp_path, before=lambda: resource.setrlimit(*limit)
-    )
+    limited = f'ulimit -f 8 && exec "{sys.executable}" "{REPOSITORY / "handler.py"}" --test_input'
+    done = process("sh", "-c", limited, folder=tmp_path)
     assert_not_saved(done, tmp_path, "File too large")
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["output.json"]
     assert (tmp_path / "output" / "output.json").read_text() == "that of the job before"
@@ -154,7 +152,11 @@ def test_a_folder_in_which_nothing_can_be_made_is_told(monkeypatch: pytest.Monke
         return {"images": ["data:image/png;base64,aGk="], "image_url": "", "seed": 1}
 
     monkeypatch.chdir("/proc")
-    answer = asyncio.run(command_line.saving(handler)({"id": "test", "input": {}}))
+
+    async def answer_to_a_job() -> dict[str, Any]:
+        return await command_line.saving(handler)({"id": "test", "input": {}})
+
+    answer = asyncio.run(answer_to_a_job())
     assert list(answer) == ["error"]
     assert answer["error"].startswith("the pictures cannot be saved in /proc/output: ")
 
