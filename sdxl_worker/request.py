@@ -6,7 +6,7 @@ documents' table all come from that declaration.
 """
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.wording import IN_WORDS, RULE, problems, shown
+from sdxl_worker.wording import IN_WORDS, MAX_SHOWN_CHARACTERS, RULE, problems, shown
 
 SchedulerName = Literal[
     "PNDM",
@@ -38,6 +38,9 @@ SchedulerName = Literal[
 MAX_PROMPT_CHARACTERS = 20_000
 # JSON numbers are exact up to here in every client, JavaScript's included.
 MAX_SEED = 2**53 - 1
+# Several times what all fields together have room for, and little enough to validate at once.
+MAX_VALUES = 1000
+MAX_NESTING = 8
 # Two steps of the base, and one of the refiner where there is one.
 CHECK_INPUT = {"prompt": "a red circle", "seed": 0, "num_inference_steps": 2, "strength": 0.02}
 
@@ -48,8 +51,13 @@ def _integral(value: object) -> object:
 
 
 def _readable(name: object) -> str:
-    """JSON can carry half a character (a lone surrogate), at which pydantic stops reading names."""
-    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+    """JSON can carry half a character (a lone surrogate), at which pydantic stops reading names.
+
+    What can be no field's name is described, which costs less than to pass it on.
+    """
+    if not isinstance(name, str) or len(name) > MAX_SHOWN_CHARACTERS:
+        return shown(name)
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _drawn(seed: int) -> int:
@@ -104,7 +112,7 @@ class InputModel(BaseModel):
         try:
             model = validate(given)
         except ValidationError as error:
-            errors += [_again(details) for details in error.errors()]
+            errors += [_again(details) for details in error.errors(include_url=False)]
         if errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
         return model
@@ -128,7 +136,10 @@ class Request(InputModel):
         json_schema_extra={
             "anyOf": [
                 {"required": ["prompt"]},
-                {"required": ["image_url"]},
+                {
+                    "required": ["image_url"],
+                    "properties": {"image_url": {"not": {"type": "null"}}},
+                },
                 {
                     "required": ["check"],
                     "maxProperties": 1,
@@ -232,11 +243,32 @@ def parse_request(job_input: object) -> Request:
     """Validate `job["input"]`.
 
     Raises:
-        RequestError: with every problem on a line of its own: the field, the rule and the value.
+        RequestError: with each problem on a line of its own: the field, the rule and the value.
     """
     if not isinstance(job_input, Mapping):
         raise RequestError(f"input: must be an object with a prompt in it; got {shown(job_input)}")
+    _check_extent(job_input)
     try:
         return Request.model_validate(job_input)
     except ValidationError as error:
         raise RequestError("\n".join(problems(error, Request))) from None
+
+
+def _check_extent(job_input: Mapping[Any, Any]) -> None:
+    """Refuse what no request looks like, before it costs time. Strings may be of any length."""
+    count, level = 0, [job_input]
+    for _ in range(MAX_NESTING):
+        count += sum(map(len, level))
+        if count > MAX_VALUES:
+            raise RequestError(f"input: must hold at most {MAX_VALUES} values in all; got more")
+        level = [inner for holder in level for inner in _values(holder) if _is_holder(inner)]
+    if level:
+        raise RequestError(f"input: must be at most {MAX_NESTING} objects or lists deep; got more")
+
+
+def _is_holder(value: object) -> bool:
+    return isinstance(value, (Mapping, list, tuple))
+
+
+def _values(holder: Any) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, Mapping) else holder

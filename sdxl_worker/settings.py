@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.wording import problems
 
 EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes"
 
@@ -102,8 +103,6 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        lines = [
-            f"{str(problem['loc'][0]).upper()}: {problem['msg']}; got {problem['input']!s:.80}"
-            for problem in error.errors()
-        ]
-        raise ModelError("wrong environment variable: " + "; ".join(lines)) from None
+        lines = [line.partition(":") for line in problems(error, Settings)]
+        told = "; ".join(f"{name.upper()}{colon}{rest}" for name, colon, rest in lines)
+        raise ModelError(f"wrong environment variable: {told}") from None

@@ -2,18 +2,20 @@
 
 For any pydantic model, with objects, lists and unions inside: one line for each problem, with the
 path of the field, the rule and the value: "loras[1].scale: must be a number from -5 to 5; got 7".
+Of many problems the first are told, and of a value its beginning: that is also all that is read.
 """
 
 import difflib
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+MAX_PROBLEMS_TOLD = 10
 # An error describes a longer value instead of repeating it.
 MAX_SHOWN_CHARACTERS = 60
 # The type of errors that carry their own message: broken rules between fields.
@@ -34,21 +36,35 @@ Schema = dict[str, Any]
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """All problems of an input that `model` refused, one line each: unknown fields first."""
-    found = [(_find(details["loc"], _schema(model)), details) for details in error.errors()]
-    paths = [place.path for place, _ in found]
-    unknown: dict[str, str] = {}
-    others: dict[str, str] = {}
+    """The problems of an input that `model` refused, one line each: unknown fields first.
+
+    After `MAX_PROBLEMS_TOLD` lines a last one counts the rest.
+    """
+    schema = _schema(model)
+    found = [(_find(one["loc"], schema), one) for one in error.errors(include_url=False)]
+    # The objects and lists inside which something is wrong.
+    around = {
+        place.path[:i] for place, _ in found for i, mark in enumerate(place.path) if mark in ".["
+    }
+    # A field that breaks several of its rules gets only one line.
+    broken: dict[tuple[bool, str], tuple[_Place, ErrorDetails]] = {}
     for place, details in found:
-        inside = tuple(f"{place.path}{mark}" for mark in ".[")
-        if place.is_union and any(path.startswith(inside) for path in paths):
+        if place.is_union and place.path in around:
             continue  # the value was meant for the alternative in which something is wrong
-        if details["type"] in ("extra_forbidden", "invalid_key"):
-            unknown.setdefault(place.path, _unknown_field(place, details["loc"]))
-        else:
-            # A field that breaks several of its rules gets only one line.
-            others.setdefault(place.path, _problem(place, details))
-    return [*unknown.values(), *others.values()]
+        is_known = details["type"] not in ("extra_forbidden", "invalid_key")
+        broken.setdefault((is_known, place.path), (place, details))
+    lines: list[str] = []
+    for is_known, path in sorted(broken, key=lambda key: key[0])[:MAX_PROBLEMS_TOLD]:
+        place, details = broken[is_known, path]
+        if is_known:
+            lines.append(_problem(place, details))
+            continue
+        line, fields = _unknown_field(place, details["loc"])
+        # Of several in one object, the first line lists the fields that there are.
+        is_told = any(one.endswith(fields) for one in lines)
+        lines.append(line if is_told else line + fields)
+    rest = len(broken) - len(lines)
+    return [*lines, f"and {rest} more"] if rest else lines
 
 
 def rule(schema: Schema) -> str:
@@ -128,7 +144,7 @@ def _find(location: tuple[int | str, ...], root: Schema) -> _Place:
             schema = schema if isinstance(schema, dict) else {}
             # What is no field is the caller's word, and may be anything.
             told = (
-                name if name in fields or (name.isidentifier() and len(name) < 40) else shown(name)
+                name if name in fields or (len(name) < 40 and name.isidentifier()) else shown(name)
             )
             path = f"{path}.{told}" if path else told
     return _Place(path, schema, parent)
@@ -163,10 +179,13 @@ def _problem(place: _Place, details: ErrorDetails) -> str:
     return f"{path}: must be {words}; got {shown(value)}{_near_match(value, choices)}"
 
 
-def _unknown_field(place: _Place, location: tuple[int | str, ...]) -> str:
+def _unknown_field(place: _Place, location: tuple[int | str, ...]) -> tuple[str, str]:
+    """The problem, and the fields that there are."""
     fields, name = place.parent.get("properties", {}), location[-1]
     where = place.path if len(location) > 1 else shown(name)
-    return f"{where}: no such field{_near_match(name, fields)}; the fields are {', '.join(fields)}"
+    return f"{where}: no such field{_near_match(name, fields)}", (
+        f"; the fields are {', '.join(fields)}"
+    )
 
 
 def _alternatives(schema: Schema) -> list[Schema]:
@@ -215,31 +234,47 @@ def _near_match(value: object, choices: Iterable[str]) -> str:
 
 def shown(value: object) -> str:
     """A value as JSON, for an error message: short, and without the secrets of a URL's query."""
-    if isinstance(value, str) and len(value) > MAX_SHOWN_CHARACTERS:
-        return f"a string of {len(value)} characters"
-    text = json.dumps(_without_secrets_inside(value), ensure_ascii=False, default=_kind)
-    # JSON can carry half a character (a lone surrogate), which no answer can be encoded with.
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
+    text = ""
+    for part in _parts(value):
+        text += part
+        if len(text) > MAX_SHOWN_CHARACTERS:
+            text = text[:MAX_SHOWN_CHARACTERS] + "..."
+            break
+    # JSON can carry half a character (a lone surrogate), which no answer can be encoded with, and
+    # characters that end lines or turn them around.
+    return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
 
 
-def _without_secrets_inside(value: object, depth: int = 0) -> object:
-    if isinstance(value, str):
-        return without_secrets(value) if "://" in value else value
-    if isinstance(value, (dict, list)) and depth == MAX_DEPTH:
-        return "..."
-    if isinstance(value, dict):
-        return {
-            str(_without_secrets_inside(str(name))): _without_secrets_inside(one, depth + 1)
-            for name, one in value.items()
-        }
-    if isinstance(value, list):
-        return [_without_secrets_inside(one, depth + 1) for one in value]
-    return value
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
+def _parts(value: object, depth: int = 0) -> Iterator[str]:
+    """A value as JSON, part by part, so that a large one need not be read to its end."""
+    if isinstance(value, (Mapping, list, tuple)) and depth == MAX_DEPTH:
+        yield '"..."'
+    elif isinstance(value, Mapping):
+        yield "{"
+        for i, (name, inner) in enumerate(value.items()):
+            yield ", " * bool(i)
+            yield from _parts(name, depth + 1)
+            yield ": "
+            yield from _parts(inner, depth + 1)
+        yield "}"
+    elif isinstance(value, (list, tuple)):
+        yield "["
+        for i, inner in enumerate(value):
+            yield ", " * bool(i)
+            yield from _parts(inner, depth + 1)
+        yield "]"
+    elif isinstance(value, str):
+        if len(value) > MAX_SHOWN_CHARACTERS:
+            yield f"a string of {len(value)} characters"
+        else:
+            told = without_secrets(value) if "://" in value else value
+            yield json.dumps(told, ensure_ascii=False)
+    elif isinstance(value, int) and abs(value) >= 10**MAX_SHOWN_CHARACTERS:
+        yield f"an integer of over {MAX_SHOWN_CHARACTERS} digits"  # Python writes 4300 at most
+    elif value is None or isinstance(value, (int, float)):
+        yield json.dumps(value)
+    else:
+        yield type(value).__name__
 
 
 def without_secrets(url: str) -> str:

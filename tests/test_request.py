@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
@@ -10,7 +12,9 @@ import pytest
 from sdxl_worker.drawing.schedulers import SAMPLERS
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import (
+    MAX_NESTING,
     MAX_SEED,
+    MAX_VALUES,
     Request,
     parse_request,
 )
@@ -20,10 +24,14 @@ from tests.support import SCHEDULERS
 FIELDS = field_schemas(Request)
 
 
-def refusal(**job_input: Any) -> str:
+def refusal_of(job_input: Any) -> str:
     with pytest.raises(RequestError) as caught:
-        parse_request({"prompt": "a", **job_input})
+        parse_request(job_input)
     return str(caught.value)
+
+
+def refusal(**job_input: Any) -> str:
+    return refusal_of({"prompt": "a", **job_input})
 
 
 def accepted(**job_input: Any) -> Request:
@@ -279,6 +287,7 @@ def test_the_json_schema_has_the_bounds_and_the_defaults() -> None:
     [
         ({"prompt": "a"}, True),
         ({"image_url": "https://example.com/a.png"}, True),
+        ({"image_url": None}, False),
         ({"check": True}, True),
         ({"seed": 3}, False),
         ({}, False),
@@ -312,3 +321,116 @@ def test_a_lone_surrogate_is_refused_not_passed_on() -> None:
     message = refusal(prompt="\ud800", **{"\udfff": 1})
     assert "prompt: must be a string" in message
     assert message.encode("utf-8")
+
+
+def nested(depth: int, value: Any = 1) -> Any:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# Made when they are needed: they take memory.
+TOO_MUCH: dict[str, Callable[[], Any]] = {
+    "unknown fields": lambda: {f"guidance_scal{i}": 1 for i in range(50_000)},
+    "unknown fields, as many as are looked at": lambda: {
+        f"guidance_scal{i}": 1 for i in range(990)
+    },
+    "an object": lambda: {"seed": {f"a{i}": i for i in range(300_000)}},
+    "a list": lambda: {"seed": [1] * 5_000_000},
+    "a list of lists": lambda: {"seed": [[0] * 1000] * 1000},
+    "many small lists": lambda: {f"a{i}": [1] * 9 for i in range(99)},
+    "many small objects": lambda: {"seed": [{"a": 1}] * 450},
+    "text": lambda: {"seed": "1" * 20_000_000, "negative_prompt": "\u00e9" * 10_000_000},
+    "a choice": lambda: {"scheduler": "K_EULER" * 3_000_000},
+    "an address": lambda: {"image_url": "ftp://" + "a" * 20_000_000},
+    "an address inside": lambda: {"image_url": ["ftp://user:hunter2@" + "a" * 20_000_000]},
+    "long names": lambda: {"\u00e9" * 1_000_000 + str(i): 1 for i in range(10)},
+    "long names inside": lambda: {"seed": {"a" * 1_000_000 + str(i): 1 for i in range(10)}},
+    "depth": lambda: {"seed": nested(100_000)},
+    "an integer": lambda: {"seed": 10**1_000_000, "guidance_scale": -(10**1_000_000)},
+    "an integer as a name": lambda: {10**1_000_000: 1},
+    "a tuple as a name": lambda: {tuple(range(1_000_000)): 1},
+    "half characters": lambda: {"seed": "\ud800" * 1_000_000, "\udfff" * 1_000_000: 1},
+    "half characters as a name": lambda: {"\udfff" * 30: 1},
+    "other names": lambda: {
+        1: 1,
+        None: 1,
+        1.5: 1,
+        (1, 2): 1,
+        frozenset({1}): 1,
+        b"a": 1,
+        math.nan: 1,
+    },
+    "other values": lambda: {"prompt": b"a", "seed": {1}, "height": 1j, "width": object()},
+}
+
+
+@pytest.mark.parametrize("what", TOO_MUCH)
+def test_too_much_of_anything_gets_a_short_answer_at_once(what: str) -> None:
+    job_input = TOO_MUCH[what]()
+    begin = time.thread_time()
+    message = refusal_of(job_input)
+    assert time.thread_time() - begin < 0.5
+    assert len(message.encode()) < 4000
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: [1] * 5_000_000, lambda: "a" * 20_000_000, lambda: 10**1_000_000],
+    ids=["a list", "text", "an integer"],
+)
+def test_what_is_no_object_at_all_gets_a_short_answer_at_once(make: Callable[[], Any]) -> None:
+    job_input = make()
+    begin = time.thread_time()
+    message = refusal_of(job_input)
+    assert time.thread_time() - begin < 0.5
+    assert len(message) < 200
+
+
+def test_the_number_of_values_is_limited_wherever_they_are() -> None:
+    too_many = f"input: must hold at most {MAX_VALUES} values in all; got more"
+    # The prompt and the seed are values themselves.
+    assert refusal(seed=[0] * (MAX_VALUES - 2)).startswith("seed: must be an integer")
+    assert refusal(seed=[0] * (MAX_VALUES - 1)) == too_many
+    assert refusal(seed=[[0] * 10] * (MAX_VALUES // 10)) == too_many
+
+
+@pytest.mark.parametrize("wrap", [lambda inner: [inner], lambda inner: {"a": inner}])
+def test_the_depth_of_the_input_is_limited(wrap: Any) -> None:
+    value: Any = 1
+    for _ in range(MAX_NESTING - 1):
+        value = wrap(value)
+    assert refusal(seed=value).startswith("seed: must be an integer")
+    assert refusal(seed=wrap(value)) == (
+        f"input: must be at most {MAX_NESTING} objects or lists deep; got more"
+    )
+
+
+def largest(schema: dict[str, Any], root: dict[str, Any]) -> tuple[int, int]:
+    """The most values that a schema allows inside a value, and how deep they are."""
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
+    if "properties" in schema:
+        inside = [largest(one, root) for one in schema["properties"].values()]
+        return sum(1 + count for count, _ in inside), 1 + max(depth for _, depth in inside)
+    if schema.get("type") == "array":
+        count, depth = largest(schema["items"], root)
+        return schema["maxItems"] * (1 + count), 1 + depth
+    options = [largest(one, root) for one in schema.get("anyOf") or schema.get("oneOf") or ()]
+    return max((count for count, _ in options), default=0), max((d for _, d in options), default=0)
+
+
+def test_whatever_the_schema_allows_is_well_within_the_limits() -> None:
+    schema = Request.model_json_schema()
+    count, depth = largest(schema, schema)
+    assert count >= len(FIELDS)
+    assert 2 * count <= MAX_VALUES, "room to be told what is wrong"
+    assert depth + 2 <= MAX_NESTING
+
+
+def test_a_large_picture_in_the_input_is_neither_copied_nor_searched() -> None:
+    picture = "data:image/png;base64," + "A" * 20_000_000
+    begin = time.thread_time()
+    assert accepted(image_url=picture).image_url is picture
+    assert time.thread_time() - begin < 0.5

@@ -35,3 +35,17 @@ def test_an_empty_setting_is_unset_as_the_hub_sends_it(
 ) -> None:
     monkeypatch.setenv(name, "")
     assert load_settings() == Settings()
+
+
+def test_wrong_settings_are_told_in_the_words_of_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORKER_CONCURRENCY", "two")
+    monkeypatch.setenv("QUANTIZE", "int4")
+    with pytest.raises(ModelError) as caught:
+        load_settings()
+    assert str(caught.value) == (
+        "wrong environment variable: "
+        'QUANTIZE: must be one of int8, fp8; got "int4" (did you mean int8?); '
+        'WORKER_CONCURRENCY: must be an integer from 1 to 8; got "two"'
+    )

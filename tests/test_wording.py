@@ -7,7 +7,15 @@ import pytest
 from pydantic import Field, ValidationError
 
 from sdxl_worker.request import InputModel, Request
-from sdxl_worker.wording import field_schemas, problems, rule, without_secrets
+from sdxl_worker.wording import (
+    MAX_PROBLEMS_TOLD,
+    MAX_SHOWN_CHARACTERS,
+    field_schemas,
+    problems,
+    rule,
+    shown,
+    without_secrets,
+)
 
 
 def test_the_bounds_are_told_in_words() -> None:
@@ -214,7 +222,7 @@ def test_every_rule_can_be_told(given: dict[str, Any]) -> None:
     [
         ("https://user:pw@example.com/a.png?token=SECRET", '"https://example.com/a.png"'),
         ("a.b\nprompt: fine", '"a.b\\nprompt: fine"'),
-        ("x" * 100_000, "a string of 100000 characters"),
+        ("x" * 100_000, '"a string of 100000 characters"'),
         ("a.b", '"a.b"'),
     ],
 )
@@ -233,3 +241,74 @@ def test_a_value_of_any_depth_is_refused_in_one_short_line() -> None:
         deep = [deep]
     [line] = told(sizes=deep)[-1:]
     assert len(line) < 300
+
+
+def test_of_many_problems_the_first_are_told_and_the_rest_counted() -> None:
+    lines = told(**{f"field_{i}": i for i in range(100)}, first=3)
+    assert len(lines) == MAX_PROBLEMS_TOLD + 1
+    assert lines[0] == '"field_0": no such field; the fields are loras, first, sizes'
+    assert lines[1] == '"field_1": no such field', "what there is, is listed once"
+    assert lines[-1] == "and 91 more"
+    exactly = told(**{f"field_{i}": i for i in range(MAX_PROBLEMS_TOLD)})
+    assert len(exactly) == MAX_PROBLEMS_TOLD
+
+
+def test_each_object_with_unknown_fields_lists_its_own() -> None:
+    lines = told(first={"path": "aa", "a": 1, "b": 1}, c=1, d=1)
+    assert lines == [
+        "first.a: no such field; the fields are path, scale, kind",
+        "first.b: no such field",
+        '"c": no such field; the fields are loras, first, sizes',
+        '"d": no such field',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": [1, 2.5, True, None, "b"]}, '{"a": [1, 2.5, true, null, "b"]}'),
+        ({}, "{}"),
+        ([[]], "[[]]"),
+        ((1, 2), "[1, 2]"),
+        ({1: 2, None: 3}, "{1: 2, null: 3}"),
+        ("x" * 60, '"' + "x" * 59 + "..."),
+        ("x" * 61, "a string of 61 characters"),
+        (["x" * 61], "[a string of 61 characters]"),
+        (list(range(100)), "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 1..."),
+        ([[[[[1]]]]], '[[[["..."]]]]'),
+        (10**59, str(10**59)),
+        (-(10**60), "an integer of over 60 digits"),
+        (1e308, "1e+308"),
+        (float("nan"), "NaN"),
+        ("\ud800", '"\\ud800"'),
+        ("a\nb\u2028c\x85\u202ed", '"a\\nb\\u2028c\\u0085\\u202ed"'),
+        ("\u00e9\u732b\U0001f408", '"\u00e9\u732b\U0001f408"'),
+        ({1}, "set"),
+        (object(), "object"),
+    ],
+)
+def test_values_are_shown_as_short_json(value: Any, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_an_integer_that_python_would_not_write_is_shown() -> None:
+    assert shown(10**1_000_000) == "an integer of over 60 digits"
+
+
+class Watched(list[Any]):
+    """A list that counts what is read of it."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for one in super().__iter__():
+            self.read += 1
+            yield one
+
+
+def test_only_the_beginning_of_a_value_is_read_to_show_it() -> None:
+    inner = Watched(["a"] * 1000)
+    outer = Watched([inner] * 1000)
+    assert shown([outer]).endswith("...")
+    assert 0 < inner.read < MAX_SHOWN_CHARACTERS
+    assert outer.read == 1

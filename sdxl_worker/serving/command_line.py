@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import sys
+import tempfile
 import time
 from enum import Enum
 from pathlib import Path
@@ -58,25 +59,56 @@ def prepare(arguments: list[str]) -> tuple[list[str], Place]:
 
 
 def saving(handler: Handler) -> Handler:
-    """The handler for a local job: it saves the pictures and answers with their paths."""
+    """The handler for a local job: it saves the pictures and answers with their paths.
+
+    Where they cannot be saved, it answers with an error, at which the SDK exits with 1.
+    """
 
     async def handle_and_save(job: dict[str, Any]) -> dict[str, Any]:
         output = await handler(job)
         if "images" not in output:
             return output
-        OUTPUT_DIR.mkdir(exist_ok=True)
-        # The whole answer, as the platform's status route gives it.
-        (OUTPUT_DIR / "output.json").write_text(json.dumps({"output": output}), encoding="utf-8")
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        paths = []
-        for i, data_uri in enumerate(output["images"]):
-            path = OUTPUT_DIR / f"{stamp}-seed{(output['seed'] + i) % (MAX_SEED + 1)}.png"
-            path.write_bytes(base64.b64decode(data_uri.partition(",")[2]))
-            paths.append(str(path))
+        try:
+            paths = [str(path) for path in _save(output)]
+        except OSError as error:
+            return {
+                "error": f"the pictures cannot be saved in {OUTPUT_DIR.resolve()}: "
+                f"{error.strerror}; see that it is a folder which can be written to and has room, "
+                "or run the worker in another folder"
+            }
+        for path in paths:
             print(f"Saved {path}")
         return {**output, "images": paths, "image_url": paths[0]}
 
     return handle_and_save
+
+
+def _save(output: dict[str, Any]) -> list[Path]:
+    """Write the answer and its pictures, all of them or none.
+
+    Returns:
+        The paths of the pictures.
+
+    Raises:
+        OSError: the folder cannot be written to, or is full.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    pictures = {
+        f"{stamp}-seed{(output['seed'] + i) % (MAX_SEED + 1)}.png": base64.b64decode(
+            data_uri.partition(",")[2]
+        )
+        for i, data_uri in enumerate(output["images"])
+    }
+    # The whole answer, as the platform's status route gives it.
+    answer = json.dumps({"output": output}).encode()
+    files = {**pictures, "output.json": answer}
+    OUTPUT_DIR.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=OUTPUT_DIR) as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        for name in files:
+            Path(folder, name).replace(OUTPUT_DIR / name)
+    return [OUTPUT_DIR / name for name in pictures]
 
 
 def _job_of(arguments: list[str]) -> tuple[list[str], str | None]:

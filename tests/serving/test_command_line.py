@@ -1,5 +1,6 @@
 """`python handler.py` as a process: what a developer types, sees and gets back."""
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from sdxl_worker.serving import command_line
 from tests.support import REPOSITORY, decoded
 
 QUICK = {
@@ -34,8 +36,14 @@ def environment(**variables: str) -> dict[str, str]:
 def handler_process(
     *arguments: str, folder: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
+    return process(
+        sys.executable, str(REPOSITORY / "handler.py"), *arguments, folder=folder, **variables
+    )
+
+
+def process(*command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(REPOSITORY / "handler.py"), *arguments],
+        command,
         cwd=folder,
         env=environment(**variables),
         capture_output=True,
@@ -107,6 +115,50 @@ def test_a_job_that_fails_exits_with_its_reason(tmp_path: Path) -> None:
     assert "height: must be an integer from 64 to 2048, a multiple of 8; got 65" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "output").exists()
+
+
+def assert_not_saved(done: subprocess.CompletedProcess[str], folder: Path, reason: str) -> None:
+    assert done.returncode == 1
+    told = f"the pictures cannot be saved in {folder}/output: {reason}; see that it is a folder"
+    assert told in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Saved" not in done.stdout
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_told_and_left(tmp_path: Path) -> None:
+    write_job(tmp_path / "test_input.json")
+    (tmp_path / "output").write_text("mine")
+    done = handler_process("--test_input", folder=tmp_path)
+    assert_not_saved(done, tmp_path, "File exists")
+    assert (tmp_path / "output").read_text() == "mine"
+
+
+def test_where_the_room_ends_midway_no_half_file_is_left(tmp_path: Path) -> None:
+    """As on a full disk; here the system ends each file at 4 kB, and a picture is larger."""
+    write_job(tmp_path / "test_input.json")
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "output.json").write_text("that of the job before")
+    limited = f'ulimit -f 8 && exec "{sys.executable}" "{REPOSITORY / "handler.py"}" --test_input'
+    done = process("sh", "-c", limited, folder=tmp_path)
+    assert_not_saved(done, tmp_path, "File too large")
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["output.json"]
+    assert (tmp_path / "output" / "output.json").read_text() == "that of the job before"
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even root can make a file in /proc."""
+
+    async def handler(_: dict[str, Any]) -> dict[str, Any]:
+        return {"images": ["data:image/png;base64,aGk="], "image_url": "", "seed": 1}
+
+    monkeypatch.chdir("/proc")
+
+    async def answer_to_a_job() -> dict[str, Any]:
+        return await command_line.saving(handler)({"id": "test", "input": {}})
+
+    answer = asyncio.run(answer_to_a_job())
+    assert list(answer) == ["error"]
+    assert answer["error"].startswith("the pictures cannot be saved in /proc/output: ")
 
 
 @pytest.mark.parametrize(

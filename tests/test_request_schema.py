@@ -1,0 +1,168 @@
+"""The published JSON Schema and the worker's validation agree, on inputs drawn from the schema.
+
+Three differences are meant: `null` and an empty `image_url` mean "not given", which a client need
+not send and the schema does not allow; and half a character, which JSON can carry, is refused.
+"""
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import Field, ValidationError
+
+from sdxl_worker.errors import RequestError
+from sdxl_worker.request import InputModel, Request, Side, parse_request
+from sdxl_worker.wording import MAX_PROBLEMS_TOLD, problems
+from tests.from_schema import anything, nearly, valid
+
+# The same inputs at each run, wherever it is and however busy the machine.
+QUICK = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=60,
+)
+SCHEMA = Request.model_json_schema()
+PUBLISHED = jsonschema.Draft202012Validator(SCHEMA)
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_nulls(one) for name, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def refusal(model: type[InputModel], job_input: Any) -> list[str]:
+    """The lines that refuse an input: none where it is accepted."""
+    try:
+        if model is Request:
+            parse_request(job_input)
+        else:
+            model.model_validate(job_input)
+    except RequestError as error:
+        return str(error).splitlines()
+    except ValidationError as error:
+        return problems(error, model)
+    return []
+
+
+def named(line: str) -> str:
+    """The field of the input that a line of a refusal is about."""
+    if line.startswith('"'):  # the caller's word
+        return str(json.JSONDecoder().raw_decode(line)[0])
+    return re.split(r"[.\[:]", line, maxsplit=1)[0]
+
+
+def broken_fields(
+    model: type[InputModel], validator: jsonschema.Draft202012Validator, job_input: dict[str, Any]
+) -> set[str]:
+    """The fields of the input that jsonschema finds fault with."""
+    broken: set[str] = set()
+    for error in validator.iter_errors(job_input):
+        if error.absolute_path:
+            broken.add(str(error.absolute_path[0]))
+        elif error.validator == "additionalProperties":
+            broken |= set(job_input) - set(model.model_fields)
+        else:
+            assert error.validator == "anyOf", error
+            broken.add("prompt")
+    return broken
+
+
+def assert_both_judge_alike(
+    model: type[InputModel], validator: jsonschema.Draft202012Validator, job_input: dict[str, Any]
+) -> None:
+    lines = refusal(model, job_input)
+    told = {named(line) for line in lines[:MAX_PROBLEMS_TOLD]}
+    broken = broken_fields(model, validator, without_nulls(job_input))
+    if len(lines) > MAX_PROBLEMS_TOLD:
+        assert told <= broken
+    else:
+        assert told == broken, lines
+
+
+@pytest.mark.parametrize("field", SCHEMA["properties"])
+def test_what_the_schema_allows_in_a_field_is_accepted_and_kept(field: str) -> None:
+    @QUICK
+    @given(valid(SCHEMA["properties"][field], SCHEMA))
+    def check(value: Any) -> None:
+        job_input = {"prompt": "a", field: value}
+        PUBLISHED.validate(job_input if value is not None else {"prompt": "a"})
+        kept = parse_request(job_input).model_dump(mode="json", exclude_unset=True)
+        if value is not None and (field, value) != ("seed", -1):
+            assert kept[field] == value
+
+    check()
+
+
+@pytest.mark.parametrize("field", SCHEMA["properties"])
+def test_what_the_schema_forbids_in_a_field_is_refused_by_its_name(field: str) -> None:
+    @QUICK
+    @given(nearly(SCHEMA["properties"][field], SCHEMA))
+    def check(value: Any) -> None:
+        if (field, value) != ("image_url", ""):
+            assert_both_judge_alike(Request, PUBLISHED, {"prompt": "a", field: value})
+
+    check()
+
+
+@QUICK
+@given(valid(SCHEMA, SCHEMA))
+def test_what_the_schema_allows_is_accepted_and_a_request_can_be_sent_again(
+    job_input: dict[str, Any],
+) -> None:
+    request = parse_request(job_input)
+    again = json.loads(request.model_dump_json(exclude_none=True))
+    PUBLISHED.validate(again)
+    assert parse_request(again) == request
+
+
+@settings(QUICK, max_examples=300)
+@given(nearly(SCHEMA, SCHEMA))
+def test_the_schema_and_the_worker_find_fault_with_the_same_fields(job_input: Any) -> None:
+    if not isinstance(job_input, dict):
+        assert named(refusal(Request, job_input)[0]) == "input"
+        return
+    if job_input.get("image_url") == "":
+        job_input = {**job_input, "image_url": None}
+    assert_both_judge_alike(Request, PUBLISHED, job_input)
+
+
+@QUICK
+@given(st.text(st.characters(categories=["Cs"]), min_size=1, max_size=9))
+def test_half_a_character_is_refused_wherever_it_is(text: str) -> None:
+    assert named(refusal(Request, {"prompt": text})[0]) == "prompt"
+    assert "no such field" in refusal(Request, {"prompt": "a", text: 1})[0]
+
+
+class Part(InputModel):
+    kind: Literal["one", "other"]
+    scale: Annotated[float, Field(gt=-5, le=5)] = 1.0
+
+
+class Wide(InputModel):
+    """Fields of more kinds than a request has today."""
+
+    parts: Annotated[list[Part | Annotated[str, Field(max_length=9)]], Field(max_length=3)] = []  # noqa: RUF012
+    part: Part | None = None
+    sides: list[Side] | Side | None = None
+
+
+@settings(QUICK, max_examples=300)
+@given(
+    nearly(Wide.model_json_schema(), Wide.model_json_schema()).filter(lambda v: isinstance(v, dict))
+)
+def test_so_they_do_for_objects_and_lists_inside(job_input: dict[str, Any]) -> None:
+    schema = Wide.model_json_schema()
+    assert_both_judge_alike(Wide, jsonschema.Draft202012Validator(schema), job_input)
+
+
+@QUICK
+@given(st.dictionaries(st.text(max_size=3) | st.sampled_from(list(SCHEMA["properties"])), anything))
+def test_any_json_is_accepted_or_refused_in_few_words(job_input: dict[str, Any]) -> None:
+    assert len("\n".join(refusal(Request, job_input))) < 4000
