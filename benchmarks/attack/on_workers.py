@@ -1,13 +1,13 @@
 """Attacks on real worker processes: by callers, by picture servers, by the platform itself."""
 
-import contextlib
 import random
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.attack.hostile_pictures import HostilePicture
 from benchmarks.attack.hostile_server import ENDLESS, GOOD, OTHERS, TLS, HostileServer
@@ -22,7 +22,7 @@ from benchmarks.attack.real_workers import (
 )
 from benchmarks.attack.tally import Tally, unreadable_answer
 from local_endpoint.faults import Faults
-from local_endpoint.local import LocalEndpoint
+from local_endpoint.local import ENDED, LocalEndpoint
 from local_endpoint.queue import Receipt
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.decode import MAX_INPUT_PIXELS
@@ -76,12 +76,10 @@ def attack_with_pictures(tally: Tally, pictures: Iterable[HostilePicture]) -> No
     with real_workers() as endpoint:
         for hostile in pictures:
             [worker] = endpoint.workers
-            before = _memory(worker.pid, "VmRSS")
-            with contextlib.suppress(OSError):  # a process that has ended
-                Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # the peak begins anew
+            before = _memory_bytes(worker.pid)
             job_id = endpoint.run({**ON_PICTURE, "image_url": data_uri(hostile.data)})
-            complaint = unreadable_answer(ended(endpoint, job_id, JOB_SECONDS))
-            grown = _memory(worker.pid, "VmHWM") - before
+            grown = _peak_bytes_until_ended(endpoint, job_id, worker.pid) - before
+            complaint = unreadable_answer(endpoint.status(job_id))
             tally.raise_to("most_memory_mb", grown / 1e6)
             if grown > PICTURE_MEMORY_MAX_BYTES:
                 complaint = f"took {grown / 1e6:.0f} MB of memory"
@@ -92,13 +90,26 @@ def attack_with_pictures(tally: Tally, pictures: Iterable[HostilePicture]) -> No
                 replace(endpoint, worker)
 
 
-def _memory(pid: int, name: str) -> int:
-    """Bytes, of /proc; 0 where the process, or /proc, is not there."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return 1024 * int(line.split()[1])
-    return 0
+def _peak_bytes_until_ended(endpoint: LocalEndpoint, job_id: str, pid: int) -> int:
+    """The most memory seen while the job ran."""
+    seen: list[int] = []
+
+    def has_ended() -> bool:
+        seen.append(_memory_bytes(pid))
+        return endpoint.status(job_id)["status"] in ENDED
+
+    came_true(has_ended, JOB_SECONDS)
+    return max(seen)
+
+
+def _memory_bytes(pid: int) -> int:
+    """Of the process and its children; 0 where it has ended."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+        return sum(one.memory_info().rss for one in family)
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def attack_with_a_picture_server(
