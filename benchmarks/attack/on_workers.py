@@ -121,7 +121,7 @@ def attack_with_a_picture_server(
     environment = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true", "WORKER_CONCURRENCY": "8"}
     with (
         HostileServer() as server,
-        real_workers(stop_grace_seconds=STOP_SECONDS + 2, **environment) as endpoint,
+        real_workers(stop_grace_seconds=STOP_SECONDS + 2, environment=environment) as endpoint,
     ):
 
         def send(name: str) -> str:
@@ -129,18 +129,23 @@ def attack_with_a_picture_server(
             return endpoint.run({**ON_PICTURE, "image_url": url})
 
         for at in range(0, len(names), GROUP):
-            _answers_in_time(tally, endpoint, send, names[at : at + GROUP])
+            _answers_in_time(tally, endpoint, send, names[at : at + GROUP], secret)
         tally.add("a plain job afterwards", _plain_job(endpoint))
         for name in [name for name in names if name in {**ENDLESS, **TLS}]:
             tally.add(f"{name}, cancelled", _cancel(endpoint, server, send, name))
         tally.add("a plain job after the cancelled ones", _plain_job(endpoint))
         tally.add("the end of the worker amid drips", _end_amid_drips(endpoint, server, send))
-        told = secret in written(endpoint)
-        tally.add("the secrets of addresses", "are in an answer or a log" if told else None)
+        told = [line for line in written(endpoint).splitlines() if secret in line]
+        complaint = f"told {len(told)} times, first in {told[0]:.200}" if told else None
+        tally.add("the secrets of addresses, in all that was posted and logged", complaint)
 
 
 def _answers_in_time(
-    tally: Tally, endpoint: LocalEndpoint, send: Callable[[str], str], names: Sequence[str]
+    tally: Tally,
+    endpoint: LocalEndpoint,
+    send: Callable[[str], str],
+    names: Sequence[str],
+    secret: str,
 ) -> None:
     deadline = time.monotonic() + FETCH_TIMEOUT_SECONDS + SLACK_SECONDS
     job_ids = {name: send(name) for name in names}
@@ -150,7 +155,10 @@ def _answers_in_time(
     }
     for name, answer in answers.items():
         allowed = ("COMPLETED",) if name in GOOD else ()
-        tally.add(name, unreadable_answer(answer, *allowed))
+        complaint = unreadable_answer(answer, *allowed)
+        if secret in f"{answer.get('output')} {answer.get('error')}":
+            complaint = "the answer tells the secret of the address"
+        tally.add(name, complaint)
     if any(answer["status"].startswith("no answer") for answer in answers.values()):
         replace(endpoint, endpoint.workers[0])
 

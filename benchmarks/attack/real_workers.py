@@ -1,8 +1,9 @@
 """Real worker processes with the embedded model, under the local endpoint."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from local_endpoint.local import LocalEndpoint
@@ -10,6 +11,7 @@ from local_endpoint.queue import Rules
 from local_endpoint.workers import Worker
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
 RULES = Rules(
     execution_timeout_min_seconds=0.5,
     ping_interval_seconds=1,
@@ -20,7 +22,7 @@ RULES = Rules(
 
 
 def real_workers(
-    count: int = 1, *, stop_grace_seconds: float = 5, **environment: str
+    count: int = 1, *, stop_grace_seconds: float = 5, environment: Mapping[str, str] = NOTHING
 ) -> LocalEndpoint:
     """For a `with` block."""
     return LocalEndpoint(
