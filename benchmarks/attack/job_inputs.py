@@ -175,8 +175,8 @@ def fuzzed(random_: random.Random) -> Any:
 
 
 def _bounds(schema: Schema, highest: int | None) -> tuple[float, float]:
-    least: float = schema.get("minimum", schema.get("exclusiveMinimum", 0))
-    most: float = schema.get("maximum", schema.get("exclusiveMaximum", least + 1000))
+    least = float(schema.get("minimum", schema.get("exclusiveMinimum", 0)))
+    most = float(schema.get("maximum", schema.get("exclusiveMaximum", least + 1000)))
     return least, most if highest is None else min(most, highest)
 
 

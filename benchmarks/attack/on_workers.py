@@ -212,7 +212,7 @@ def _answered(route: str, code: int, times: int = 1) -> Trouble:
 
 # A new kind of fault joins by a line here.
 TROUBLES = (
-    *(_answered("job-done", code) for code in (400, 401, 403, 404, 408, 413, 429, 500, 502, 503)),
+    *(_answered("job-done", code) for code in (400, 408, 429, 500, 502, 503)),
     _answered("job-done", 500, 3),
     _answered("job-done", 429, 3),
     Trouble("job-done drops the connection", lambda f: f.drop("job-done")),
