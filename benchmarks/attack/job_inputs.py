@@ -175,8 +175,11 @@ def fuzzed(random_: random.Random) -> Any:
 
 
 def _bounds(schema: Schema, highest: int | None) -> tuple[float, float]:
-    least = float(schema.get("minimum", schema.get("exclusiveMinimum", 0)))
-    most = float(schema.get("maximum", schema.get("exclusiveMaximum", least + 1000)))
+    def given(default: float, *names: str) -> float:
+        return next((schema[name] for name in names if name in schema), default)
+
+    least = given(0, "minimum", "exclusiveMinimum")
+    most = given(least + 1000, "maximum", "exclusiveMaximum")
     return least, most if highest is None else min(most, highest)
 
 
