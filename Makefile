@@ -8,7 +8,7 @@ WORKERS ?= 1
 # Builds of torch without CUDA's libraries, for machines without an NVIDIA GPU.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run endpoint test image-test lint types docs clean
+.PHONY: run endpoint test attack long-run image-test lint types docs clean
 
 run: $(VENV)/.run
 	$(BIN)/python handler.py --test_input
@@ -20,6 +20,14 @@ endpoint: $(VENV)/.run
 # Two processes. Each takes whole files, because the tests of one file share their servers.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Sends the worker everything that a caller, a picture server or the platform may do wrong.
+attack: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.attack
+
+# Thousands of jobs of every kind through three workers, one of which is killed now and then.
+long-run: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.long_run
 
 # Builds the image with Debian's buildah and tries it out; needs root and takes some minutes.
 image-test: $(VENV)/.run

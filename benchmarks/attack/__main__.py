@@ -1,0 +1,108 @@
+"""Attack the worker in every way at hand, and tell what held.
+
+Real workers with the embedded model, on the local endpoint, against callers, picture servers and
+a platform that misbehave; and its validation, decoding and fetching in this process. The exit
+status is 1 where anything broke.
+
+    python -m benchmarks.attack
+    python -m benchmarks.attack --quick --kinds validation addresses
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks import common
+from benchmarks.attack import hostile_addresses, hostile_pictures, in_process, on_workers
+from benchmarks.attack.tally import Tally, table, write
+from sdxl_worker.inputs.decode import decode
+from sdxl_worker.inputs.fetch import fetch
+from sdxl_worker.request import parse_request
+
+FIELD = "image_url"
+# They would lead the worker's fetches elsewhere.
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
+
+def kinds(*, quick: bool, seed: int) -> dict[str, tuple[str, Callable[[Tally], None]]]:
+    """What can be attacked: its name in the table, and how."""
+    pictures = hostile_pictures
+    return {
+        "validation": (
+            "fuzzed inputs, validated",
+            lambda tally: in_process.attack_validation(
+                tally, parse_request, count=2_000 if quick else 20_000, seed=seed
+            ),
+        ),
+        "decoding": (
+            "odd and damaged pictures, decoded",
+            lambda tally: in_process.attack_decoding(
+                tally, lambda data: decode(data, FIELD), pictures.small_pictures()
+            ),
+        ),
+        "addresses": (
+            "private and special addresses",
+            lambda tally: in_process.attack_addresses(
+                tally, lambda url: fetch(url, FIELD), hostile_addresses.addresses()
+            ),
+        ),
+        "jobs": (
+            "good and bad jobs through real workers",
+            lambda tally: on_workers.attack_with_jobs(tally, count=20 if quick else 300, seed=seed),
+        ),
+        "pictures": (
+            "bombs and odd pictures through a real worker",
+            lambda tally: on_workers.attack_with_pictures(
+                tally, pictures.odd_modes() if quick else pictures.all_pictures()
+            ),
+        ),
+        "server": (
+            "a hostile picture server",
+            lambda tally: on_workers.attack_with_a_picture_server(
+                tally, *([("good", "missing", "html", "drip")] if quick else [])
+            ),
+        ),
+        "platform": (
+            "a platform in trouble",
+            lambda tally: on_workers.attack_as_the_platform(
+                tally, on_workers.TROUBLES[:3] if quick else on_workers.TROUBLES
+            ),
+        ),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = list(kinds(quick=True, seed=0))
+    parser.add_argument("--kinds", nargs="+", choices=names, default=names, metavar="KIND",
+                        help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="few of each")
+    parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
+    arguments = parser.parse_args()
+    for name in PROXIES:
+        os.environ.pop(name, None)
+        os.environ.pop(name.upper(), None)
+
+    chosen = kinds(quick=arguments.quick, seed=arguments.seed)
+    tallies: list[Tally] = []
+    for name in arguments.kinds:
+        words, attack = chosen[name]
+        with tqdm(desc=words, unit="input", dynamic_ncols=True) as bar:
+            tallies.append(tally := Tally(words, tick=bar.update))
+            attack(tally)
+        for line in tally.breaks[:5]:
+            print(f"  broke: {line}")
+        write(tallies, arguments.out / "attack.json", arguments.seed)
+    print(table(tallies))
+    return int(any(tally.breaks for tally in tallies))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""A picture server that does everything wrong, on loopback: one path for each misbehaviour.
+
+A misbehaviour is a generator of what is sent; a number is a pause in seconds.
+"""
+
+import contextlib
+import gzip
+import select
+import socket
+import socketserver
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+from PIL import Image
+
+from benchmarks.attack.job_inputs import png_bytes
+
+Sent = Iterator[bytes | float]
+DRIP_SECONDS = 5.0
+REQUEST_MAX_BYTES = 65536
+TLS_HANDSHAKE = b"\x16"
+
+
+def _head(status: str = "200 OK", *headers: str) -> bytes:
+    lines = (f"HTTP/1.1 {status}", "Content-Type: image/png", *headers)
+    return "\r\n".join((*lines, "", "")).encode("latin-1")
+
+
+def _with_length(body: bytes, length: object, status: str = "200 OK") -> bytes:
+    return _head(status, f"Content-Length: {length}", "Connection: close") + body
+
+
+def _for_ever(first: bytes, again: bytes, pause_seconds: float = 0) -> Callable[[], Sent]:
+    def behaviour() -> Sent:
+        yield first
+        while True:
+            yield again
+            yield pause_seconds
+
+    return behaviour
+
+
+def _once(*sent: bytes | float) -> Callable[[], Sent]:
+    return lambda: iter(sent)
+
+
+def _redirect(to: str) -> Callable[[], Sent]:
+    return _once(_head("302 Found", f"Location: {to}", "Content-Length: 0"))
+
+
+PICTURE = png_bytes(Image.linear_gradient("L").resize((64, 64)).convert("RGB"))
+PLAIN = _head()
+CHUNKED = _head("200 OK", "Transfer-Encoding: chunked")
+BLOCK = bytes(65536)
+
+
+def _gzip_bomb() -> Sent:
+    yield _head("200 OK", "Content-Encoding: gzip")
+    yield gzip.compress(gzip.compress(bytes(200_000_000), 6), 1)
+    block = gzip.compress(bytes(10_000_000))
+    for _ in range(100):
+        yield block
+
+
+def _cut() -> Sent:
+    yield _with_length(PICTURE[: len(PICTURE) // 2], len(PICTURE))
+
+
+def _slow_redirects() -> Sent:
+    yield 4.0
+    yield _head("302 Found", "Location: /slow-redirects", "Content-Length: 0")
+
+
+# What never ends by itself: the worker has to.
+ENDLESS: dict[str, Callable[[], Sent]] = {
+    "silence": _for_ever(b"", b"", DRIP_SECONDS),
+    "drip": _for_ever(PLAIN, b"x", DRIP_SECONDS),
+    "drip-head": _for_ever(b"", b"H", DRIP_SECONDS),
+    "drip-chunks": _for_ever(CHUNKED, b"1\r\nx\r\n", DRIP_SECONDS),
+    "drip-headers": _for_ever(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n", DRIP_SECONDS),
+    "drip-error": _for_ever(_head("500 Oops"), b"x", DRIP_SECONDS),
+    "continue": _for_ever(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.01),
+    "early-hints": _for_ever(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.01),
+    "continue-headers": _for_ever(b"HTTP/1.1 100 Continue\r\n", b"X-A: b\r\n", 0.01),
+    "headers": _for_ever(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n" * 1000),
+    "header-line": _for_ever(b"HTTP/1.1 200 OK\r\nX-A: ", BLOCK),
+    "status-line": _for_ever(b"HTTP/1.1 200 ", b"O" * 65536),
+    "body": _for_ever(PLAIN, BLOCK),
+    "chunk-size": _for_ever(CHUNKED, b"0" * 65536),
+    "chunk-extension": _for_ever(CHUNKED + b"1;", b"x" * 65536),
+    "trailers": _for_ever(CHUNKED + b"0\r\n", b"X-A: b\r\n" * 1000),
+}
+OTHERS: dict[str, Callable[[], Sent]] = {
+    "gzip-bomb": _gzip_bomb,
+    "redirect-loop": _redirect("/redirect-loop"),
+    "slow-redirects": _slow_redirects,
+    "redirect-to-file": _redirect("file:///etc/passwd"),
+    "redirect-to-ftp": _redirect("ftp://127.0.0.1/a.png"),
+    "redirect-to-junk": _redirect("http://["),
+    "redirect-to-data": _redirect("data:image/png;base64,AAAA"),
+    "redirect-without-location": _once(_head("302 Found", "Content-Length: 0")),
+    "length-too-long": _once(_with_length(PICTURE, len(PICTURE) + 1000)),
+    "length-too-short": _once(_with_length(PICTURE, 30)),
+    "length-negative": _once(_with_length(PICTURE, -1)),
+    "length-huge": _once(_with_length(PICTURE, 10**18)),
+    "length-junk": _once(_with_length(PICTURE, "many")),
+    "length-twice": _once(_head("200 OK", "Content-Length: 9", "Content-Length: 99") + PICTURE),
+    "cut": _cut,
+    "nothing": _once(),
+    "empty": _once(_with_length(b"", 0)),
+    "html": _once(_with_length(b"<html><body>Sign in</body></html>", 33)),
+    "missing": _once(_with_length(b"no", 2, "404 Not Found")),
+    "broken": _once(_with_length(b"no", 2, "500 Internal Server Error")),
+    "no-content": _once(_head("204 No Content")),
+    "odd-status": _once(_with_length(b"no", 2, "999 ")),
+    "long-reason": _once(_with_length(b"no", 2, "404 " + "x" * 60_000)),
+    "strange-reason": _once(_with_length(b"no", 2, "404 \x1b[2J\x00\xff Traceback")),
+    "chunk-junk": _once(CHUNKED + b"zz\r\n" + PICTURE),
+    "chunk-cut": _once(CHUNKED + b"ffff\r\nabc"),
+    "gzip-junk": _once(_head("200 OK", "Content-Encoding: gzip") + PICTURE),
+    "unknown-coding": _once(_head("200 OK", "Content-Encoding: br, zstd, gzip") + PICTURE),
+    "no-http": _once(PICTURE),
+    "old-http": _once(b"<html>hello</html>\r\n"),
+}
+GOOD = {"good": _once(_with_length(PICTURE, len(PICTURE)))}
+# Its address begins with https: the handshake drips.
+TLS = {"tls": _for_ever(b"\x16\x03\x03\x40\x00", b"\x02", DRIP_SECONDS)}
+
+
+@dataclass(eq=False)
+class Connection:
+    """One that a worker opened. Times are those of time.monotonic()."""
+
+    path: str
+    closed_at: float | None = None
+
+
+@dataclass
+class HostileServer:
+    """For a `with` block."""
+
+    connections: list[Connection] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        owner = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                owner._serve(self.request)
+
+        self._stopping = threading.Event()
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def address(self, name: str, query: str = "") -> str:
+        scheme = "https" if name in TLS else "http"
+        return f"{scheme}://127.0.0.1:{self._server.server_address[1]}/{name}?{query}"
+
+    def open_count(self, name: str) -> int:
+        """How many connections for this misbehaviour the worker holds open."""
+        return sum(one.path == name and one.closed_at is None for one in list(self.connections))
+
+    def wait_for(self, name: str, count: int, seconds: float) -> bool:
+        """Whether the worker comes to hold exactly `count` connections open in time."""
+        deadline = time.monotonic() + seconds
+        while self.open_count(name) != count:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _serve(self, connection: socket.socket) -> None:
+        request = b""
+        with contextlib.suppress(OSError):
+            while b"\r\n\r\n" not in request and len(request) < REQUEST_MAX_BYTES:
+                request += (received := connection.recv(4096))
+                if not received or request.startswith(TLS_HANDSHAKE):
+                    break
+        address = (request.split(b" ", 2)[1:2] or [b""])[0]
+        name = address.partition(b"?")[0].strip(b"/").decode("latin-1")
+        if request.startswith(TLS_HANDSHAKE):
+            name = "tls"
+        noted = Connection(name)
+        self.connections.append(noted)
+        behaviour = {**ENDLESS, **OTHERS, **GOOD, **TLS}.get(name, OTHERS["missing"])
+        with contextlib.suppress(OSError):
+            connection.settimeout(0.5)
+            for what in behaviour():
+                if self._stopping.is_set():
+                    break
+                if isinstance(what, bytes):
+                    self._send(connection, what)
+                else:
+                    self._pause(connection, what)
+            if name == "cut":
+                reset = struct.pack("ii", 1, 0)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        noted.closed_at = time.monotonic()
+
+    def _send(self, connection: socket.socket, data: bytes) -> None:
+        """As `sendall`, to a reader that may take its time."""
+        while data and not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                data = data[connection.send(data) :]
+
+    def _pause(self, connection: socket.socket, seconds: float) -> None:
+        """Wait; end at once where the other side has gone."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0 and not self._stopping.is_set():
+            if select.select([connection], [], [], min(left, 0.2))[0] and not connection.recv(4096):
+                raise ConnectionResetError

@@ -1,0 +1,225 @@
+"""`make attack` in short, and that it tells when something breaks."""
+
+import io
+import itertools
+import json
+import random
+import socket
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from PIL import Image
+
+from benchmarks.attack import __main__ as program
+from benchmarks.attack import hostile_pictures, in_process, job_inputs, on_workers, tally
+from benchmarks.attack.hostile_addresses import addresses
+from benchmarks.attack.hostile_server import ENDLESS, GOOD, OTHERS, PICTURE, TLS, HostileServer
+from benchmarks.attack.tally import Tally, unreadable, unreadable_answer
+from local_endpoint.local import LocalEndpoint
+from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.decode import decode
+from sdxl_worker.inputs.fetch import fetch
+from sdxl_worker.request import Request, parse_request
+
+
+@pytest.fixture
+def result() -> Tally:
+    return Tally("test")
+
+
+class TestTheWorkerHolds:
+    def test_validation(self, result: Tally) -> None:
+        in_process.attack_validation(result, parse_request, count=2000, seed=1)
+        assert (result.tried, result.breaks) == (2000, [])
+
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")
+    def test_decoding(self, result: Tally) -> None:
+        pictures = hostile_pictures.small_pictures()
+        in_process.attack_decoding(result, lambda data: decode(data, "image_url"), pictures)
+        assert result.tried > 80
+        assert result.breaks == []
+
+    @pytest.mark.xfail(strict=True, reason="6to4, 192.0.0.0/24 and others are connected to")
+    def test_addresses(self, result: Tally) -> None:
+        in_process.attack_addresses(result, lambda url: fetch(url, "image_url"), addresses())
+        assert result.tried > 150
+        assert result.breaks == []
+
+    def test_real_workers(self, result: Tally) -> None:
+        on_workers.attack_with_jobs(result, count=6, seed=1)
+        assert (result.tried, result.breaks) == (6, [])
+
+
+class TestABreakIsTold:
+    def test_of_validation(self, result: Tally) -> None:
+        def parse(job_input: object) -> object:
+            if "seed" in repr(job_input):
+                raise KeyError("seed")
+            if "width" in repr(job_input):
+                raise RequestError('Traceback (most recent call last):\n  File "request.py"')
+            if "height" in repr(job_input):
+                raise RequestError("x" * 9000)
+            return parse_request(job_input)
+
+        in_process.attack_validation(result, parse, count=300, seed=1)
+        assert result.held + len(result.breaks) == result.tried == 300
+        told = "\n".join(result.breaks)
+        for complaint in ("KeyError: 'seed'", "tells of 'Traceback'", "a message of 9000 bytes"):
+            assert complaint in told
+
+    def test_of_validation_that_takes_long(
+        self, result: Tally, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(in_process, "VALIDATION_MAX_SECONDS", 0.01)
+        in_process.attack_validation(result, lambda _: time.sleep(0.02), count=3, seed=1)
+        assert len(result.breaks) == 3
+
+    def test_of_decoding(self, result: Tally) -> None:
+        def decode_as_it_lies(data: bytes) -> Image.Image:
+            return Image.open(io.BytesIO(data)).convert("RGB")
+
+        pictures = list(hostile_pictures.orientations())
+        in_process.attack_decoding(result, decode_as_it_lies, pictures)
+        assert len(result.breaks) == 3 * 7, "all orientations but the first, in three formats"
+
+    def test_of_addresses(self, result: Tally) -> None:
+        def fetch_anything(address: str) -> object:
+            with socket.create_connection((address.split("/")[2], 80), timeout=5) as connection:
+                return connection.recv(1)
+
+        in_process.attack_addresses(result, fetch_anything, ["http://127.0.0.1/a.png"])
+        [told] = result.breaks
+        assert "a connection to 127.0.0.1 was opened" in told
+
+    def test_of_a_worker(
+        self, result: Tally, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        worker = tmp_path / "worker.py"
+        worker.write_text(
+            "import runpod\n"
+            "def handler(job):\n"
+            "    if job['input'] == {'prompt': 'lists'}:\n"
+            "        return {'error': ['one', 'two']}\n"
+            "    stop = job['input'] == {'prompt': 'stop'}\n"
+            "    return {'error': 'stopping', 'refresh_worker': stop}\n"
+            "runpod.serverless.start({'handler': handler})\n"
+        )
+        inputs = iter([{"prompt": "lists"}, {"prompt": "fine"}, {"prompt": "stop"}])
+        monkeypatch.setattr(on_workers, "valid", lambda _: next(inputs))
+        monkeypatch.setattr(on_workers, "refused", lambda _: next(inputs))
+        monkeypatch.setattr(
+            on_workers,
+            "real_workers",
+            lambda _: LocalEndpoint(worker_command=[sys.executable, str(worker)]),
+        )
+        on_workers.attack_with_jobs(result, count=3, seed=1)
+        assert result.breaks == [
+            "{'prompt': 'lists'}: COMPLETED with None",
+            "{'prompt': 'stop'}: asked for the worker to be replaced",
+        ]
+
+    @pytest.mark.parametrize(
+        ("answer", "complaint"),
+        [
+            ({"status": "COMPLETED", "output": {"images": []}}, None),
+            ({"status": "FAILED", "error": "height: must be smaller"}, None),
+            ({"status": "FAILED", "error": "<Image object at 0x7f00>"}, "object at 0x"),
+            ({"status": "FAILED"}, "not a message"),
+            ({"status": "COMPLETED"}, "COMPLETED with None"),
+            ({"status": "TIMED_OUT"}, "TIMED_OUT"),
+        ],
+    )
+    def test_of_an_answer(self, answer: dict[str, Any], complaint: str | None) -> None:
+        told = unreadable_answer(answer)
+        assert told is None if complaint is None else told is not None and complaint in told
+
+    def test_of_a_message_about_this_machine(self) -> None:
+        assert unreadable(f"no file {tally.REPOSITORY}/models") is not None
+        assert unreadable("half a character: \ud800") is not None
+
+
+class TestTheProgram:
+    def run(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[int, dict[str, Any]]:
+        command = ["attack", "--quick", "--kinds", "validation", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", command)
+        status = program.main()
+        [kind] = json.loads((tmp_path / "attack.json").read_text())["kinds"]
+        return status, kind
+
+    def test_it_ends_well_where_all_held(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        status, kind = self.run(monkeypatch, tmp_path)
+        assert (status, kind["held"], kind["broke"]) == (0, 2000, 0)
+        assert "| fuzzed inputs, validated | 2,000 | 2,000 | 0 |" in capsys.readouterr().out
+
+    def test_it_ends_badly_where_something_broke(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(program, "parse_request", lambda job_input: job_input["prompt"])
+        status, kind = self.run(monkeypatch, tmp_path)
+        assert status == 1
+        assert kind["broke"] == 2000 - kind["held"] > 0
+
+
+class TestInputs:
+    def test_valid_ones_obey_the_schema(self) -> None:
+        schema = jsonschema.Draft202012Validator(Request.model_json_schema())
+        random_ = random.Random(1)  # noqa: S311  not for secrets
+        seen: set[str] = set()
+        for _ in range(300):
+            job_input = job_inputs.valid(random_)
+            schema.validate(job_input)
+            seen |= set(job_input)
+        assert seen == set(Request.model_fields), "each field is tried"
+
+    def test_fuzzed_ones_are_of_every_field_and_mostly_wrong(self) -> None:
+        random_ = random.Random(1)  # noqa: S311  not for secrets
+        inputs = [job_inputs.fuzzed(random_) for _ in range(500)]
+        fields = {name for one in inputs if isinstance(one, dict) for name in one}
+        assert fields > set(Request.model_fields)
+        refused = 0
+        for job_input in inputs:
+            try:
+                parse_request(job_input)
+            except RequestError:
+                refused += 1
+        assert 250 < refused < 490
+
+
+class TestHostileServer:
+    def test_a_good_picture_can_be_had(self) -> None:
+        with (
+            HostileServer() as server,
+            urllib.request.urlopen(server.address("good", "token=1"), timeout=5) as response,
+        ):
+            assert response.read() == PICTURE
+
+    def test_it_sees_that_a_reader_has_gone(self) -> None:
+        with HostileServer() as server:
+            port = int(server.address("drip").split(":")[2].partition("/")[0])
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(b"GET /drip HTTP/1.1\r\nHost: a\r\n\r\n")
+                assert server.wait_for("drip", 1, 5)
+            assert server.wait_for("drip", 0, 2)
+
+    @pytest.mark.parametrize("name", [*ENDLESS, *OTHERS, *GOOD, *TLS])
+    def test_every_misbehaviour_sends_bytes_or_waits(self, name: str) -> None:
+        behaviour = {**ENDLESS, **OTHERS, **GOOD, **TLS}[name]
+        for _ in range(2):  # for each connection anew
+            sent = list(itertools.islice(behaviour(), 4))
+            assert all(isinstance(what, bytes | float | int) for what in sent)
+            assert len(sent) == 4 or name not in ENDLESS
+
+
+def test_bombs_are_small_and_large_inside() -> None:
+    for picture in hostile_pictures.bombs():
+        assert len(picture.data) < 7_400_000, "/run takes 10 MB, in base64"
