@@ -9,6 +9,7 @@ status is 1 where anything broke.
 """
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def kinds(*, quick: bool, seed: int) -> dict[str, tuple[str, Callable[[Tally], N
         "addresses": (
             "private and special addresses",
             lambda tally: in_process.attack_addresses(
-                tally, lambda url: fetch(url, FIELD), hostile_addresses.addresses()
+                tally, lambda url: asyncio.run(fetch(url, FIELD)), hostile_addresses.addresses()
             ),
         ),
         "jobs": (

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -21,11 +22,11 @@ from benchmarks.attack.real_workers import (
     written,
 )
 from benchmarks.attack.tally import Tally, unreadable_answer
-from local_endpoint.faults import Faults
+from local_endpoint.faults import JUNK_JOBS, Faults
 from local_endpoint.local import ENDED, LocalEndpoint
 from local_endpoint.queue import Receipt
 from sdxl_worker.errors import RequestError
-from sdxl_worker.inputs.decode import MAX_INPUT_PIXELS
+from sdxl_worker.inputs.decoder_process import MAX_MEMORY_BYTES
 from sdxl_worker.inputs.fetch import FETCH_TIMEOUT_SECONDS
 from sdxl_worker.request import parse_request
 
@@ -38,10 +39,10 @@ PROMPT_SECONDS = 15.0
 SLACK_SECONDS = 10.0
 CLOSED_SECONDS = 3.0
 STOP_SECONDS = 8.0
-# At once: fewer than the threads with which asyncio fetches.
+# Of slow servers at once.
 GROUP = 4
-# A decoded picture of the largest size, its transparency on white and RGB are alive at once.
-PICTURE_MEMORY_MAX_BYTES = 20 * MAX_INPUT_PIXELS
+# What the decoder may take, and what the worker holds of the request beside it.
+PICTURE_MEMORY_MAX_BYTES = MAX_MEMORY_BYTES + 200 * 10**6
 
 
 def attack_with_jobs(tally: Tally, *, count: int, seed: int) -> None:
@@ -230,6 +231,10 @@ TROUBLES = (
     Trouble("job-stop drops the connection", lambda f: f.drop("job-stop", times=3)),
     _answered("ping", 500, 5),
     Trouble("ping drops the connection", lambda f: f.drop("ping", times=3)),
+    *(
+        Trouble(f"job-take hands out {what}", partial(Faults.add, route="job-take", fault=fault))
+        for what, fault in JUNK_JOBS.items()
+    ),
 )
 JOBS_IN_TROUBLE = (PLAIN, {**PLAIN, "num_inference_steps": 60, "preview": True}, {"prompt": 3})
 

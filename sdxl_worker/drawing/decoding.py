@@ -29,7 +29,7 @@ def decode(latents: torch.Tensor, vae: Any, *, may_be_black: bool) -> list[Image
         n RGB pictures, or None: there are none in these latents.
     """
     try:
-        pixels, is_sound = _to_pixels(latents, _decoded(latents, vae), may_be_black=may_be_black)
+        pixels, is_sound = _to_pixels(_decoded(latents, vae), may_be_black=may_be_black)
     except RuntimeError as error:
         if vae.use_tiling or not is_out_of_memory(error):
             raise
@@ -37,12 +37,12 @@ def decode(latents: torch.Tensor, vae: Any, *, may_be_black: bool) -> list[Image
         free_memory()
         second_tries.note("decoded in tiles")
         vae.use_slicing = vae.use_tiling = True
-        pixels, is_sound = _to_pixels(latents, _decoded(latents, vae), may_be_black=may_be_black)
+        pixels, is_sound = _to_pixels(_decoded(latents, vae), may_be_black=may_be_black)
     dtype = vae.dtype
     if not is_sound and dtype != torch.float32 and latents.isfinite().all():
         second_tries.note("decoded in float32")
         vae.to(dtype=torch.float32)
-        pixels, is_sound = _to_pixels(latents, _decoded(latents, vae), may_be_black=may_be_black)
+        pixels, is_sound = _to_pixels(_decoded(latents, vae), may_be_black=may_be_black)
         vae.to(dtype=dtype)
     return [Image.fromarray(array) for array in pixels] if is_sound else None
 
@@ -86,16 +86,14 @@ def _decoded(latents: torch.Tensor, vae: Any) -> torch.Tensor:
     return images
 
 
-def _to_pixels(
-    latents: torch.Tensor, images: torch.Tensor, *, may_be_black: bool
-) -> tuple[Any, bool]:
+def _to_pixels(images: torch.Tensor, *, may_be_black: bool) -> tuple[Any, bool]:
     """Rounded to 8 bits on their device, so that only a quarter of the bytes leaves the GPU.
 
     Returns:
         An array [n, height, width, 3], and whether each of these is a picture. That is told on the
         device too, and read behind the pixels: nothing waits for it.
     """
-    finite = latents.isfinite().all() & images.isfinite().all()
+    finite = images.isfinite().all()
     images = (images * 0.5 + 0.5).clamp(0, 1)
     pixels = images.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     lit = pixels.flatten(1).amax(1).min() > 0

@@ -19,6 +19,7 @@ from runpod.serverless.modules.rp_job import _job_get_url
 
 from sdxl_worker.inputs.fetch import hurry
 from sdxl_worker.serving.delivery import Deliveries
+from sdxl_worker.serving.host_memory import give_back_host_memory
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class WorkerScaler(rp_scale.JobScaler):
     def _delivered(self, job_id: str) -> None:
         if job_id not in self.jobs_tasks:  # or it was handed out once more
             self.job_progress.remove(job_id)
+        asyncio.get_running_loop().run_in_executor(None, give_back_host_memory)
 
     def current_occupancy(self) -> int:
         """Jobs that keep the worker from taking others: a few whose results wait do not."""
@@ -184,6 +186,8 @@ def _runnable(job: object) -> dict[str, Any] | None:
     if isinstance(job_id, int) and not isinstance(job_id, bool):
         job_id = str(job_id)
     if not isinstance(job_id, str) or not 0 < len(job_id) <= MAX_ID_CHARACTERS:
+        return None
+    if any("\ud800" <= letter <= "\udfff" for letter in job_id):  # no address can have them
         return None
     job.pop("self", None)  # the SDK passes all keys on as arguments of a method
     # The platform leaves out an input without fields.

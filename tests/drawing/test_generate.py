@@ -363,7 +363,7 @@ def test_pictures_leave_the_gpu_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> No
         return copy(tensor)
 
     monkeypatch.setattr(torch.Tensor, "cpu", noted)
-    decoding._to_pixels(torch.rand(2, 4, 1, 1), torch.rand(2, 3, 8, 8), may_be_black=False)
+    decoding._to_pixels(torch.rand(2, 3, 8, 8), may_be_black=False)
     assert [(tensor.dtype, tensor.is_contiguous()) for tensor in copied] == [(torch.uint8, True)]
 
 
