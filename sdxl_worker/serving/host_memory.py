@@ -1,8 +1,8 @@
 """Memory of the host that a job leaves behind.
 
-glibc keeps what was freed, in pieces of all sizes: over 600 jobs with pictures of many sizes, a worker
-on a CPU grew from 765 to 1341 MB without a leak, and from 562 to 585 MB where this was called after
-each job. A call took 7.5 ms, 81 at most, in a thread of its own.
+glibc keeps what was freed, in pieces of all sizes: over 600 jobs with pictures of many sizes, a
+worker on a CPU grew from 765 to 1341 MB without a leak, and from 562 to 585 MB where this was
+called after each job. A call took 7.5 ms, 81 at most, in a thread of its own.
 """
 
 import ctypes

@@ -291,7 +291,7 @@ def test_a_platform_that_takes_no_results_gets_no_more_jobs_done(
     monkeypatch.setattr("sdxl_worker.serving.delivery.FIRST_PAUSE_SECONDS", 6)
     monkeypatch.setattr(scaler, "MAX_WAITING_RESULTS", 1)
     platform = Platform(*({"id": f"job-{i}", "input": {}} for i in range(9)))
-    platform.refuse_results = 9
+    platform.refuse_results = 2
     began = time.monotonic()
     serve(platform, monkeypatch, until=lambda _: time.monotonic() > began + 5)
     taken = 9 - len(platform.given)
