@@ -164,7 +164,11 @@ def test_the_publisher_s_name_is_told_in_one_place() -> None:
         check=True,
     ).stdout.split()
     counts = {path: int(count) for path, _, count in (line.rpartition(":") for line in tracked)}
-    derived = {"README.md": docs.listing(), ".runpod/hub.json": json.dumps(docs.icon_url())}
+    derived = {
+        "README.md": docs.listing(),
+        "SECURITY.md": docs.report(),
+        ".runpod/hub.json": json.dumps(docs.icon_url()),
+    }
     lines_of = {
         path: sum(name in line for line in text.splitlines()) for path, text in derived.items()
     }
