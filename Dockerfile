@@ -1,10 +1,16 @@
 # The worker's image; docs/image.md has the build commands and the sizes.
 # The later a layer, the more often it changes: system, weights, torch, libraries, code.
-ARG BASE_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
+# A stage or an image; `official` is the next stage.
+ARG BASE_IMAGE=official
 # The model in the image: sdxl, checkpoint, shapes or none.
 ARG MODEL=sdxl
 
 
+# The digest is the one of the index of all platforms. Dependabot renews what stands after FROM.
+FROM docker.io/library/python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d AS official
+
+
+# hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS system
 # torch.compile builds with g++. Its version is not pinned: Debian's mirrors keep only the newest
 # one. The standard library is compiled because the base image comes without its bytecode.
@@ -14,24 +20,27 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python -m compileall -q -x site-packages \
         "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
-    && python -m venv /opt/venv
+    && python -m venv /opt/venv \
+    && useradd --uid 10001 --create-home --shell /usr/sbin/nologin worker
 ENV PATH=/opt/venv/bin:$PATH
 
 
 # The tools that download a model of the hub ...
 FROM system AS tools-sdxl
 WORKDIR /build
-ARG PIP_EXTRA_INDEX_URL
-COPY builder/requirements.txt builder/
+COPY builder/requirements.lock builder/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --requirement builder/requirements.txt
+    pip install --no-deps --only-binary=:all: --require-hashes \
+        --requirement builder/requirements.lock \
+    && pip check
 
 # ... and those that convert a single-file checkpoint.
 FROM tools-sdxl AS tools-checkpoint
-ARG PIP_EXTRA_INDEX_URL
-COPY requirements.txt ./
+COPY requirements-torch.lock requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --requirement requirements.txt
+    pip install --no-deps --only-binary=:all: --require-hashes \
+        --requirement requirements-torch.lock --requirement requirements.lock \
+    && pip check
 
 # hadolint ignore=DL3006
 FROM tools-${MODEL} AS download
@@ -69,14 +78,26 @@ FROM system AS model-none
 # hadolint ignore=DL3006
 FROM model-${MODEL} AS worker
 WORKDIR /app
-# The index of another build of torch, for another CUDA.
+# By far the largest layer. requirements.lock has all the rest, and changes more often.
+COPY requirements-torch.lock ./
+# The index of another build of torch, for another CUDA. The lock has no hashes of other builds: of
+# these only torch's version is fixed. torch comes without its dependencies, because pip would take any
+# package from that index that has a higher version there, whoever published it.
 ARG PIP_EXTRA_INDEX_URL
-# By far the largest layer. requirements.txt has the same version, but changes more often.
+# hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install torch==2.13.0
-COPY requirements.txt ./
+    if [ -z "$PIP_EXTRA_INDEX_URL" ]; then \
+        pip install --no-deps --only-binary=:all: --require-hashes \
+            --requirement requirements-torch.lock; \
+    else \
+        torch="$(grep -o '^torch==[^ ]*' requirements-torch.lock)" \
+        && pip install --no-deps "$torch" \
+        && env --unset=PIP_EXTRA_INDEX_URL pip install "$torch"; \
+    fi
+COPY requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --requirement requirements.txt
+    pip install --no-deps --only-binary=:all: --require-hashes --requirement requirements.lock \
+    && pip check
 
 # What this build of torch needs of the host's driver: below it, the SDK's check ends the worker.
 ARG MIN_CUDA_VERSION=13.0
@@ -88,8 +109,14 @@ ENV HF_HUB_OFFLINE=1 \
     RUNPOD_MIN_CUDA_VERSION=${MIN_CUDA_VERSION} \
     RUNPOD_LOG_LEVEL=INFO
 
-COPY LICENSE handler.py test_input.json ./
+COPY LICENSE handler.py start.sh test_input.json ./
 COPY sdxl_worker sdxl_worker
-RUN python -m compileall -q .
+# Readable for every user, whatever the mode was where the image is built. To output/ every user may
+# write, for a local job's pictures.
+RUN python -m compileall -q . \
+    && chmod -R a+rX . \
+    && install --directory --mode=777 output
 
-CMD ["python", "-u", "/app/handler.py"]
+# It starts as root and becomes the user `worker`. There is no USER: the Hub's tests run in the image,
+# and install what they need.
+CMD ["sh", "/app/start.sh"]

@@ -8,7 +8,12 @@ WORKERS ?= 1
 # Builds of torch without CUDA's libraries, for machines without an NVIDIA GPU.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: run endpoint test attack long-run image-test lint types docs clean
+# What the image installs is for Linux on x86-64 and for the Python of the base image.
+LOCK = $(BIN)/uv pip compile --quiet --no-config --generate-hashes --only-binary :all: \
+    --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+    --custom-compile-command "make lock" $(LOCK_FLAGS)
+
+.PHONY: run endpoint test attack long-run image-test lint types docs lock audit clean
 
 run: $(VENV)/.run
 	$(BIN)/python handler.py --test_input
@@ -44,6 +49,22 @@ types: $(VENV)/.dev
 # The documents' tables, the JSON Schema and the Hub's form, from the declarations they describe.
 docs: $(VENV)/.dev
 	$(BIN)/python -m tools.docs
+
+# The locks, with hashes, that the image installs; everything else installs the requirements. Versions
+# stay as they are, unless LOCK_FLAGS says otherwise, such as LOCK_FLAGS=--upgrade.
+# torch and all that it needs have a lock of their own, which seldom changes: the image's largest layer.
+lock: $(VENV)/.dev
+	grep -o '^torch==[^ ]*' requirements.txt | $(LOCK) --output-file requirements-torch.lock -
+	$(LOCK) --output-file requirements.lock --constraint requirements-torch.lock \
+	    $$(sed -n 's/^\([a-z0-9][^= ]*\)==.*/--no-emit-package \1/p' requirements-torch.lock) \
+	    requirements.txt
+	$(LOCK) --output-file builder/requirements.lock --constraint requirements-torch.lock \
+	    --constraint requirements.lock builder/requirements.txt
+
+# Known vulnerabilities of what the image installs. Strict: what cannot be looked up is a failure, too.
+audit: $(VENV)/.dev
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements-torch.lock \
+	    --requirement requirements.lock --requirement builder/requirements.lock
 
 clean:
 	rm -rf $(VENV) output

@@ -227,7 +227,8 @@ class Sampler:
     """Draws training samples from what `prepare` computed."""
 
     def __init__(self, work: Path, seed: int) -> None:
-        prepared = torch.load(work / "prepared.pt", weights_only=False)
+        with torch.serialization.safe_globals([Meaning]):
+            prepared = torch.load(work / "prepared.pt", weights_only=True)
         self.latents: dict[tuple[int, int], Tensor] = prepared["latents"]
         self.scenes = {
             size: [Scene(**scene) for scene in scenes]
@@ -316,7 +317,7 @@ class _Checkpoint:
         """The number of training steps already taken; 0 where there is no checkpoint."""
         if not self.path.exists():
             return 0
-        state = torch.load(self.path, weights_only=False)
+        state = torch.load(self.path, weights_only=True)
         self.unet.load_state_dict(state["unet"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.weights, self.average.updates = state["average"], state["steps"]

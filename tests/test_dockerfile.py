@@ -1,10 +1,14 @@
 """The Dockerfile, as far as it can be judged without building it; `make image-test` builds it."""
 
+import hashlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+import venv
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -12,6 +16,7 @@ import pytest
 from dockerfile_parse import DockerfileParser
 
 from tests.support import REPOSITORY
+from tests.tools import package_index
 
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
 LAYER_MAX_BYTES = 5_500_000_000
@@ -76,17 +81,121 @@ def test_hadolint_finds_nothing() -> None:
     assert (found.returncode, found.stdout + found.stderr) == (0, "")
 
 
-def test_the_base_image_is_python_slim_of_one_patch_version() -> None:
-    assert re.search(r"^ARG BASE_IMAGE=\S+/python:3\.11\.\d+-slim-\w+$", DOCKERFILE, re.MULTILINE)
+def test_the_base_image_is_python_slim_of_one_digest() -> None:
+    """It stands after FROM, where Dependabot finds it."""
+    base, instructions = stages()["official"]
+    assert re.fullmatch(r"\S+/python:3\.11\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
+    assert not instructions
     assert stages()["system"][0] == "${BASE_IMAGE}"
+    assert "ARG BASE_IMAGE=official\n" in DOCKERFILE
+
+
+def test_all_packages_are_those_of_the_locks_with_their_hashes() -> None:
+    """But for another build of torch, which the one `if` is about."""
+    installs = [
+        command
+        for name, value in parse(DOCKERFILE)
+        if name == "RUN"
+        for command in re.findall(r"pip install [^&;]*", value)
+    ]
+    locked = [command for command in installs if "--requirement" in command]
+    assert len(locked) == 4
+    for command in locked:
+        options = set(command.split())
+        assert {"--no-deps", "--only-binary=:all:", "--require-hashes"} <= options
+        assert all(".lock" in place for place in re.findall(r"--requirement (\S+)", command))
+    others = [command.strip() for command in installs if command not in locked]
+    assert others == ['pip install --no-deps "$torch"', 'pip install "$torch"']
+    checked = [value for name, value in parse(DOCKERFILE) if name == "RUN" and "pip check" in value]
+    assert len(checked) == 3
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, str]]:
+    """A folder with a lock; the index it was made from; one of another torch. Both have a newer
+    version of what torch needs."""
+    folder, usual, other = (tmp_path_factory.mktemp(name) for name in ("app", "usual", "other"))
+    package_index.add_wheel(usual, "torch", "2.13.0", needs=["filelock"])
+    package_index.add_wheel(usual, "filelock", "1.0")
+    wheels = [*usual.rglob("*.whl")]
+    (folder / "requirements-torch.lock").write_text(
+        "".join(
+            "{}=={} --hash=sha256:{}\n".format(
+                *path.name.split("-")[:2], hashlib.sha256(path.read_bytes()).hexdigest()
+            )
+            for path in wheels
+        )
+    )
+    package_index.add_wheel(usual, "filelock", "2.0")
+    package_index.add_wheel(other, "torch", "2.13.0+cu126", needs=["filelock"])
+    package_index.add_wheel(other, "filelock", "99.0")
+    with package_index.serve(usual) as usual_url, package_index.serve(other) as other_url:
+        yield folder, usual_url, other_url
+
+
+def install_torch(folder: Path, target: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run what the image runs, with packages installed into an environment in `target`."""
+    [script] = [value for name, value in image("none") if name == "RUN" and "$torch" in value]
+    script = re.sub(r"^(--mount=\S+ )*", "", script)
+    venv.create(target, with_pip=True)
+    environment = package_index.environment(**variables)
+    environment["PATH"] = f"{target / 'bin'}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        ["sh", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def installed(target: Path) -> set[str]:
+    found = {path.name for path in target.glob("lib/*/site-packages/*.dist-info")}
+    return {name.removesuffix(".dist-info") for name in found if name.startswith(("torch", "file"))}
+
+
+def test_torch_is_installed_as_locked(indexes: tuple[Path, str, str], tmp_path: Path) -> None:
+    folder, usual, _ = indexes
+    done = install_torch(folder, tmp_path, PIP_INDEX_URL=usual)
+    assert done.returncode == 0, done.stderr
+    assert installed(tmp_path) == {"torch-2.13.0", "filelock-1.0"}
+
+
+def test_another_file_under_a_locked_version_is_refused(
+    indexes: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    folder, _, _ = indexes
+    changed = tmp_path / "index"
+    package_index.add_wheel(changed, "torch", "2.13.0", needs=["filelock", "changed"])
+    package_index.add_wheel(changed, "filelock", "1.0")
+    with package_index.serve(changed) as url:
+        done = install_torch(folder, tmp_path / "venv", PIP_INDEX_URL=url)
+    assert done.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert installed(tmp_path / "venv") == set()
+
+
+def test_from_another_index_comes_torch_alone(
+    indexes: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    folder, usual, other = indexes
+    done = install_torch(folder, tmp_path, PIP_INDEX_URL=usual, PIP_EXTRA_INDEX_URL=other)
+    assert done.returncode == 0, done.stderr
+    assert installed(tmp_path) == {"torch-2.13.0+cu126", "filelock-2.0"}  # and not 99.0
 
 
 def test_the_command_is_one_that_the_platform_can_run() -> None:
     """Its test harness hands CMD to a shell, and knows no ENTRYPOINT; port 80 is the harness's."""
     for model in ("sdxl", "checkpoint", "shapes", "none"):
         [command] = [value for name, value in image(model) if name == "CMD"]
-        assert json.loads(command) == ["python", "-u", "/app/handler.py"]
+        assert json.loads(command) == ["sh", "/app/start.sh"]
         assert not {"ENTRYPOINT", "USER", "EXPOSE"} & {name for name, _ in image(model)}
+
+
+def test_the_worker_has_a_user_of_its_own() -> None:
+    """`make image-test` sees which user it is, and what this user may do."""
+    [system] = [value for name, value in stages()["system"][1] if "useradd" in value]
+    assert "useradd --uid 10001 --create-home --shell /usr/sbin/nologin worker" in system
+    script = (REPOSITORY / "start.sh").read_text(encoding="utf-8")
+    assert "setpriv --reuid=worker --regid=worker --init-groups --no-new-privs" in script
+    assert 'exec $as_worker python -u /app/handler.py "$@"' in script  # process 1 gets SIGTERM
+    assert subprocess.run(["sh", "-n", REPOSITORY / "start.sh"]).returncode == 0
 
 
 def test_no_secret_can_stay_in_a_layer() -> None:
@@ -106,7 +215,8 @@ def test_layers_that_change_more_often_come_later() -> None:
         return found
 
     code = place("COPY sdxl_worker")
-    order = ["apt-get", "/weights/rest", "install torch", "COPY requirements", "--requirement req"]
+    order = ["apt-get", "/weights/rest", "COPY requirements-torch.lock", "$torch"]
+    order += ["COPY requirements.lock", "--requirement requirements.lock"]
     places = [place(part) for part in order]
     assert places == sorted(places)
     assert code == len(layers) - 2
@@ -115,13 +225,13 @@ def test_layers_that_change_more_often_come_later() -> None:
 
 def test_code_and_requirements_do_not_download_weights_again() -> None:
     copied = [value for name, value in lineage("download", "sdxl") if name == "COPY"]
-    assert copied == ["builder/requirements.txt builder/", "builder builder"]
+    assert copied == ["builder/requirements.lock builder/", "builder builder"]
     seen = {
         path.name
         for path in (REPOSITORY / "builder").iterdir()
         if in_context(f"builder/{path.name}")
     }
-    assert seen <= {"__init__.py", "download_weights", "requirements.txt"}
+    assert seen <= {"__init__.py", "download_weights", "requirements.lock"}
 
 
 def test_no_layer_of_weights_is_over_5_5_gb() -> None:
@@ -158,17 +268,11 @@ def test_each_choice_of_weights_sets_model_dir_to_what_it_holds() -> None:
 
 
 def test_a_checkpoint_is_converted_with_the_worker_s_libraries() -> None:
-    installed = [value for name, value in lineage("download", "checkpoint") if name == "RUN"]
-    assert any("pip install --requirement requirements.txt" in value for value in installed)
+    runs = [value for name, value in lineage("download", "checkpoint") if name == "RUN"]
+    assert any("--requirement requirements.lock" in value for value in runs)
     assert not any(
-        "--requirement requirements.txt" in value for _, value in lineage("download", "sdxl")
+        "--requirement requirements.lock" in value for _, value in lineage("download", "sdxl")
     )
-
-
-def test_torch_is_the_one_of_the_requirements() -> None:
-    requirements = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8")
-    [pin] = re.findall(r"^torch==\S+", requirements, re.MULTILINE)
-    assert re.findall(r"torch==\S+", DOCKERFILE) == [pin]
 
 
 def test_hosts_whose_driver_torch_cannot_use_are_refused_by_the_sdk_s_check() -> None:

@@ -18,7 +18,7 @@ from tests import tutorial
 from tests.support import REPOSITORY
 from tools import docs
 
-DOCUMENTS = [docs.README, *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [docs.README, docs.SECURITY, *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", docs.derived(), ids=lambda path: path.name)
@@ -94,6 +94,7 @@ def test_the_guides_are_reachable_from_the_readme() -> None:
     readme = docs.README.read_text(encoding="utf-8")
     for guide in (REPOSITORY / "docs").glob("*.md"):
         assert f"(docs/{guide.name})" in readme
+    assert "(SECURITY.md)" in readme
 
 
 def test_messages_in_the_troubleshooting_are_the_worker_s() -> None:
@@ -163,7 +164,11 @@ def test_the_publisher_s_name_is_told_in_one_place() -> None:
         check=True,
     ).stdout.split()
     counts = {path: int(count) for path, _, count in (line.rpartition(":") for line in tracked)}
-    derived = {"README.md": docs.listing(), ".runpod/hub.json": json.dumps(docs.icon_url())}
+    derived = {
+        "README.md": docs.listing(),
+        "SECURITY.md": docs.report(),
+        ".runpod/hub.json": json.dumps(docs.icon_url()),
+    }
     lines_of = {
         path: sum(name in line for line in text.splitlines()) for path, text in derived.items()
     }

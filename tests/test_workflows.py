@@ -14,6 +14,7 @@ import sdxl_worker
 from tests.support import REPOSITORY
 
 GITHUB = REPOSITORY / ".github"
+LOCKS = [*REPOSITORY.glob("*.lock"), *REPOSITORY.glob("builder/*.lock")]
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
 
 
@@ -23,6 +24,7 @@ def _load(path: Path) -> dict[Any, Any]:
 
 
 TEST = _load(GITHUB / "workflows" / "test.yml")
+AUDIT = _load(GITHUB / "workflows" / "audit.yml")
 PUBLISH = _load(GITHUB / "workflows" / "publish.yml")
 
 
@@ -76,6 +78,39 @@ def test_each_push_and_pull_request_runs_what_a_change_must_pass() -> None:
     assert set(TEST[True]) == {"push", "pull_request"}
     assert "make lint types test" in _scripts(TEST)
     assert "make image-test" in " ".join(_scripts(TEST))
+
+
+def test_what_the_image_installs_is_audited_each_week_and_with_each_change_of_it() -> None:
+    assert set(AUDIT[True]) == {"schedule", "pull_request"}
+    [schedule] = AUDIT[True]["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", schedule["cron"])
+    scripts = _scripts(AUDIT)
+    assert scripts == ["make lock && git diff --exit-code", "make audit"]
+    watched = AUDIT[True]["pull_request"]["paths"]
+    assert watched[0] == "**requirements*"
+    assert (REPOSITORY / "Makefile").is_file()
+    assert "Makefile" in watched
+
+
+def test_the_audit_reads_every_lock_and_fails_where_it_could_not_look() -> None:
+    command = subprocess.run(
+        ["make", "--dry-run", "--always-make", "audit"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.partition("pip-audit ")[2]
+    assert {"--strict", "--disable-pip", "--require-hashes"} <= set(command.split())
+    locks = {path.relative_to(REPOSITORY).as_posix() for path in LOCKS}
+    assert locks == set(re.findall(r"--requirement (\S+)", command))
+
+
+def test_dependabot_watches_requirements_actions_and_the_base_image() -> None:
+    updates = _load(GITHUB / "dependabot.yml")["updates"]
+    assert {one["package-ecosystem"] for one in updates} == {"pip", "github-actions", "docker"}
+    [pip] = [one for one in updates if one["package-ecosystem"] == "pip"]
+    folders = {str(path.parent.relative_to(REPOSITORY)) for path in LOCKS}
+    assert {folder.strip("/") or "." for folder in pip["directories"]} == folders
 
 
 def test_a_release_and_nothing_else_publishes_the_image() -> None:

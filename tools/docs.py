@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
 MODELS = REPOSITORY / "docs" / "models.md"
 DEPLOY = REPOSITORY / "docs" / "deploy.md"
+SECURITY = REPOSITORY / "SECURITY.md"
 SCHEMA = REPOSITORY / "docs" / "input.schema.json"
 HUB = REPOSITORY / ".runpod" / "hub.json"
 
@@ -72,6 +73,13 @@ def listing() -> str:
     )
 
 
+def report() -> str:
+    return (
+        "Report it privately: [Report a vulnerability]"
+        f"(https://github.com/{publisher()}/security/advisories/new)."
+    )
+
+
 def icon_url() -> str:
     return f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
 
@@ -93,6 +101,7 @@ def derived() -> dict[Path, str]:
         README: with_tables(README, listing=listing(), input=input_table()),
         MODELS: with_tables(MODELS, settings=settings_table()),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
+        SECURITY: with_tables(SECURITY, report=report()),
         SCHEMA: _document(Request.model_json_schema()),
         HUB: hub_text(),
     }

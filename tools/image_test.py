@@ -37,10 +37,12 @@ IMAGE = "localhost/sdxl-worker:test"
 STAND_IN_BASE = "localhost/python-base:bookworm"
 # What the official image has, too; python3-dev holds the headers.
 STAND_IN_PACKAGES = "ca-certificates,python3,python3-dev,python3-venv"
-IN_APP = {"LICENSE", "__pycache__", "handler.py", "requirements.txt", "sdxl_worker"} | {
-    "output",
+IN_APP = {"LICENSE", "__pycache__", "handler.py", "output", "sdxl_worker", "start.sh"} | {
+    "requirements-torch.lock",
+    "requirements.lock",
     "test_input.json",
 }
+WORKER_UID = 10001
 PROMPT = json.loads((REPOSITORY / "test_input.json").read_text())["input"]["prompt"]
 # It takes some seconds on any machine, so that the worker can be told to stop during it.
 LONG_JOB = {"prompt": PROMPT, "num_images": 4, "refiner_inference_steps": 0}
@@ -70,6 +72,14 @@ torch.testing.assert_close(f(x), torch.sin(x) * 2 + 1)
 from torch._dynamo.utils import counters
 assert counters["stats"]["unique_graphs"] == 1, counters
 """
+# Of each process that runs the handler: its user (four ids), and whether that one is final.
+WORKER_USERS = """
+import pathlib, re
+for process in pathlib.Path("/proc").glob("[0-9]*"):
+    if b"/app/handler.py" in (process / "cmdline").read_bytes().split(b"\\0"):
+        status = (process / "status").read_text()
+        print(*re.search(r"Uid:(.*)\\n(?:.*\\n)*NoNewPrivs:(.*)", status).group(1, 2))
+"""
 BIND_PORT_80 = "import socket; socket.socket().bind(('', 80))"
 
 
@@ -91,7 +101,7 @@ def main() -> int:
     try:
         with containers(keep) as work_dir:
             build(work_dir)
-            try_out()
+            try_out(work_dir)
             print_sizes()
     except ImageTestError as error:
         print(f"FAILED after {time.monotonic() - started:.0f} s\n{error}")
@@ -211,7 +221,7 @@ def unmount_below(folder: Path) -> None:
 
 def build(work_dir: Path) -> None:
     dockerfile = (REPOSITORY / "Dockerfile").read_text()
-    [base] = re.findall(r"^ARG BASE_IMAGE=(.+)$", dockerfile, re.MULTILINE)
+    [base] = re.findall(r"^FROM (.+) AS official$", dockerfile, re.MULTILINE)
     with step(f"pull {base}"):
         try:
             run(["buildah", "pull", "--quiet", base], seconds=300)
@@ -253,7 +263,8 @@ def make_stand_in(root: Path) -> None:
 def pip_mounts(work_dir: Path) -> list[str]:
     """The build's pip gets this machine's certificates, indexes and folders of wheels.
 
-    The mounts leave an empty /etc/pip.conf in the image, and empty folders.
+    Where there is a second index, torch comes without the lock, and without CUDA if pip finds such
+    a build. The mounts leave an empty /etc/pip.conf in the image, and empty folders.
     """
     config = {"cert": "/run/host-certificates/ca-certificates.crt"}
     mounts = {"/etc/ssl/certs": "/run/host-certificates"}
@@ -270,22 +281,30 @@ def pip_mounts(work_dir: Path) -> list[str]:
     path = work_dir / "pip.conf"
     path.write_text("\n".join(["[global]", *(f"{key} = {config[key]}" for key in config)]) + "\n")
     mounts[str(path)] = "/etc/pip.conf"
-    return [f"--volume={source}:{target}:ro" for source, target in mounts.items()]
+    options = [f"--volume={source}:{target}:ro" for source, target in mounts.items()]
+    if second := config.get("extra-index-url"):
+        options.append(f"--build-arg=PIP_EXTRA_INDEX_URL={second}")
+    return options
 
 
-def try_out() -> None:
+def try_out(work_dir: Path) -> None:
     with step("configuration"):
         check_configuration()
     with step("start a container without a network"):
         command = ["podman", "run", "--detach", "--name=lab", "--network=none", ONE_THREAD, IMAGE]
         run([*command, "sleep", "infinity"], seconds=60)
-    with step("--test_input"):
+    with step("--test_input, as root"):
         inside("python", "-u", "/app/handler.py", "--test_input")
         expect_picture(json.loads(inside("cat", "/app/output/output.json"))["output"])
-    with step("--rp_serve_api: a picture, a check, port 80"):
-        server = "exec python -u /app/handler.py --rp_serve_api >/tmp/server.log 2>&1"
+    with step("--rp_serve_api: a picture, a check, the user, port 80"):
+        server = "exec sh /app/start.sh --rp_serve_api >/tmp/server.log 2>&1"
         run(["podman", "exec", "--detach", "lab", "sh", "-c", server], seconds=60)
         expect_picture(ask_server({"prompt": PROMPT, "seed": 7}))
+        users = {tuple(line.split()) for line in inside("python", "-c", WORKER_USERS).splitlines()}
+        expect(
+            users == {(*[str(WORKER_UID)] * 4, "1")},
+            f"the users of the worker, and NoNewPrivs: {users}",
+        )
         report = ask_server({"check": True})
         expect(report["model"] == "shapes", f"the check reports {report}")
         expect(len(json.dumps(report)) < 2000, f"the report is long: {report}")
@@ -294,6 +313,8 @@ def try_out() -> None:
         inside("python", "-c", COMPILE, seconds=300)
     with step("contents"):
         check_contents()
+    with step("volumes that belong to root"):
+        check_volumes(work_dir)
     with step("apt-get update"):
         command = ["podman", "run", "--rm", "--network=host", IMAGE, "apt-get", "update"]
         run(command, seconds=120)
@@ -331,7 +352,7 @@ def check_configuration() -> None:
     """What the platform, and the Hub's tests, rely on."""
     [image] = json.loads(run(["podman", "image", "inspect", IMAGE], seconds=60))
     config = image["Config"]
-    expect(config["Cmd"] == ["python", "-u", "/app/handler.py"], f"CMD is {config['Cmd']}")
+    expect(config["Cmd"] == ["sh", "/app/start.sh"], f"CMD is {config['Cmd']}")
     for absent in ("Entrypoint", "ExposedPorts"):
         expect(not config.get(absent), f"{absent} is {config.get(absent)}")
     expect(image.get("User", "") in ("", "root"), f"the user is {image.get('User')}")
@@ -340,7 +361,7 @@ def check_configuration() -> None:
     expected = {"MODEL_DIR": "/models/shapes", "HF_HUB_OFFLINE": "1", "RUNPOD_LOG_LEVEL": "INFO"}
     expect(expected.items() <= variables.items(), f"the environment is {variables}")
     told = json.dumps([variables, image["History"]]).lower()
-    expect(not re.search(r"hf_[a-z]{10}|password|pip_index_url=|extra_index_url=h", told), told)
+    expect(not re.search(r"hf_[a-z]{10}|password|pip_index_url=|://[^/ ]*@", told), told)
 
 
 def check_contents() -> None:
@@ -356,6 +377,35 @@ def check_contents() -> None:
     changed = run(["podman", "diff", "lab"], seconds=60).splitlines()
     written = [line for line in changed if line.endswith(".pyc") and " /tmp/" not in line]
     expect(not written, f"compiled only at run time: {written}")
+
+
+def check_volumes(work_dir: Path) -> None:
+    """A worker that is not root reads the models there, and keeps what it compiled."""
+    for name in ("models", "cache"):
+        (work_dir / name).mkdir(mode=0o755)
+    run(["podman", "cp", "lab:/models/shapes", str(work_dir / "models")], seconds=60)
+    command = ["podman", "run", "--rm", "--network=none", ONE_THREAD, "--env=COMPILE=blocks"]
+    command += [f"--volume={work_dir}/models:/volume:ro", "--env=MODEL_DIR=/volume/shapes"]
+    command += [f"--volume={work_dir}/cache:/runpod-volume"]
+    command += ["--env=COMPILE_CACHE_DIR=/runpod-volume/compiled", IMAGE, "sh", "-c"]
+    local_job = "sh /app/start.sh --test_input 2>&1; stat -c 'owner %u' output/output.json"
+
+    def log() -> str:
+        told = run([*command, local_job], seconds=600)
+        expect("Saved output/" in told, f"no picture:\n{told}")
+        return told
+
+    told = log()
+    expect(f"owner {WORKER_UID}" in told and "WARNING" not in told, told)
+    expect("kept what was compiled in /runpod-volume/compiled/" in told, told)
+    kept = [*(work_dir / "cache/compiled").iterdir()]
+    expect([path.stat().st_uid for path in kept] == [WORKER_UID], f"kept: {kept}")
+    told = log()
+    expect("took what was compiled from /runpod-volume/compiled/" in told, told)
+
+    (work_dir / "models/shapes").chmod(0o700)
+    told = log()
+    expect("owner 0" in told and "the worker runs as root: only root can read /vol" in told, told)
 
 
 def check_early_stop() -> None:
