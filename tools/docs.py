@@ -1,5 +1,5 @@
 """Writes what is derived from the code: the documents' tables, the input's JSON Schema, the
-settings in the Hub's form, and the publisher's name.
+settings in the Hub's form, the attack's result, and the publisher's name.
 
 Run as `make docs`; a test checks that all of it is up to date.
 """
@@ -20,6 +20,7 @@ DEPLOY = REPOSITORY / "docs" / "deploy.md"
 SECURITY = REPOSITORY / "SECURITY.md"
 SCHEMA = REPOSITORY / "docs" / "input.schema.json"
 HUB = REPOSITORY / ".runpod" / "hub.json"
+ATTACK = REPOSITORY / "benchmarks" / "results" / "attack.json"
 
 
 def input_table() -> str:
@@ -80,6 +81,14 @@ def report() -> str:
     )
 
 
+def attack_table() -> str:
+    """What `make attack` told when it was run last."""
+    rows = ["| kind | inputs tried | held |", "|---|---|---|"]
+    for one in json.loads(ATTACK.read_text(encoding="utf-8"))["kinds"]:
+        rows.append(f"| {one['kind']} | {one['tried']:,} | {one['held']:,} |")
+    return "\n".join(rows)
+
+
 def icon_url() -> str:
     return f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
 
@@ -98,7 +107,7 @@ def _document(value: object) -> str:
 def derived() -> dict[Path, str]:
     """Each file with something derived in it, and what it must hold."""
     return {
-        README: with_tables(README, listing=listing(), input=input_table()),
+        README: with_tables(README, listing=listing(), input=input_table(), attack=attack_table()),
         MODELS: with_tables(MODELS, settings=settings_table()),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
         SECURITY: with_tables(SECURITY, report=report()),
