@@ -58,6 +58,10 @@ class WorkerScaler(rp_scale.JobScaler):
         await super().get_jobs(session)
         # The SDK's other loop may have ended before the last poll brought a job.
         await self.run_jobs(session)
+
+    async def run_jobs(self, session: Any) -> None:
+        """Until the worker is told to end and has no job; then until all is delivered."""
+        await super().run_jobs(session)
         await self._deliveries.all_done()
 
     async def _take(self, session: Any, count: int) -> list[dict[str, Any]]:
@@ -151,13 +155,13 @@ class WorkerScaler(rp_scale.JobScaler):
     async def stop_job(self, job_id: str) -> bool:
         """A stop for a job that has not begun is remembered. The SDK drops it, and the job, handed
         out within the last tenth of a second, would run to its end and be paid for."""
-        if self._deliveries.drop(job_id):
-            return True
+        was_delivered: bool = self._deliveries.drop(job_id)
         was_running: bool = await super().stop_job(job_id)
-        if not was_running:
-            self._forget_old_stops()
-            self._stopped_at[job_id] = time.monotonic()
-        return was_running
+        if was_delivered or was_running:
+            return True
+        self._forget_old_stops()
+        self._stopped_at[job_id] = time.monotonic()
+        return False
 
     def kill_worker(self) -> None:
         """Called from a signal handler: the worker ends once its jobs have."""

@@ -267,6 +267,22 @@ def test_a_job_that_comes_with_the_last_poll_is_run(monkeypatch: pytest.MonkeyPa
     assert platform.results == {"job-1": [{"output": {"got": {"prompt": "a"}}}]}
 
 
+def test_a_job_that_runs_when_the_worker_is_told_to_end_is_delivered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[str] = []
+
+    async def handler(job: dict[str, Any]) -> dict[str, Any]:
+        begun.append(job["id"])
+        await asyncio.sleep(2)
+        return {}
+
+    platform = Platform(JOB)
+    platform.refuse_results = 2
+    serve(platform, monkeypatch, handler=handler, until=lambda _: bool(begun))
+    assert platform.results == {"job-1": [{"output": {}}]}
+
+
 def test_while_a_result_waits_the_next_job_goes_on_and_the_pings_name_both(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
