@@ -27,6 +27,16 @@ from sdxl_worker.inputs.decode import decode
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.request import Request, parse_request
 
+IN_SHORT = {
+    "job-done answers 429, 3 times",
+    "job-done answers 400",
+    "job-done drops the answer",
+    "job-take answers 500, 3 times",
+    "job-take hands out a list of junk",
+    "job-take hands out a path as id",
+    "job-take hands out null as id",
+}
+
 
 @pytest.fixture
 def result() -> Tally:
@@ -55,6 +65,18 @@ class TestTheWorkerHolds:
     def test_real_workers(self, result: Tally) -> None:
         on_workers.attack_with_jobs(result, count=6, seed=1)
         assert (result.tried, result.breaks) == (6, [])
+
+    def test_a_hostile_picture_server(self, result: Tally) -> None:
+        """All that tells of addresses, and one that never ends."""
+        on_workers.attack_with_a_picture_server(result, [*GOOD, *OTHERS, "drip"])
+        assert result.tried > 30
+        assert result.breaks == []
+
+    def test_a_platform_in_trouble(self, result: Tally) -> None:
+        troubles = [one for one in on_workers.TROUBLES if one.name in IN_SHORT]
+        assert len(troubles) == len(IN_SHORT)
+        on_workers.attack_as_the_platform(result, troubles)
+        assert (result.tried, result.breaks) == (len(IN_SHORT), [])
 
 
 class TestABreakIsTold:
