@@ -55,6 +55,7 @@ JUNK_JOBS: Mapping[str, Fault] = {
     "an empty id": _answer_200('{"id": "", "input": {"prompt": "a"}}'),
     "a newline in the id": _answer_200(r'{"id": "a\nb", "input": {"prompt": "a"}}'),
     "a path as id": _answer_200('{"id": "../../x", "input": {"prompt": "a"}}'),
+    "two dots as id": _answer_200('{"id": "..", "input": {"prompt": "a"}}'),
     "a lone surrogate in the id": _answer_200(r'{"id": "\ud800", "input": {"prompt": "a"}}'),
     "more keys than the SDK knows": _answer_200('{"id": "junk", "input": 1, "self": 1, "id2": 2}'),
     "null": _answer_200("null"),

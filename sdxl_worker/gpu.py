@@ -106,14 +106,31 @@ def is_broken() -> bool:
     return False
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory did not do. CUDA's libraries and the CPU have no type of their own."""
+# What CUDA, its libraries, Triton and torch's CPU part say: they have no type for it.
+SIGNS_OF_TOO_LITTLE_MEMORY = (
+    "out of memory",
+    "_ALLOC_FAILED",  # cuBLAS
+    "_ALLOCATION_FAILED",  # cuDNN
+    "unable to find an engine",  # cuDNN, for whose workspace there is no room
+    "DefaultCPUAllocator",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the memory did not do, as far as an error, or what it came from, tells."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(sign in str(error) for sign in ("_ALLOC_FAILED", "DefaultCPUAllocator"))
-    )
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(
+            sign in str(error) for sign in SIGNS_OF_TOO_LITTLE_MEMORY
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def free_memory() -> None:

@@ -8,6 +8,7 @@ Of many problems the first are told, and of a value its beginning: that is also 
 import difflib
 import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -267,7 +268,7 @@ def _parts(value: object, depth: int = 0) -> Iterator[str]:
         if len(value) > MAX_SHOWN_CHARACTERS:
             yield f"a string of {len(value)} characters"
         else:
-            told = without_secrets(value) if "://" in value else value
+            told = re.sub(r"\S+", lambda word: _without_secrets_in_word(word[0]), value)
             yield json.dumps(told, ensure_ascii=False)
     elif isinstance(value, int) and abs(value) >= 10**MAX_SHOWN_CHARACTERS:
         yield f"an integer of over {MAX_SHOWN_CHARACTERS} digits"  # Python writes 4300 at most
@@ -275,6 +276,15 @@ def _parts(value: object, depth: int = 0) -> Iterator[str]:
         yield json.dumps(value)
     else:
         yield type(value).__name__
+
+
+def _without_secrets_in_word(word: str) -> str:
+    """Of what may be an address, or one with a mistake: nothing before "@", nor a query."""
+    if not any(mark in word for mark in "/=@"):
+        return word
+    word = re.split("[?#]", word)[0]
+    scheme, separator, rest = word.partition("://")
+    return "".join(part.rpartition("@")[2] for part in (scheme, separator, rest))
 
 
 def without_secrets(url: str) -> str:

@@ -142,6 +142,29 @@ def test_problems_are_told_by_path(given: dict[str, Any], lines: list[str]) -> N
     assert told(**given) == lines
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "cdn.example.com/a.png?sig=hunter2",
+        "a.png?sig=hunter2",
+        "//user:hunter2@h/a",
+        "user:hunter2@h",
+        "http:/u:hunter2@h/a",
+        "ftp://a/b https://u:hunter2@h/x",
+        "http://a/http://u:hunter2@h/x",
+        "http://u:hunter2@a/http://h/x",
+        "http://a/?u=http://h/hunter2",
+        "see\thttp://h/#hunter2",
+        "?token=hunter2",
+        "u:hunter2@h://x",
+        ["/a?hunter2"],
+        {"/a?hunter2": 1},
+    ],
+)
+def test_no_secret_is_told_of_what_may_be_an_address(value: object) -> None:
+    assert "hunter2" not in shown(value)
+
+
 def test_no_secret_of_an_address_is_told_from_inside_a_value() -> None:
     [line] = told(sizes={"path": ["https://user:pw@example.com/a?token=1"]})
     assert line.endswith('got {"path": ["https://example.com/a"]}')

@@ -6,6 +6,7 @@ tensors without memory: `python -m benchmarks.memory`.
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
     if free_bytes is None:
         return Plan(num_images, slicing=False, tiling=False)
     unet_bytes = pixels * UNET_BYTES_PER_PIXEL * models.dtype.itemsize // 2
-    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * _decoder_dtype(models).itemsize // 2
+    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * decoder_dtype(models.vae).itemsize // 2
     room = free_bytes - MARGIN_BYTES
     recorded_bytes = idle_graph_bytes()
     if recorded_bytes:
@@ -73,10 +74,10 @@ def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
     return chosen
 
 
-def _decoder_dtype(models: Models) -> torch.dtype:
+def decoder_dtype(vae: Any) -> torch.dtype:
     """As the pipelines choose it: only float16 has too small a range for some decoders."""
-    upcast = models.vae.config.force_upcast and models.dtype == torch.float16
-    return torch.float32 if upcast else models.dtype
+    upcast = vae.dtype == torch.float16 and vae.config.force_upcast
+    return torch.float32 if upcast else vae.dtype
 
 
 def _largest_unet_bytes(models: Models) -> int:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sdxl_worker.drawing import second_tries
-from sdxl_worker.drawing.batches import Plan
+from sdxl_worker.drawing.batches import Plan, decoder_dtype
 from sdxl_worker.errors import let_go
 from sdxl_worker.gpu import free_memory, is_out_of_memory
 
@@ -39,10 +39,13 @@ def decode(latents: torch.Tensor, vae: Any, *, may_be_black: bool) -> list[Image
         vae.use_slicing = vae.use_tiling = True
         pixels, is_sound = _to_pixels(_decoded(latents, vae), may_be_black=may_be_black)
     dtype = vae.dtype
-    if not is_sound and dtype != torch.float32 and latents.isfinite().all():
+    if not is_sound and decoder_dtype(vae) != torch.float32 and latents.isfinite().all():
         second_tries.note("decoded in float32")
         vae.to(dtype=torch.float32)
-        pixels, is_sound = _to_pixels(_decoded(latents, vae), may_be_black=may_be_black)
+        # A compiled decoder would be compiled once more, which takes longer than any picture.
+        with torch.compiler.set_stance("force_eager"):
+            images = _decoded(latents, vae)
+        pixels, is_sound = _to_pixels(images, may_be_black=may_be_black)
         vae.to(dtype=dtype)
     return [Image.fromarray(array) for array in pixels] if is_sound else None
 
@@ -68,9 +71,7 @@ def decoding_as_planned(vae: Any, plan: Plan) -> Iterator[None]:
 def _decoded(latents: torch.Tensor, vae: Any) -> torch.Tensor:
     """As diffusers' pipelines decode: RGB from -1 to 1 and beyond, [n, 3, height, width]."""
     config, dtype = vae.config, vae.dtype
-    upcast = dtype == torch.float16 and config.force_upcast
-    if upcast:
-        vae.to(dtype=torch.float32)
+    vae.to(dtype=decoder_dtype(vae))
     latents = latents.to(vae.dtype)
     if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
         mean, std = (
@@ -81,8 +82,7 @@ def _decoded(latents: torch.Tensor, vae: Any) -> torch.Tensor:
     else:
         latents = latents / config.scaling_factor
     images = vae.decode(latents, return_dict=False)[0]
-    if upcast:
-        vae.to(dtype=dtype)
+    vae.to(dtype=dtype)
     return images
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from sdxl_worker.request import Request
 from sdxl_worker.speed.cuda_graphs import forget_recordings
 from sdxl_worker.speed.no_waits import timesteps_on_device
 from sdxl_worker.speed.step_cache import step_cache
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 # A picture whose brightest value is below this may well become one without any light.
 DARK = 32
@@ -59,11 +56,11 @@ def generate(
     if not stages:
         return [cast(Image.Image, input_picture)] * count
 
+    texts = _encode(request, models)
     plan = batches.plan(
         models, num_images=count, pixels=math.prod(output_size_px(stages, input_picture))
     )
     counter = StepCounter(on_step, total_steps(stages), count, models.device)
-    texts = _with_room(encode_pair, request.prompt, request.negative_prompt, models)
     pictures: list[Image.Image] = []
     while len(pictures) < count:
         batch = range(len(pictures), min(len(pictures) + plan.batch_size, count))
@@ -83,25 +80,27 @@ def generate(
             smaller = plan.smaller()
             if smaller is None or not is_out_of_memory(error):
                 raise
-            let_go(error)
-            forget_recordings(models.unets())
-            free_memory()
+            _make_room(models)
             second_tries.note("drawn in smaller batches")
             plan = smaller
     return pictures
 
 
-def _with_room(encode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `encode` gives, called again where the memory did not do until it was given back."""
+def _encode(request: Request, models: Models) -> tuple[Encoding, Encoding]:
     try:
-        return encode(*args, **kwargs)
+        return encode_pair(request.prompt, request.negative_prompt, models)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         let_go(error)
-        free_memory()
+        _make_room(models)
         second_tries.note("texts encoded again")
-        return encode(*args, **kwargs)
+        return encode_pair(request.prompt, request.negative_prompt, models)
+
+
+def _make_room(models: Models) -> None:
+    forget_recordings(models.unets())
+    free_memory()
 
 
 def _draw(

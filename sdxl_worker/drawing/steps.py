@@ -55,8 +55,9 @@ class StepCounter:
     ) -> dict[str, Any]:
         self._steps_ahead.limit()
         self._done += 1
-        of_batch = min(self._done / self._planned, 1)
-        percent = int(100 * (self._pictures_done + self._batch_size * of_batch) / self._num_images)
+        steps_done = self._batch_size * min(self._done, self._planned)
+        steps_done += self._pictures_done * self._planned
+        percent = 100 * steps_done // (self._num_images * self._planned)
         # Between steps, the scheduler's input scaling is that of the step to come.
         scale = pipeline.scheduler.scale_model_input
         latents = functools.partial(scale, tensors["latents"], timestep)

@@ -28,7 +28,7 @@ DECODE_TIMEOUT_SECONDS = 60
 
 _PROGRAM = "sdxl_worker.inputs.decode"
 _REPOSITORY = Path(__file__).parents[2]
-# A decoder that a picture has taken over finds no credentials.
+# No more is given to a decoder that a picture may take over: no credentials.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 # One picture at a time: the memory that decoding takes does not grow with the jobs at once.
 _one_at_a_time: MutableMapping[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 MAX_DOWNLOAD_BYTES = 50 * 1024**2
 # From the first look at the address to the last byte, redirects included.
 FETCH_TIMEOUT_SECONDS = 20.0
-# What is left of it when the worker is told to end.
-HURRIED_SECONDS = 5.0
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 64 * 1024
@@ -34,8 +32,6 @@ CHUNK_BYTES = 64 * 1024
 ALLOW_PRIVATE = "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"
 
 ELSE_SEND_IT = "or send the picture itself as a data:image/ URI"
-
-_under_way: set[asyncio.Timeout] = set()
 
 
 class _NotPublicError(OSError):
@@ -54,25 +50,14 @@ async def fetch(address: str, field: str) -> bytes:
     """
     if address[:5].lower() == "data:":
         return await asyncio.to_thread(_decoded_data_uri, address, field)
-    deadline = asyncio.timeout(FETCH_TIMEOUT_SECONDS)
     try:
-        async with deadline:
-            _under_way.add(deadline)
+        async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
             return await _fetched(address, field)
     except TimeoutError:
         raise RequestError(
-            f"{field}: its server did not send it in time ({FETCH_TIMEOUT_SECONDS:g} seconds, less "
-            f"when the worker is told to end); use a faster server, {ELSE_SEND_IT}"
+            f"{field}: its server did not send it within {FETCH_TIMEOUT_SECONDS:g} seconds in all; "
+            f"use a faster server, {ELSE_SEND_IT}"
         ) from None
-    finally:
-        _under_way.discard(deadline)
-
-
-def hurry() -> None:
-    """What is being fetched has `HURRIED_SECONDS` left. Call it in the event loop."""
-    soon = asyncio.get_running_loop().time() + HURRIED_SECONDS
-    for deadline in _under_way:
-        deadline.reschedule(min(soon, deadline.when() or soon))
 
 
 def _decoded_data_uri(uri: str, field: str) -> bytes:
@@ -183,7 +168,11 @@ def _url(address: str) -> "URL":
     from yarl import URL
 
     # A signature in the query covers how the address is written, so what can be sent as it is, is.
-    return URL(address, encoded=address.isascii() and address.isprintable() and " " not in address)
+    encoded = address.isascii() and address.isprintable() and " " not in address
+    try:
+        return URL(address, encoded=encoded)
+    except Exception as error:  # "http://]a[@/" is an IndexError
+        raise ValueError from error
 
 
 def _public_socket(address_info: Any) -> socket.socket:

@@ -18,23 +18,25 @@ import aiohttp
 
 log = logging.getLogger(__name__)
 
-# How long a result is kept; of that, how long a refusal is not believed.
 KEPT_SECONDS = 120.0
+# A gateway in trouble may answer anything for a moment. What is said for so long, without a break,
+# is meant: that the job is not there, that the result is refused.
+UNKNOWN_SECONDS = 20.0
 REFUSED_SECONDS = 60.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
-POST_TIMEOUT_SECONDS = 60.0
-# A gateway may answer 404 for a moment. A third one means it: the job was deleted.
-UNKNOWN_JOB_TRIES = 3
+# 20 MB through a slow uplink.
+POST_TIMEOUT_SECONDS = 120.0
 ALREADY_HAS_A_RESULT = (409, 410)
+UNKNOWN = 404
 TOO_LARGE = 413
-PASSING = (408, 425, 429)  # of the 4xx; all 5xx pass
+PASSING = (408, 425, 429)  # of the 4xx; all others but these say that the result is refused
 
 
 def job_url(job_id: str) -> str | None:
     """Where the platform takes results and progress of this job, or None where there is none.
 
-    It comes from the variables that the SDK posts results with. An id is the platform's word: in
-    the path it is quoted, or "../x" would lead elsewhere.
+    It comes from the variables that the SDK posts results with. An id is the platform's word, and
+    quoted, or "../x" would lead elsewhere.
     """
     template = os.environ.get("RUNPOD_WEBHOOK_POST_OUTPUT")
     if not template or not os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
@@ -93,39 +95,45 @@ async def _deliver(session: aiohttp.ClientSession, job_id: str, result: dict[str
     if url is None:
         log.error("there is no address for results: RUNPOD_WEBHOOK_POST_OUTPUT", extra=extra)
         return
-    body = _body(result)
-    began, refused_for = time.monotonic(), 0.0
+    body, has_output = _body(result), "output" in result
+    recycle = {key: result[key] for key in ("stopPod",) if key in result}
+    del result  # some 20 MB
+    began = time.monotonic()
+    said_since: tuple[int | None, float] = (None, began)
     for tries in itertools.count(1):
         status, retry_after = await _post(session, url, body, job_id)
-        elapsed = time.monotonic() - began
-        told = status or "no answer"
+        now, told = time.monotonic(), status or "no answer"
         if status is not None and (status < 300 or status in ALREADY_HAS_A_RESULT):
             log.info("delivered at try %d", tries, extra=extra)
             return
-        if status == 404 and tries >= UNKNOWN_JOB_TRIES:
+        kind = _refusal(status)
+        if kind != said_since[0]:
+            said_since = (kind, now)
+        said_for = now - said_since[1]
+        if kind == UNKNOWN and said_for >= UNKNOWN_SECONDS:
             log.warning("the platform has no such job any more: result dropped", extra=extra)
             return
-        refused_for = elapsed if _is_refusal(status) else 0.0
-        if status == TOO_LARGE or refused_for > REFUSED_SECONDS:
+        if has_output and (status == TOO_LARGE or (kind and said_for >= REFUSED_SECONDS)):
             log.error("the platform refuses the result (%s)", told, extra=extra)
-            result, began = _in_its_place(result, status, len(body)), time.monotonic()
-            if (smaller := _body(result)) == body:
-                return
-            body = smaller
+            error = _refused_error(status, len(body))
+            body, has_output = _body({"error": error, **recycle}), False
+            began, said_since = now, (None, now)
             continue
-        pause = min(FIRST_PAUSE_SECONDS * 2 ** (tries - 1), LONGEST_PAUSE_SECONDS)
-        pause = max(pause, min(retry_after, KEPT_SECONDS / 2))
-        if elapsed + pause > KEPT_SECONDS:
-            log.error(
-                "the result is lost: not delivered in %d tries (%s)", tries, told, extra=extra
-            )
+        left = began + KEPT_SECONDS - now
+        if left <= 0:
+            log.error("the result is lost: %d tries, the last: %s", tries, told, extra=extra)
             return
+        pause = min(FIRST_PAUSE_SECONDS * 2 ** (tries - 1), LONGEST_PAUSE_SECONDS)
+        pause = min(max(pause, retry_after), left)
         log.warning("not delivered (%s), again in %.1f s", told, pause, extra=extra)
         await asyncio.sleep(pause)
 
 
-def _is_refusal(status: int | None) -> bool:
-    return status is not None and 400 <= status < 500 and status not in PASSING
+def _refusal(status: int | None) -> int | None:
+    """UNKNOWN, or 400 for all other ways to refuse a result; None for what passes."""
+    if status is None or not 400 <= status < 500 or status in PASSING:
+        return None
+    return UNKNOWN if status == UNKNOWN else 400
 
 
 async def _post(
@@ -139,6 +147,7 @@ async def _post(
         async with session.post(
             url,
             data=body,
+            allow_redirects=False,  # would be followed without the body, and count as delivered
             # As the SDK sends it.
             headers={
                 "charset": "utf-8",
@@ -162,10 +171,9 @@ def _body(result: dict[str, Any]) -> bytes:
         return _body({"error": "the worker failed at this job: its answer is not JSON"})
 
 
-def _in_its_place(result: dict[str, Any], status: int | None, size_bytes: int) -> dict[str, Any]:
-    """An error that tells the caller of a result that the platform does not take."""
-    words = f"the platform refused the result of {size_bytes / 1e6:.1f} MB ({status})"
-    instead = {
-        "error": f"{words}; ask for fewer pictures (num_images) or smaller ones (height, width)"
-    }
-    return instead | {key: value for key, value in result.items() if key == "stopPod"}
+def _refused_error(status: int | None, size_bytes: int) -> str:
+    """For the caller, of a result that the platform does not take."""
+    return (
+        f"the platform refused the result of {size_bytes / 1e6:.1f} MB ({status}); ask for fewer "
+        "pictures (num_images) or smaller ones (height, width)"
+    )

@@ -12,6 +12,7 @@ from sdxl_worker.inputs.decoder_process import decode_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
 from sdxl_worker.request import parse_request
+from sdxl_worker.serving.ending import not_holding_the_end
 from sdxl_worker.serving.logs import timed
 from sdxl_worker.serving.start import ready_models
 from sdxl_worker.serving.threads import in_thread, on_gpu_thread
@@ -50,10 +51,11 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     input_picture = None
     if request.image_url is not None:
         with timed("fetch", job_id):
-            data = await fetch(request.image_url, "image_url")
-            input_picture = await decode_apart(
-                data, "image_url", height_px=request.height, width_px=request.width
-            )
+            async with not_holding_the_end("the picture of image_url"):
+                data = await fetch(request.image_url, "image_url")
+                input_picture = await decode_apart(
+                    data, "image_url", height_px=request.height, width_px=request.width
+                )
     if not request.check:
         width, height = output_size_px(stages, input_picture)
         check_expected_size(request.num_images, width * height, job_id)

@@ -7,6 +7,7 @@ another version of the SDK is built otherwise.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -17,8 +18,8 @@ from runpod.http_client import TooManyRequests
 from runpod.serverless.modules import rp_scale
 from runpod.serverless.modules.rp_job import _job_get_url
 
-from sdxl_worker.inputs.fetch import hurry
 from sdxl_worker.serving.delivery import Deliveries
+from sdxl_worker.serving.ending import hurry
 from sdxl_worker.serving.host_memory import give_back_host_memory
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 # Results that may wait for the platform before the worker takes no more jobs.
 MAX_WAITING_RESULTS = 8
 MAX_ID_CHARACTERS = 500
+# What the platform is known to send beside the id.
+JOB_KEYS = ("input", "webhook", "policy", "s3Config", "batchId")
 # How long a stop is remembered for a job that has not begun: long enough for the SDK to begin a
 # job that it holds. One with the same id that comes later was sent again, and has to run.
 STOP_KEPT_SECONDS = 5.0
@@ -107,10 +110,24 @@ class WorkerScaler(rp_scale.JobScaler):
                 error = "the job cannot be read: its JSON is not valid, or nested too deeply"
                 self._deliveries.start(session, job_id, {"error": error})
             return []
-        jobs = [_runnable(job) for job in (answer if isinstance(answer, list) else [answer])]
-        if None in jobs:
-            log.error("the platform handed out something that is no job, or has no id: dropped")
-        return [job for job in jobs if job is not None]
+        jobs = []
+        for one in answer if isinstance(answer, list) else [answer]:
+            job = _runnable(one)
+            if job is None:
+                log.error("the platform handed out something that is no job, or has no id: dropped")
+            elif await self._is_here(job["id"]) or job["id"] in [other["id"] for other in jobs]:
+                log.warning("handed out again, dropped", extra={"job_id": job["id"]})
+            else:
+                jobs.append(job)
+        return jobs
+
+    async def _is_here(self, job_id: str) -> bool:
+        """Whether a job waits, runs or is delivered: its one answer will do. The SDK, too, tells
+        jobs by their ids alone."""
+        task = self.jobs_tasks.get(job_id)
+        if task is not None and task.cancelling():
+            await asyncio.wait([task])  # stopped, and handed out to run anew
+        return self.job_progress.get(job_id) is not None
 
     # Running.
 
@@ -124,8 +141,7 @@ class WorkerScaler(rp_scale.JobScaler):
                 self.job_progress.add(job)
 
     def _delivered(self, job_id: str) -> None:
-        if job_id not in self.jobs_tasks:  # or it was handed out once more
-            self.job_progress.remove(job_id)
+        self.job_progress.remove(job_id)
         asyncio.get_running_loop().run_in_executor(None, give_back_host_memory)
 
     def current_occupancy(self) -> int:
@@ -146,6 +162,7 @@ class WorkerScaler(rp_scale.JobScaler):
             result["error"] = error
         if output.pop("refresh_worker", None):
             result["stopPod"] = True
+            self.kill_worker()  # the next job would fail as this one did
         if output or not result:
             result["output"] = output
         self._deliveries.start(session, job["id"], result)
@@ -166,7 +183,7 @@ class WorkerScaler(rp_scale.JobScaler):
     def kill_worker(self) -> None:
         """Called from a signal handler: the worker ends once its jobs have."""
         super().kill_worker()
-        if self._loop is not None:
+        if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(hurry)
 
     def _forget_old_stops(self) -> None:
@@ -191,11 +208,11 @@ def _runnable(job: object) -> dict[str, Any] | None:
         job_id = str(job_id)
     if not isinstance(job_id, str) or not 0 < len(job_id) <= MAX_ID_CHARACTERS:
         return None
-    if any("\ud800" <= letter <= "\udfff" for letter in job_id):  # no address can have them
+    # No address can have these in its path: half a character, and steps through folders.
+    if any("\ud800" <= letter <= "\udfff" for letter in job_id) or job_id in (".", ".."):
         return None
-    job.pop("self", None)  # the SDK passes all keys on as arguments of a method
-    # The platform leaves out an input without fields.
-    return {"input": {}, **job, "id": job_id}
+    # The SDK makes attributes of all keys. The platform leaves out an input without fields.
+    return {"input": {}, **{key: job[key] for key in JOB_KEYS if key in job}, "id": job_id}
 
 
 def _ids_in(text: str) -> list[str]:
@@ -206,5 +223,6 @@ def _ids_in(text: str) -> list[str]:
     for name, colon, value in zip(parts, parts[1:], parts[2:], strict=False):
         depth += (name in ("{", "[")) - (name in ("}", "]"))
         if depth == depth_of_jobs and (name, colon) == ('"id"', ":") and value.startswith('"'):
-            ids.append(json.loads(value))
+            with contextlib.suppress(ValueError):
+                ids.append(json.loads(value, strict=False))
     return [job["id"] for one in ids if (job := _runnable({"id": one}))]

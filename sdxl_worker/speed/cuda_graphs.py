@@ -120,3 +120,5 @@ def forget_recordings(unets: Iterable[Any]) -> None:
     for unet in unets:
         if isinstance(unet.forward, GraphedForward):
             unet.forward.forget()
+    # torch does not record into a pool that was given up and still holds something.
+    graph_memory.cache_clear()

@@ -75,7 +75,9 @@ def plan_on_gpu(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500 + int(recorded_bytes))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 400)
     monkeypatch.setattr(batches, "idle_graph_bytes", lambda: int(recorded_bytes))
-    vae: Any = SimpleNamespace(config=SimpleNamespace(force_upcast=decoder_dtype == torch.float32))
+    vae: Any = SimpleNamespace(
+        dtype=torch.float16, config=SimpleNamespace(force_upcast=decoder_dtype == torch.float32)
+    )
     models_there = dataclasses.replace(
         models(),
         placement=Placement(torch.device("cuda"), torch.float16, resident=not moved_in_bytes),
@@ -194,7 +196,7 @@ def test_the_plan_knows_what_the_decoder_computes_in(
     planned: list[torch.dtype] = []
 
     def plan(models_there: Models, **_: Any) -> Plan:
-        planned.append(batches._decoder_dtype(models_there))
+        planned.append(batches.decoder_dtype(models_there.vae))
         raise RuntimeError("planned")
 
     narrow = fresh_models(dtype=dtype)

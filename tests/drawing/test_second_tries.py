@@ -166,6 +166,17 @@ def too_large_for(module: Any, limit: int, *, failures: list[int]) -> Any:
     return module.register_forward_pre_hook(check, with_kwargs=True)
 
 
+def test_a_decoder_that_computes_in_float32_is_not_asked_twice() -> None:
+    """As SDXL's own, in float16 with `force_upcast`."""
+    made = fresh_models(dtype=torch.float16)
+    made.vae.register_to_config(force_upcast=True)
+    hook = after(made.vae.decoder, black)
+    with pytest.raises(PictureError):
+        draw(parse_request(BASE), made)
+    hook.remove()
+    assert COUNTS == {"drawn again": 1}
+
+
 class TestOutOfMemory:
     def test_the_unet_draws_the_same_pictures_in_smaller_batches(self) -> None:
         request = parse_request({**BASE, "num_images": 5})
@@ -271,6 +282,10 @@ class TestOutOfMemory:
                 RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
                 True,
             ),
+            (torch.AcceleratorError("CUDA error: out of memory"), True),
+            (RuntimeError("cuDNN error: CUDNN_STATUS_..._DEVICE_ALLOCATION_FAILED"), True),
+            (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+            (RuntimeError("FIND was unable to find an engine to execute this computation"), True),
             (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
             (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
             (ValueError("out of memory"), False),
@@ -278,6 +293,14 @@ class TestOutOfMemory:
     )
     def test_what_counts_as_out_of_memory(self, raised: Exception, expected: bool) -> None:
         assert is_out_of_memory(raised) is expected
+
+    def test_what_it_came_from_counts(self) -> None:
+        with pytest.raises(RuntimeError) as caught:  # noqa: PT012
+            try:
+                raise torch.OutOfMemoryError
+            except RuntimeError:
+                raise RuntimeError("the capture failed")  # noqa: B904
+        assert is_out_of_memory(caught.value)
 
     def test_smaller_plans_come_to_an_end(self) -> None:
         plan: batches.Plan | None = batches.Plan(8, slicing=False, tiling=False)

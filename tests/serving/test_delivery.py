@@ -97,13 +97,6 @@ def test_a_platform_that_has_a_result_has_it(status: int, monkeypatch: pytest.Mo
     assert len(deliver([None, status], monkeypatch).bodies) == 2
 
 
-def test_a_job_that_is_not_there_is_believed_the_third_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert len(deliver([404, 404], monkeypatch).bodies) == 3
-    assert len(deliver([404] * 9, monkeypatch).bodies) == 3
-
-
 def test_retry_after_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = deliver([{"status": 429, "headers": {"Retry-After": "1"}}], monkeypatch)
     assert platform.at[1] - platform.at[0] >= 1
@@ -126,23 +119,108 @@ def test_what_is_too_large_for_the_platform_is_told_in_its_place(
     assert bodies[1:] == [{"error": bodies[1]["error"], "stopPod": True}] * 2
 
 
-def test_a_refusal_is_believed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "REFUSED_SECONDS", 0.1)
-    bodies = deliver([400] * 15, monkeypatch).bodies
-    assert bodies[:5] == [RESULT] * 5
-    assert "refused the result" in bodies[-1]["error"]
+class TestOverTime:
+    """What is posted when, on a clock of its own; each post takes no time."""
+
+    @staticmethod
+    def posted(
+        says: Callable[[float], int | tuple[int, float] | None],
+        monkeypatch: pytest.MonkeyPatch,
+        result: dict[str, Any] = RESULT,
+    ) -> list[tuple[float, dict[str, Any]]]:
+        """When, in seconds, and what; `says` is what the platform answers when."""
+        monkeypatch.undo()  # the real pauses
+        monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://platform/take/$ID?")
+        monkeypatch.setenv("RUNPOD_WEBHOOK_POST_OUTPUT", "http://platform/done/$ID?")
+        now = [0.0]
+        posts: list[tuple[float, dict[str, Any]]] = []
+
+        async def post(_: Any, __: str, body: bytes, ___: str) -> tuple[int | None, float]:
+            posts.append((now[0], json.loads(body)))
+            said = says(now[0])
+            return said if isinstance(said, tuple) else (said, 0.0)
+
+        async def sleep(seconds: float) -> None:
+            now[0] += seconds
+
+        with monkeypatch.context() as patch:
+            patch.setattr(delivery, "_post", post)
+            patch.setattr(delivery.time, "monotonic", lambda: now[0])
+            patch.setattr(delivery.asyncio, "sleep", sleep)
+            asyncio.run(delivery._deliver(None, "job-1", result))  # type: ignore[arg-type]
+        return posts
+
+    @pytest.mark.parametrize("trouble", [None, 400, 403, 408, 429, 500, 502])
+    def test_a_minute_of_trouble_loses_nothing(
+        self, trouble: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        posts = self.posted(lambda at: 200 if at >= 45 else trouble, monkeypatch)
+        assert posts[-1][1] == RESULT
+        assert 45 <= posts[-1][0] <= 60
+        assert len(posts) < 12
+
+    def test_two_minutes_of_a_broken_platform_lose_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        posts = self.posted(lambda at: 200 if at >= 110 else 502, monkeypatch)
+        assert posts[-1][1] == RESULT
+
+    def test_a_result_is_given_up_after_that(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        posts = self.posted(lambda _: 500, monkeypatch)
+        assert posts[-1] == (delivery.KEPT_SECONDS, RESULT)
+        assert "the result is lost" in caplog.text
+
+    def test_a_platform_that_asks_for_patience_gets_a_last_post(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        posts = self.posted(lambda at: 200 if at >= 90 else (429, 70.0), monkeypatch)
+        assert [at for at, _ in posts] == [0, 70, 120]
+
+    def test_a_refusal_is_believed_after_a_minute_of_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        posts = self.posted(lambda at: 200 if at > 80 else 400, monkeypatch)
+        refused_at = next(at for at, body in posts if body != RESULT)
+        assert 60 <= refused_at <= 80
+        assert "refused the result" in posts[-1][1]["error"]
+
+    def test_one_refusal_amid_other_trouble_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def says(at: float) -> int:
+            return 502 if at < 70 else 400 if at < 80 else 200
+
+        assert self.posted(says, monkeypatch)[-1][1] == RESULT
+
+    @pytest.mark.parametrize("first", [[], [502, 502]])
+    def test_a_job_that_is_not_there_is_believed_after_a_while(
+        self, first: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        says = iter(first)
+        posts = self.posted(lambda _: next(says, 404), monkeypatch)
+        assert 20 <= posts[-1][0] < 40
+        says = iter([*first, 404, 404])
+        assert self.posted(lambda _: next(says, 200), monkeypatch)[-1][0] < 20
+
+    @pytest.mark.parametrize("status", [400, 413])
+    def test_an_error_of_the_worker_is_not_replaced(
+        self, status: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        posts = self.posted(lambda _: status, monkeypatch, {"error": "no"})
+        assert {json.dumps(body) for _, body in posts} == {json.dumps({"error": "no"})}
+        assert posts[-1][0] == delivery.KEPT_SECONDS
+
+    def test_a_result_is_replaced_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        posts = self.posted(lambda _: 413, monkeypatch)
+        assert posts[0] == (0, RESULT)
+        assert len({json.dumps(body) for _, body in posts[1:]}) == 1
 
 
-def test_it_is_given_up_in_the_end(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(delivery, "KEPT_SECONDS", 0.2)
-    assert 3 < len(deliver([500] * 1000, monkeypatch).bodies) < 100
-    assert "the result is lost" in caplog.text
-
-
-def test_it_is_kept_for_a_minute_and_more() -> None:
-    assert delivery.KEPT_SECONDS >= delivery.REFUSED_SECONDS >= 60
+def test_a_redirect_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = {"status": 302, "headers": {"Location": "/elsewhere"}}
+    platform = deliver([elsewhere], monkeypatch)
+    assert platform.bodies == [RESULT] * 2
+    assert set(platform.paths) == {"/job-done/w/job-1"}
 
 
 def test_a_result_that_nobody_wants_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

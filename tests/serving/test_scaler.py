@@ -37,6 +37,7 @@ class Platform:
         self.asked_at: list[float] = []
         self.results: dict[str, list[Any]] = {}
         self.refuse_results = 0
+        self.result_seconds = 0.0
         self.nothing_seconds = 0.1
         self.on_ask: Callable[[], None] = lambda: None
 
@@ -44,6 +45,7 @@ class Platform:
         path = request.path
         if "/job-done/" in path:
             job_id = path.partition("&")[0].rpartition("/job-done/w/")[2]
+            await asyncio.sleep(self.result_seconds)
             if self.refuse_results:
                 self.refuse_results -= 1
                 return web.Response(status=500)
@@ -193,6 +195,8 @@ ODD_JOBS: list[tuple[dict[str, Any], str, Any]] = [
     ({"id": "no-input"}, "no-input", {}),
     ({"id": "odd", "input": None}, "odd", None),
     ({"id": "more", "input": {}, "self": 1, "webhook": "x", "id ": 2}, "more", {}),
+    ({"id": "class", "input": {}, "__class__": "x", "__dict__": "x"}, "class", {}),
+    ({"id": "dots..", "input": {}}, "dots..", {}),
 ]
 
 
@@ -219,6 +223,13 @@ def test_a_job_whose_json_cannot_be_read_is_answered(
     assert sorted(platform.results) == [*wanted, "job-1"]
     [body] = platform.results[wanted[0]]
     assert body["error"].startswith("the job cannot be read: ")
+
+
+def test_an_id_that_cannot_be_read_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '[{"id": "a\nb", "input": no}, {"id": "\\x", "input": 1}, {"id": "good", "input": 1}]'
+    platform = Platform(text)
+    serve(platform, monkeypatch, until=lambda _: len(platform.results) == 2)
+    assert sorted(platform.results) == ["a\nb", "good"]
 
 
 def test_a_number_of_any_length_does_not_lose_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,10 +288,13 @@ def test_a_job_that_runs_when_the_worker_is_told_to_end_is_delivered(
         await asyncio.sleep(2)
         return {}
 
-    platform = Platform(JOB)
-    platform.refuse_results = 2
-    serve(platform, monkeypatch, handler=handler, until=lambda _: bool(begun))
-    assert platform.results == {"job-1": [{"output": {}}]}
+    for refused, connecting_seconds in [(2, 0.0), (0, 0.3)]:
+        begun.clear()
+        platform = Platform(JOB)
+        platform.refuse_results = refused
+        platform.result_seconds = connecting_seconds
+        serve(platform, monkeypatch, handler=handler, until=lambda _: bool(begun))
+        assert platform.results == {"job-1": [{"output": {}}]}
 
 
 def test_while_a_result_waits_the_next_job_goes_on_and_the_pings_name_both(
@@ -315,7 +329,68 @@ def test_a_platform_that_takes_no_results_gets_no_more_jobs_done(
     assert len(platform.results) == taken, "those that were taken are delivered"
 
 
+def test_a_job_that_is_here_already_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting, running, or with a result that waits: its one answer will do."""
+    begun: list[str] = []
+
+    async def handler(job: dict[str, Any]) -> dict[str, Any]:
+        begun.append(job["id"])
+        await asyncio.sleep(1.5)
+        return {}
+
+    again = {**JOB, "input": {}}
+    platform = Platform([JOB, again], [again], [again], {**JOB, "id": "job-2"})
+    platform.refuse_results = 1
+    serve(
+        platform,
+        monkeypatch,
+        handler=handler,
+        concurrency=4,
+        until=lambda _: len(platform.results) == 2,
+    )
+    assert sorted(begun) == ["job-1", "job-2"]
+    assert [len(results) for results in platform.results.values()] == [1, 1]
+
+
+def test_a_worker_that_cannot_go_on_takes_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def handler(_: dict[str, Any]) -> dict[str, Any]:
+        return {"error": "broken", "refresh_worker": True}
+
+    platform = Platform(*({"id": f"job-{i}", "input": {}} for i in range(5)))
+    platform.refuse_results = 2
+    serve(platform, monkeypatch, handler=handler, until=lambda working: not working.is_alive())
+    assert platform.results == {"job-0": [{"error": "broken", "stopPod": True}]}
+
+
 class TestStops:
+    def test_a_job_handed_out_anew_while_it_stops_is_run(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun: list[str] = []
+
+        async def handler(job: dict[str, Any]) -> dict[str, Any]:
+            begun.append(job["id"])
+            if len(begun) > 1:
+                return {"again": True}
+            platform.stops = ["job-1"]
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                platform.given = [JOB]
+                await asyncio.sleep(1)
+                raise
+            return {}
+
+        platform = Platform(JOB)
+        serve(
+            platform,
+            monkeypatch,
+            handler=handler,
+            concurrency=2,
+            until=lambda _: bool(platform.results),
+        )
+        assert platform.results == {"job-1": [{"output": {"again": True}}]}
+
     def test_a_running_job_is_stopped_and_not_answered(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -384,7 +459,7 @@ class TestStops:
         assert time.monotonic() - began < 4
 
 
-def test_a_worker_that_ends_hurries_what_is_being_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_ends_hurries_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     hurried: list[bool] = []
     monkeypatch.setattr(scaler, "hurry", lambda: hurried.append(True))
     platform = Platform(JOB)
