@@ -32,7 +32,7 @@ from benchmarks.attack.job_inputs import CHEAP, Fields, picture_uri, valid
 from benchmarks.attack.on_workers import refused
 from benchmarks.attack.real_workers import came_true, ended, real_workers
 from benchmarks.attack.tally import unreadable_answer
-from local_endpoint.faults import Faults
+from local_endpoint.faults import PASSING, Fault
 from local_endpoint.local import LocalEndpoint
 from local_endpoint.queue import Receipt
 from local_endpoint.workers import Worker
@@ -55,19 +55,8 @@ KINDS = (*SHAPES, "any size", "any fields", "check", "refused", "cancelled")
 LONG: Fields = {**PLAIN, "num_inference_steps": 150, "num_images": 8, "height": 128, "width": 128}
 CANCELLED_WITHIN_SECONDS = 3.0
 FAULT_SHARE = 0.1
-FAULTS: tuple[Callable[[Faults], None], ...] = (
-    lambda faults: faults.answer("job-done", 500),
-    lambda faults: faults.answer("job-done", 429),
-    lambda faults: faults.drop("job-done"),
-    lambda faults: faults.drop_answer("job-done"),
-    lambda faults: faults.delay("job-done", 1),
-    lambda faults: faults.answer("job-take", 500),
-    lambda faults: faults.drop("job-take"),
-    lambda faults: faults.answer("progress", 500),
-    lambda faults: faults.answer("job-stop", 500),
-    lambda faults: faults.answer("ping", 500),
-    lambda faults: faults.duplicate(),
-)
+FAULTS = (*PASSING, Fault("duplicate"))
+FAULTY_ROUTES = ("job-take", "job-take-batch", "job-done", "progress", "job-stop", "ping")
 # A job may meet a fault and a kill, one after the other.
 MAX_RETRIES = 3
 WAITING_FOR_EACH_WORKER = 3
@@ -158,6 +147,9 @@ class LongRun:
         result = Result(jobs)
         started = time.monotonic()
         first = self._first_picture()
+        self._endpoint.faults.at_random(
+            *FAULTY_ROUTES, faults=FAULTS, share=FAULT_SHARE, seed=self._random.randrange(2**32)
+        )
         kinds = [KINDS[number % len(KINDS)] for number in range(jobs)]
         self._random.shuffle(kinds)
         result.kinds = dict(Counter(kinds))
@@ -168,9 +160,6 @@ class LongRun:
         while done < jobs:
             while kinds and len(self._waiting) < most:
                 self._send(kinds.pop())
-                if self._random.random() < FAULT_SHARE:
-                    self._random.choice(FAULTS)(self._endpoint.faults)
-                    result.faults += 1
             self._cancel_due()
             for job_id, answer in self._finished().items():
                 sent = self._waiting.pop(job_id)
@@ -185,6 +174,7 @@ class LongRun:
                 kill_at.pop(0)
             time.sleep(0.05)
         self._endpoint.faults.clear()
+        result.faults = sum(one.fault is not None for one in self._endpoint.record.exchanges)
         result.statuses = dict(statuses)
         result.repeats_exactly = self._first_picture() == first
         result.left_behind = self._left_in_the_worker(result.samples)

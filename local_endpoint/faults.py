@@ -15,7 +15,7 @@ ROUTES = frozenset(
         *("job-take", "job-take-batch", "job-stop", "job-done", "progress", "job-stream", "ping"),
     }
 )
-Kind = Literal["answer", "drop", "drop-answer", "delay", "trickle", "duplicate"]
+Kind = Literal["answer", "drop", "drop-answer", "delay", "duplicate"]
 ERROR_BODY = '{"error": "a fault on demand"}'
 
 
@@ -105,10 +105,6 @@ class Faults:
     def delay(self, route: str, delay_seconds: float, *, times: int = 1) -> None:
         """Wait before looking at the request."""
         self.add(route, Fault("delay", delay_seconds=delay_seconds), times=times)
-
-    def trickle(self, route: str, *, times: int = 1) -> None:
-        """Answer 200 with blanks, two a second, for as long as the caller listens."""
-        self.add(route, Fault("trickle"), times=times)
 
     def duplicate(self, *, times: int = 1) -> None:
         """Hand out each of the next jobs twice: to the worker that takes it and to the next one."""

@@ -27,7 +27,6 @@ from local_endpoint.workers import EndpointError, WorkerPool
 HOST = "127.0.0.1"
 REPOSITORY = Path(__file__).resolve().parent.parent
 TICK_SECONDS = 0.05
-TRICKLE_SECONDS = 0.5
 # Large enough for every body whose size the rules have to judge.
 READ_MAX_BYTES = 2**30
 ROUTE = web.RequestKey("route", str)
@@ -275,8 +274,6 @@ class Server:
                 return web.Response(status=fault.status_code, headers=headers, body=body)
             case "drop":
                 return _dropped(request)
-            case "trickle":
-                return await _trickled(request)
         await asyncio.sleep(fault.delay_seconds)
         response = await handler(request)
         return _dropped(request) if fault.kind == "drop-answer" else response
@@ -300,14 +297,3 @@ def _dropped(request: web.Request) -> web.Response:
     if request.transport is not None:
         request.transport.abort()
     return web.Response()
-
-
-async def _trickled(request: web.Request) -> web.StreamResponse:
-    """An answer that never ends, nor stalls: blanks before the JSON, until the caller hangs up."""
-    response = web.StreamResponse(headers={"Content-Type": "application/json"})
-    await response.prepare(request)
-    with contextlib.suppress(ConnectionResetError):
-        while True:
-            await response.write(b" ")
-            await asyncio.sleep(TRICKLE_SECONDS)
-    return response

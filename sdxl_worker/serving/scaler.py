@@ -110,7 +110,7 @@ class WorkerScaler(rp_scale.JobScaler):
                 error = "the job cannot be read: its JSON is not valid, or nested too deeply"
                 self._deliveries.start(session, job_id, {"error": error})
             return []
-        jobs = []
+        jobs: list[dict[str, Any]] = []
         for one in answer if isinstance(answer, list) else [answer]:
             job = _runnable(one)
             if job is None:

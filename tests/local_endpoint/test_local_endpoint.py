@@ -526,19 +526,6 @@ def test_a_question_for_jobs_can_be_answered_with_junk(bare: LocalEndpoint, name
     assert HandWorker(bare).take()["id"] == job_id
 
 
-def test_an_answer_can_trickle_for_ever(bare: LocalEndpoint) -> None:
-    bare.faults.trickle("health")
-    request = urllib.request.Request(f"{bare.url}/health", headers={"Authorization": bare.api_key})
-    start = time.monotonic()
-    with urllib.request.urlopen(request) as answer:
-        assert answer.read(4) == b" " * 4
-    assert time.monotonic() - start > 1
-    exchange = eventually(
-        lambda: [one for one in list(bare.record.exchanges) if one.fault == "trickle"]
-    )[-1]
-    assert exchange.route == "health"
-
-
 def faults_met(endpoint: LocalEndpoint, *routes: str, count: int) -> list[str | None]:
     """What the next requests of these routes meet."""
     before = len(endpoint.record.exchanges)

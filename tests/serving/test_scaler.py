@@ -17,7 +17,7 @@ from runpod.serverless import worker
 from runpod.serverless.modules import rp_job, rp_scale
 from runpod.serverless.modules.worker_state import JobsProgress
 
-from sdxl_worker.serving import scaler
+from sdxl_worker.serving import ending, scaler
 from sdxl_worker.serving.scaler import WorkerScaler, take_the_place_of_the_sdks_scaler
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -79,6 +79,7 @@ def serve(
 ) -> None:
     """Run a worker until a condition holds, and end it as a signal does."""
     JobsProgress().clear()
+    monkeypatch.setattr(ending, "_ends_at", None)  # put back afterwards
 
     async def run() -> None:
         runner = web.ServerRunner(web.Server(platform.answer), shutdown_timeout=0.1)
