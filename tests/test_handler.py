@@ -210,7 +210,7 @@ def test_the_memory_of_a_failed_pass_is_free_when_the_cache_is_emptied(
 
     replace_generate(monkeypatch, generate)
     monkeypatch.setattr(
-        torch.cuda, "empty_cache", lambda: alive.extend(tensor() is not None for tensor in held)
+        gpu, "free_memory", lambda: alive.extend(tensor() is not None for tensor in held)
     )
     assert error(QUICK).startswith("not enough GPU memory for this job")
     assert alive == [False]

@@ -85,7 +85,7 @@ def main() -> int:
                         help=f"of {', '.join(names)} (default: all)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
     parser.add_argument("--quick", action="store_true", help="few of each")
-    parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
+    parser.add_argument("--out", type=Path, help=f"a folder (all of it: {common.RESULTS_DIR})")
     arguments = parser.parse_args()
     for name in PROXIES:
         os.environ.pop(name, None)
@@ -95,12 +95,14 @@ def main() -> int:
     tallies: list[Tally] = []
     for name in arguments.kinds:
         words, attack = chosen[name]
-        with tqdm(desc=words, unit="input", dynamic_ncols=True) as bar:
+        with tqdm(desc=words, unit=" inputs", dynamic_ncols=True) as bar:
             tallies.append(tally := Tally(words, tick=bar.update))
             attack(tally)
         for line in tally.breaks[:5]:
             print(f"  broke: {line}")
-        write(tallies, arguments.out / "attack.json", arguments.seed)
+    is_whole = arguments.kinds == names and not arguments.quick
+    if out := arguments.out or (common.RESULTS_DIR if is_whole else None):
+        write(tallies, out / "attack.json", arguments.seed)
     print(table(tallies))
     return int(any(tally.breaks for tally in tallies))
 

@@ -5,11 +5,13 @@ limits of memory and time. It imports little, because it starts anew for each pi
 """
 
 import contextlib
+import ctypes
 import io
 import itertools
 import json
 import re
 import resource
+import signal
 import sys
 from collections.abc import Callable
 
@@ -32,6 +34,10 @@ WHAT_TO_SEND = "send PNG, JPEG, WebP, GIF, BMP or AVIF"
 MAX_INPUT_PIXELS = 64 * 1024**2
 # libwebp holds two more canvases: at 16 bytes a pixel, this is what the limit of memory leaves it.
 MAX_WEBP_PIXELS = 48 * 1024**2
+
+# A progressive JPEG has some ten, and takes as much time for each: one of 630 kB can take minutes.
+MAX_JPEG_SCANS = 100
+_JPEG_SCAN = b"\xff\xda"
 
 # What a file begins with. Those that are decoded are here to be called damaged by their names.
 _SIGNATURES = (
@@ -82,6 +88,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = 16 * 1024**2
 # Each of libavif's threads takes memory of its own.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
+_SET_SIGNAL_AT_PARENTS_END = 1  # PR_SET_PDEATHSIG
+
 # Colours are converted in bands of rows, so that no second picture lies in memory on the way.
 _BAND_PIXELS = 1024**2
 
@@ -128,6 +136,8 @@ def _decoded(data: bytes, field: str) -> Image.Image:
             f"{field}: a {picture.format} picture of {picture.width} x {picture.height} pixels is "
             f"over the limit of {limit} pixels; send a smaller one"
         )
+    if picture.format == "JPEG" and data.count(_JPEG_SCAN) > MAX_JPEG_SCANS:
+        raise RequestError(f"{field}: a JPEG of over {MAX_JPEG_SCANS} scans; save it anew")
     picture.load()
     profile = picture.info.get("icc_profile")
     picture = _upright(picture)
@@ -209,7 +219,10 @@ def _what_is_wrong_with(data: bytes) -> str:
     for name, signature in _SIGNATURES:
         if re.match(signature, data[:1024], re.DOTALL):
             if name in _DECODED:
-                return f"the {name} picture is damaged, cut short or too large to decode"
+                return (
+                    f"the {name} picture is damaged, cut short or too large to decode; save it "
+                    "anew, or smaller"
+                )
             return f"not a picture that can be read ({name}); {WHAT_TO_SEND}"
     return f"not a picture that can be read; {WHAT_TO_SEND}"
 
@@ -262,10 +275,13 @@ def main() -> None:
     """
     arguments = json.loads(sys.argv[1])
     memory_bytes, cpu_seconds = arguments.pop("memory_bytes"), arguments.pop("cpu_seconds")
-    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CPU: cpu_seconds}
-    for limit, value in limits.items():
-        with contextlib.suppress(ValueError):  # a smaller one is set already, or this is macOS
-            resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+    with contextlib.suppress(ValueError):  # a smaller limit is set already, or this is macOS
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    with contextlib.suppress(ValueError):
+        # The first ends with a signal of its own; who catches it is ended a second later.
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+    with contextlib.suppress(AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(_SET_SIGNAL_AT_PARENTS_END, signal.SIGKILL)
     output = sys.stdout.buffer
     answer: dict[str, str | tuple[int, int]]
     pixels = b""

@@ -4,10 +4,11 @@ memory, in time or in a crash, is not the worker's.
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
-from asyncio.subprocess import DEVNULL, PIPE
+from asyncio.subprocess import PIPE
 from collections.abc import MutableMapping
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -17,12 +18,14 @@ from PIL import Image
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_MULTIPLE_PX
 
+log = logging.getLogger(__name__)
+
 # Of address space. The least that takes every picture of 64 megapixels: 12 bytes a pixel in a
 # progressive CMYK JPEG (four of the pixel, eight of its coefficients), 11 in an AVIF with
 # transparency, some 60 MB of Python and its libraries, and the file of up to 50 MB.
 MAX_MEMORY_BYTES = 896 * 1024**2
 # The largest pictures take 3 seconds of the CPU; a file can be made to take hours.
-DECODE_CPU_SECONDS = 15
+DECODE_CPU_SECONDS = 10
 # On a machine that is too busy to give them.
 DECODE_TIMEOUT_SECONDS = 60
 
@@ -44,6 +47,7 @@ async def decode_apart(
 
     Raises:
         RequestError: theirs, or the decoder went over a limit or crashed.
+        RuntimeError: the program could not run.
     """
     arguments = {
         "memory_bytes": MAX_MEMORY_BYTES,
@@ -56,39 +60,44 @@ async def decode_apart(
     async with _one_at_a_time.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
         try:
             async with asyncio.timeout(DECODE_TIMEOUT_SECONDS):
-                status, output = await _run(json.dumps(arguments), data)
+                status, output, errors = await _run(json.dumps(arguments), data)
         except TimeoutError:
-            status, output = -signal.SIGXCPU, b""
+            status, output, errors = -signal.SIGXCPU, b"", b""
     if status == -signal.SIGXCPU:
         raise RequestError(
             f"{field}: the picture takes too long to decode; send a smaller one, or save it anew "
             "as PNG"
         )
+    if status < 0:
+        log.warning("a picture ended its decoder with signal %d", -status)
+        raise RequestError(
+            f"{field}: the picture crashed its decoder; save it anew, as PNG, or send a smaller one"
+        )
+    if status:
+        raise RuntimeError(f"the decoder cannot run: {errors.decode(errors='replace')[-2000:]}")
     header, _, pixels = output.partition(b"\n")
-    if status or not header:
-        raise RequestError(f"{field}: the picture crashed its decoder; send a smaller one")
     answer = json.loads(header)
     if "refusal" in answer:
         raise RequestError(answer["refusal"])
     return Image.frombytes("RGB", answer["size"], pixels)
 
 
-async def _run(arguments: str, data: bytes) -> tuple[int | None, bytes]:
-    """The status with which the program ended, and what it wrote."""
+async def _run(arguments: str, data: bytes) -> tuple[int, bytes, bytes]:
+    """The status with which the program ended, what it wrote, and what it complained of."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", _PROGRAM, arguments),
         stdin=PIPE,
         stdout=PIPE,
-        stderr=DEVNULL,
+        stderr=PIPE,
         cwd=_REPOSITORY,
         # More arenas would count for the limit of memory without being used.
         env={"MALLOC_ARENA_MAX": "1"}
         | {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     )
     try:
-        output, _ = await process.communicate(data)
+        output, errors = await process.communicate(data)
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return process.returncode, output
+    return process.returncode or 0, output, errors

@@ -1,14 +1,15 @@
 """An address, or a data URI, becomes bytes. Only public addresses are fetched.
 
 Whoever sends a job chooses the server, which may be slow, endless or hostile. So one deadline
-covers all of it, a job that is cancelled closes its connection at once, and nothing here takes a
-thread that other jobs, or the end of the worker, would wait for.
+covers all of it, a job that is cancelled closes its connection at once, and all of it is done in
+threads that no other job, nor the end of the worker, waits for.
 """
 
 import asyncio
 import base64
 import binascii
 import contextlib
+import functools
 import http
 import os
 import socket
@@ -50,6 +51,20 @@ async def fetch(address: str, field: str) -> bytes:
     """
     if address[:5].lower() == "data:":
         return await asyncio.to_thread(_decoded_data_uri, address, field)
+    fetching = asyncio.run_coroutine_threadsafe(_fetched_in_time(address, field), _loop())
+    return await asyncio.wrap_future(fetching)
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Of a thread of its own: servers that flood it with small parts keep it busy, and not the loop
+    that takes jobs, stops them and posts their results."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="fetch", daemon=True).start()
+    return loop
+
+
+async def _fetched_in_time(address: str, field: str) -> bytes:
     try:
         async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
             return await _fetched(address, field)
@@ -70,7 +85,9 @@ def _decoded_data_uri(uri: str, field: str) -> bytes:
     try:
         return base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError(f"{field}: what follows base64, is not valid base64") from None
+        raise RequestError(
+            f"{field}: what follows base64, is not valid base64: encode the picture again"
+        ) from None
 
 
 async def _fetched(address: str, field: str) -> bytes:
@@ -98,7 +115,7 @@ async def _fetched(address: str, field: str) -> bytes:
         reason = "its host cannot be found: correct the address"
     except aiohttp.ClientConnectorError as error:
         if isinstance(error.os_error, _NotPublicError):
-            reason = "the worker fetches from public addresses only, and this is none: use another"
+            reason = "the worker fetches from public addresses only: use one"
         else:
             reason = "its server cannot be reached: correct the address"
     except ValueError:

@@ -50,9 +50,10 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     request = as_drawn(request, stages)
     input_picture = None
     if request.image_url is not None:
-        with timed("fetch", job_id):
-            async with not_holding_the_end("the picture of image_url"):
+        async with not_holding_the_end("the picture of image_url"):
+            with timed("fetch", job_id):
                 data = await fetch(request.image_url, "image_url")
+            with timed("decode", job_id):
                 input_picture = await decode_apart(
                     data, "image_url", height_px=request.height, width_px=request.width
                 )

@@ -71,7 +71,7 @@ def timed(phase: str, job_id: str | None, *, queued_at: float | None = None) -> 
     """Log one line when the phase ends: its milliseconds, and the peak of memory so far.
 
     Args:
-        phase: of a job: "fetch", "generate" or "encode".
+        phase: of a job: "fetch", "decode", "generate" or "encode".
         queued_at: `time.perf_counter()` when the phase began to wait for its turn.
     """
     started = time.perf_counter()

@@ -14,7 +14,7 @@ import re
 import time
 from typing import Any
 
-from runpod.http_client import TooManyRequests
+from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_scale
 from runpod.serverless.modules.rp_job import _job_get_url
 
@@ -52,6 +52,13 @@ class WorkerScaler(rp_scale.JobScaler):
         self._pause_seconds = 0.0
         self._stopped_at: dict[str, float] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self) -> None:
+        """As the SDK's; but once no job is left, it does not wait for stops, for up to 90 seconds."""
+        async with AsyncClientSession() as session:
+            stopping = asyncio.create_task(self.monitor_stop_signals(session))
+            await asyncio.gather(self.get_jobs(session), self.run_jobs(session))
+            stopping.cancel()
 
     # Taking.
 
@@ -183,6 +190,7 @@ class WorkerScaler(rp_scale.JobScaler):
     def kill_worker(self) -> None:
         """Called from a signal handler: the worker ends once its jobs have."""
         super().kill_worker()
+        log.info("told to end; jobs that are left: %d", self.job_progress.get_job_count())
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(hurry)
 

@@ -193,6 +193,14 @@ class TestTheProgram:
         assert status == 1
         assert kind["broke"] == 2000 - kind["held"] > 0
 
+    def test_a_part_of_it_leaves_the_result_of_the_whole(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(program.common, "RESULTS_DIR", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["attack", "--quick", "--kinds", "validation"])
+        assert program.main() == 0
+        assert list(tmp_path.iterdir()) == []
+
 
 class TestInputs:
     def test_valid_ones_obey_the_schema(self) -> None:

@@ -5,16 +5,20 @@ import functools
 import io
 import os
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs import decoder_process
 from sdxl_worker.inputs.decoder_process import decode_apart
+from tests.support import REPOSITORY
 
 FORMATS = ("png", "jpeg", "webp", "gif", "bmp", "avif")
 
@@ -144,9 +148,74 @@ def test_the_decoder_is_given_no_credentials(
     monkeypatch.setenv("RUNPOD_AI_API_KEY", "secret")
     told = tmp_path / "environment"
     program(f"import os; open({str(told)!r}, 'w').write(str(os.environ))", monkeypatch, tmp_path)
-    refusal(b"")
+    with pytest.raises(ValueError, match="Expecting value"):
+        drawn_on(b"")  # the program answers nothing
     assert "MALLOC_ARENA_MAX" in told.read_text()
     assert "RUNPOD" not in told.read_text()
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
+    """It is small, and takes minutes: each scan goes over all pixels."""
+    data = plain(4096, 4096, "jpeg", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    slow = data[:last] + data[last:-2] * 3000 + data[-2:]
+    began = time.monotonic()
+    assert "over 100 scans" in refusal(slow)
+    assert time.monotonic() - began < 5
+    assert drawn_on(data).size == (2048, 2048)
+
+
+def test_its_limits_cannot_be_raised_from_inside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = tmp_path / "limits"
+    program(
+        "import resource\nfrom sdxl_worker.inputs import decode\ndef look(*_):\n"
+        " both = resource.RLIMIT_AS, resource.RLIMIT_CPU\n"
+        " limits = [resource.getrlimit(one)[1] for one in both]\n"
+        f" open({str(told)!r}, 'w').write(str(limits))\n raise MemoryError\n"
+        "decode.decode = look\ndecode.main()",
+        monkeypatch,
+        tmp_path,
+    )
+    assert "of memory" in refusal(b"")
+    expected = [decoder_process.MAX_MEMORY_BYTES, decoder_process.DECODE_CPU_SECONDS + 1]
+    assert told.read_text() == str(expected)
+
+
+def test_a_decoder_ends_with_a_worker_that_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    (tmp_path / "other_decoder.py").write_text(
+        "import os, time\nfrom sdxl_worker.inputs import decode\ndef slow(*_):\n"
+        f" open({str(told)!r}, 'w').write(str(os.getpid()))\n time.sleep(60)\n"
+        "decode.decode = slow\ndecode.main()"
+    )
+    script = (
+        "import asyncio\nfrom sdxl_worker.inputs import decoder_process as one\n"
+        "one._PROGRAM = 'other_decoder'\n"
+        "asyncio.run(one.decode_apart(b'', 'image_url', height_px=None, width_px=None))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment
+    ) as worker:
+        while not (told.exists() and told.read_text()):
+            time.sleep(0.02)
+        worker.kill()
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(int(told.read_text())):
+        if psutil.Process(int(told.read_text())).status() == psutil.STATUS_ZOMBIE:
+            break
+        assert time.monotonic() < deadline, "the decoder is still there"
+        time.sleep(0.02)
+
+
+def test_a_decoder_that_cannot_run_is_not_the_caller_s_mistake(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program("raise OSError('libjpeg.so: no such file')", monkeypatch, tmp_path)
+    with pytest.raises(RuntimeError, match=r"cannot run: (.|\n)*libjpeg\.so"):
+        drawn_on(plain(64, 64, "png"))
 
 
 def test_a_crash_of_the_decoder_is_the_picture_s(

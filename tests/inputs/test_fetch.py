@@ -122,6 +122,7 @@ BEHAVIOURS = {
     "/nowhere.png": answering(b"302 Found\nContent-Length: 0"),
     "/file.png": redirecting(b"file:///etc/passwd"),
     "/ftp.png": redirecting(b"ftp://127.0.0.1/a.png"),
+    "/hints.png": endless(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1000),
     "/no-http.png": answering(b"no"),
     "/cut.png": answering(OK, DATA[:1000]),
     "/bad-chunks.png": answering(b"200 OK\nTransfer-Encoding: chunked", b"hunter2\r\n"),
@@ -292,14 +293,49 @@ class TestFetching:
         answer.set()
 
 
+@pytest.mark.usefixtures("private_addresses_allowed")
+def test_a_server_that_floods_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Served from another thread, because it, too, takes all of its loop's time."""
+    monkeypatch.setattr(fetch_module, "FETCH_TIMEOUT_SECONDS", 2)
+    urls: list[str] = []
+    told, done = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with serving() as (url, _):
+            urls.append(url)
+            told.set()
+            await asyncio.to_thread(done.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    told.wait()
+
+    async def flooded() -> list[float]:
+        fetches = [asyncio.create_task(async_refusal(f"{urls[0]}/hints.png")) for _ in range(3)]
+        gaps = []
+        while not all(one.done() for one in fetches):
+            began = time.monotonic()
+            await asyncio.sleep(0.01)
+            gaps.append(time.monotonic() - began)
+        assert all("within" in one.result() for one in fetches)
+        return gaps
+
+    try:
+        assert sorted(asyncio.run(flooded()))[-5] < 0.5
+    finally:
+        done.set()
+        thread.join()
+
+
 @pytest.mark.parametrize(
     "host",
     ["127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.1", "0.0.0.0", "0x7f.1"],
 )
 def test_private_addresses_are_not_connected_to(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def get() -> None:
-        loop = asyncio.get_running_loop()
-        monkeypatch.setattr(loop, "sock_connect", lambda *_: pytest.fail("connected"))
+        monkeypatch.setattr(
+            fetch_module._loop(), "sock_connect", lambda *_: pytest.fail("connected")
+        )
         assert "public addresses only" in await async_refusal(f"http://{host}/a.png?{QUERY}")
 
     asyncio.run(get())

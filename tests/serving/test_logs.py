@@ -20,13 +20,13 @@ def test_each_phase_of_a_job_has_one_line_with_its_figures(
     caplog.clear()
     run({**JOB, "image_url": image, "strength": 1})
     lines = [vars(record) for record in caplog.records]
-    assert [line["phase"] for line in lines] == ["fetch", "generate", "encode"]
+    assert [line["phase"] for line in lines] == ["fetch", "decode", "generate", "encode"]
     for line in lines:
         assert line["job_id"] == "test"
         assert isinstance(line["ms"], int)
         assert line["peak_memory_mb"] > 50
-    assert lines[1]["wait_ms"] >= 0
-    assert lines[1]["ms"] > 0
+    assert lines[2]["wait_ms"] >= 0
+    assert lines[2]["ms"] > 0
 
 
 def record(level: int = logging.INFO, **extra: object) -> logging.LogRecord:

@@ -38,6 +38,7 @@ class Platform:
         self.results: dict[str, list[Any]] = {}
         self.refuse_results = 0
         self.result_seconds = 0.0
+        self.stop_seconds = 0.1
         self.nothing_seconds = 0.1
         self.on_ask: Callable[[], None] = lambda: None
 
@@ -54,7 +55,7 @@ class Platform:
         if "/job-stop/" in path:
             if self.stops:
                 return web.json_response({"jobsToStop": [self.stops.pop(0)]})
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(self.stop_seconds)
             return web.Response(status=204)
         self.asked_at.append(time.monotonic())
         self.on_ask()
@@ -119,6 +120,7 @@ def test_the_sdk_is_the_one_that_the_scaler_is_written_for(monkeypatch: pytest.M
             assert inspect.signature(method).parameters.keys() == (
                 inspect.signature(getattr(sdk, name)).parameters.keys()
             )
+    assert "await asyncio.gather(*tasks)" in inspect.getsource(sdk.run), "what ours does"
     source = inspect.getsource(sdk)
     for used in ("self.jobs_fetcher(session, jobs_needed)", "self.jobs_handler(session, "):
         assert used in source
@@ -361,6 +363,14 @@ def test_a_worker_that_cannot_go_on_takes_no_more_jobs(monkeypatch: pytest.Monke
     platform.refuse_results = 2
     serve(platform, monkeypatch, handler=handler, until=lambda working: not working.is_alive())
     assert platform.results == {"job-0": [{"error": "broken", "stopPod": True}]}
+
+
+def test_an_open_question_for_stops_does_not_hold_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = Platform(JOB)
+    platform.stop_seconds = 30
+    began = time.monotonic()
+    serve(platform, monkeypatch, until=lambda _: bool(platform.results))
+    assert time.monotonic() - began < 10
 
 
 class TestStops:
