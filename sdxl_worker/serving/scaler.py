@@ -54,7 +54,7 @@ class WorkerScaler(rp_scale.JobScaler):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self) -> None:
-        """As the SDK's; but once no job is left, it does not wait for stops, for up to 90 seconds."""
+        """As the SDK's, which goes on to wait for stops, up to 90 seconds, once no job is left."""
         async with AsyncClientSession() as session:
             stopping = asyncio.create_task(self.monitor_stop_signals(session))
             await asyncio.gather(self.get_jobs(session), self.run_jobs(session))
