@@ -1,7 +1,8 @@
 """Real worker processes with the embedded model, under the local endpoint."""
 
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,10 +23,15 @@ RULES = Rules(
 
 
 def real_workers(
-    count: int = 1, *, stop_grace_seconds: float = 5, environment: Mapping[str, str] = NOTHING
+    count: int = 1,
+    *,
+    stop_grace_seconds: float = 5,
+    environment: Mapping[str, str] = NOTHING,
+    command: Sequence[str] = (sys.executable, "handler.py"),
 ) -> LocalEndpoint:
     """For a `with` block."""
     return LocalEndpoint(
+        worker_command=command,
         workers=count,
         rules=RULES,
         stop_grace_seconds=stop_grace_seconds,
