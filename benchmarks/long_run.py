@@ -62,8 +62,9 @@ MAX_RETRIES = 3
 WAITING_FOR_EACH_WORKER = 3
 STUCK_SECONDS = 180.0
 SAMPLE_EVERY = 10
-# For each size of a picture that is new to it, torch's library for CPUs keeps code that it compiled: of
-# 300 sizes the first 60 took 50 MB, the others nothing. Without it, as on a GPU, what grows is ours.
+# For each size of a picture that is new to it, torch's library for CPUs keeps code that it
+# compiled: of 300 sizes the first 60 took 50 MB, the others nothing. Without it, as on a GPU, what
+# grows is the worker's own.
 WORKER = "import torch; torch.backends.mkldnn.enabled = False; import handler; handler.main()"
 # What a worker holds is compared from here on, when all kinds of jobs have been seen.
 SETTLED_AFTER = 200

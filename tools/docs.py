@@ -1,5 +1,5 @@
 """Writes what is derived from the code: the documents' tables, the input's JSON Schema, the
-settings in the Hub's form, the attack's result, and the publisher's name.
+settings in the Hub's form, what the attack and the long run told, and the publisher's name.
 
 Run as `make docs`; a test checks that all of it is up to date.
 """
@@ -20,6 +20,7 @@ DEPLOY = REPOSITORY / "docs" / "deploy.md"
 SECURITY = REPOSITORY / "SECURITY.md"
 SCHEMA = REPOSITORY / "docs" / "input.schema.json"
 HUB = REPOSITORY / ".runpod" / "hub.json"
+LONG_RUN = REPOSITORY / "benchmarks" / "results" / "long_run.json"
 ATTACK = REPOSITORY / "benchmarks" / "results" / "attack.json"
 
 
@@ -89,6 +90,19 @@ def attack_table() -> str:
     return "\n".join(rows)
 
 
+def long_run() -> str:
+    """What `make long-run` told when it was run last."""
+    run = json.loads(LONG_RUN.read_text(encoding="utf-8"))
+    lost, doubled, wrong = (len(run[name]) for name in ("lost", "doubled", "wrong"))
+    return (
+        f"`make long-run`: {run['jobs']:,} jobs of every kind through three workers, which were "
+        f"killed {run['killed']} times, on a\nplatform that answers badly one time in ten "
+        f"({run['faults']:,} times): {lost} lost, {doubled} doubled, {wrong} answered wrongly. The "
+        f"memory\nof a worker that lived through it grew by {run['growth']:.1%} from job 200 on "
+        "([chart](docs/platform.md#long-runs))."
+    )
+
+
 def icon_url() -> str:
     return f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
 
@@ -107,7 +121,13 @@ def _document(value: object) -> str:
 def derived() -> dict[Path, str]:
     """Each file with something derived in it, and what it must hold."""
     return {
-        README: with_tables(README, listing=listing(), input=input_table(), attack=attack_table()),
+        README: with_tables(
+            README,
+            listing=listing(),
+            input=input_table(),
+            attack=attack_table(),
+            **{"long-run": long_run()},
+        ),
         MODELS: with_tables(MODELS, settings=settings_table()),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
         SECURITY: with_tables(SECURITY, report=report()),
