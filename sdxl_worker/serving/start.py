@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from sdxl_worker.errors import ModelError
+from sdxl_worker.errors import ModelError, PictureError
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.read_ahead import read_ahead
 from sdxl_worker.loading.sparing_imports import sparing_imports
@@ -128,9 +128,12 @@ def _draw_first_picture(models: "Models", settings: Settings) -> None:
         on_gpu = models.device.type == "cuda"
         request = parse_request(CHECK_INPUT if on_gpu else CHECK_INPUT_ON_CPU)
         stages = plan_stages(request, models)
-        [picture] = generate(request, stages, models, step_cache_interval=settings.step_cache)
-    # Numbers that are not finite become a picture of one colour.
-    if len(picture.getcolors(picture.width * picture.height) or []) == 1:
+        try:
+            [picture] = generate(request, stages, models, step_cache_interval=settings.step_cache)
+            is_empty = len(picture.getcolors(picture.width * picture.height) or []) == 1
+        except PictureError:
+            is_empty = True
+    if is_empty:
         raise ModelError("the models draw an empty picture: the GPU or the weights are broken")
 
 
