@@ -54,8 +54,7 @@ def on_meta() -> Models:
 @pytest.fixture
 def without_memory(on_meta: Models, monkeypatch: pytest.MonkeyPatch) -> Models:
     def as_many_pixels(images: torch.Tensor, **_: Any) -> tuple[Any, bool]:
-        count, _, height, width = images.shape
-        return np.zeros((count, height, width, 3), np.uint8), True
+        return np.zeros((len(images), *images.shape[2:], 3), np.uint8), True
 
     monkeypatch.setattr(decoding, "_to_pixels", as_many_pixels)
     return on_meta
