@@ -299,7 +299,10 @@ def try_out(work_dir: Path) -> None:
     with step("--rp_serve_api: a picture, a check, the user, port 80"):
         server = "exec sh /app/start.sh --rp_serve_api >/tmp/server.log 2>&1"
         run(["podman", "exec", "--detach", "lab", "sh", "-c", server], seconds=60)
-        expect_picture(ask_server({"prompt": PROMPT, "seed": 7}))
+        drawn = ask_server({"prompt": PROMPT, "seed": 7})
+        expect_picture(drawn)
+        # Its decoder is a program of its own, run by the same user.
+        expect_picture(ask_server({"prompt": PROMPT, "image_url": drawn["image_url"]}))
         users = {tuple(line.split()) for line in inside("python", "-c", WORKER_USERS).splitlines()}
         expect(
             users == {(*[str(WORKER_UID)] * 4, "1")},
