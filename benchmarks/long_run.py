@@ -69,8 +69,9 @@ WORKER = "import torch; torch.backends.mkldnn.enabled = False; import handler; h
 # What a worker holds is compared from here on, when all kinds of jobs have been seen.
 SETTLED_AFTER = 200
 GROWTH_MAX = 0.05
-# How many more of each may be held at the end. asyncio's pool of threads grows when it has to.
-MORE_MAX = {"handles": 0, "threads": min(32, (os.cpu_count() or 1) + 4), "children": 0}
+# How many more of each may be held at the end. asyncio's pool of threads grows when it has to, and
+# the loop that fetches, with three handles of its own, begins with the first address.
+MORE_MAX = {"handles": 3, "threads": min(32, (os.cpu_count() or 1) + 4), "children": 0}
 # A folder that torch makes at import, the same for each worker.
 CACHE = "torchinductor_"
 
