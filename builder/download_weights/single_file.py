@@ -91,7 +91,8 @@ def convert(checkpoint: Path, role: str, folder: Path, what: str) -> None:
                 folder / name, variant="fp16", max_shard_size="100GB"
             )
     except NotImplementedError as error:
-        # Tensors that the file does not have stay on the meta device and cannot be cast.
+        # Nothing is left open here: it is what torch raises where a tensor without memory is to be
+        # cast, and those that the file does not have stay so, on the meta device.
         raise DownloadError(f"{what}: lacks tensors that an SDXL {role} has") from error
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         # Whatever the library raises for tensors of another shape.
