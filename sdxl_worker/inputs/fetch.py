@@ -8,12 +8,12 @@ threads that no other job, nor the end of the worker, waits for.
 import asyncio
 import base64
 import binascii
-import contextlib
 import functools
 import http
 import os
 import socket
 import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import sdxl_worker
@@ -237,25 +237,14 @@ def _resolver() -> Any:
 
 
 async def _in_own_thread(function: Any, *args: Any) -> Any:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: Exception | None) -> None:
-        if future.done():  # cancelled meanwhile
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()  # it cannot be stopped, and whoever waits may leave
 
     def run() -> None:
-        result, error = None, None
         try:
-            result = function(*args)
-        except Exception as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has ended
-            loop.call_soon_threadsafe(settle, result, error)
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
 
     threading.Thread(target=run, name="resolver", daemon=True).start()
-    return await future
+    return await asyncio.wrap_future(future)
