@@ -126,6 +126,13 @@ def test_the_sdk_is_the_one_that_the_scaler_is_written_for(monkeypatch: pytest.M
         assert used in source
 
 
+def test_free_memory_goes_back_after_each_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(scaler, "give_back_host_memory", lambda: given_back.append(True))
+    serve(Platform(JOB), monkeypatch, until=lambda _: bool(given_back))
+    assert given_back == [True]
+
+
 def test_a_job_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = Platform(JOB)
     serve(platform, monkeypatch, until=lambda _: bool(platform.results))
