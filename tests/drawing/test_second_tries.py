@@ -1,6 +1,7 @@
 """What is no picture, and what does not fit: noticed, tried again, and told in the end."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 from PIL import Image
 
 from sdxl_worker.drawing import batches
+from sdxl_worker.drawing import generate as generate_module
 from sdxl_worker.drawing.second_tries import COUNTS
 from sdxl_worker.errors import PictureError
 from sdxl_worker.gpu import is_out_of_memory
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import parse_request
+from sdxl_worker.speed.cuda_graphs import GraphedForward, forget_recordings
 from tests.support import (
     PROMPT,
     REQUESTS,
@@ -252,6 +255,26 @@ class TestOutOfMemory:
         hook.remove()
         assert left == [0]
         assert again[0].tobytes() == expected[0].tobytes()
+
+    def test_recordings_are_given_up_for_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[Any] = []
+        monkeypatch.setattr(GraphedForward, "_record", lambda _, key: made.append(key))
+        recorded = GraphedForward(lambda: None, torch.device("cpu"))
+        for _ in range(2):
+            recorded._graph(())
+        given_up: list[Any] = []
+
+        def forget(unets: Any) -> None:
+            given_up.extend(unets)
+            forget_recordings([SimpleNamespace(forward=recorded)])
+
+        monkeypatch.setattr(generate_module, "forget_recordings", forget)
+        hook = too_large_for(models().unet, 2, failures=[])
+        draw(parse_request({**BASE, "num_images": 2}), models())
+        hook.remove()
+        assert given_up == models().unets()
+        recorded._graph(())
+        assert made == [(), ()], "once before, and once after"
 
     def test_what_never_fits_fails_alone(self) -> None:
         failures: list[int] = []
