@@ -7,6 +7,7 @@ documents' table all come from that declaration.
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     ValidationError,
     model_validator,
@@ -22,7 +24,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.wording import IN_WORDS, MAX_SHOWN_CHARACTERS, RULE, problems, shown
+from sdxl_worker.wording import ALIASES, IN_WORDS, MAX_SHOWN_CHARACTERS, RULE, problems, shown
 
 SchedulerName = Literal[
     "PNDM",
@@ -36,8 +38,12 @@ SchedulerName = Literal[
 
 # Some 5,000 tokens: far more than a model can follow, and few enough to encode quickly.
 MAX_PROMPT_CHARACTERS = 20_000
-# JSON numbers are exact up to here in every client, JavaScript's included.
-MAX_SEED = 2**53 - 1
+# The largest that torch's generators take. JavaScript and others keep numbers up to 2**53 exactly.
+MAX_SEED = 2**64 - 1
+# The models were trained with as many timesteps.
+MAX_STEPS = 1000
+# How much the base redraws of a picture where the request does not say.
+REDRAW_STRENGTH = 0.75
 # Several times what all fields together have room for, and little enough to validate at once.
 MAX_VALUES = 1000
 MAX_NESTING = 8
@@ -66,11 +72,11 @@ def _drawn(seed: int) -> int:
 
 FromIntegralFloat = BeforeValidator(_integral)
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
-# With at most 2048 a side, no picture is over 2048 * 2048 pixels.
-MIN_SIDE_PX, MAX_SIDE_PX, SIDE_MULTIPLE_PX = 64, 2048, 8
+MIN_SIDE_PX, MAX_SIDE_PX, SIDE_MULTIPLE_PX = 64, 4096, 8
 Side = Annotated[
     int, Field(ge=MIN_SIDE_PX, le=MAX_SIDE_PX, multiple_of=SIDE_MULTIPLE_PX), FromIntegralFloat
 ]
+Share = Annotated[float, Field(ge=0, le=1)]
 ImageUrl = Annotated[
     str,
     Field(
@@ -78,6 +84,63 @@ ImageUrl = Annotated[
         json_schema_extra={RULE: "an http:// or https:// address, or a data:image/ URI"},
     ),
 ]
+UploadUrl = Annotated[
+    str,
+    Field(
+        pattern=r"(?i)^https?://[^/]",
+        json_schema_extra={RULE: "an http:// or https:// address"},
+    ),
+]
+MAX_IMAGES = 16
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A rule for a field that makes sense only beside some others, or without some others."""
+
+    field: str
+    words: str
+    needs: tuple[Mapping[str, Any], ...] = ({},)
+    """One of these has to hold: fields and their values, `...` for any."""
+    clashes: tuple[Mapping[str, Any], ...] = ()
+    """None of these may hold."""
+
+    def is_broken(self, given: Mapping[str, Any]) -> bool:
+        return _is_used(self.field, given) and (
+            not any(_hold(others, given) for others in self.needs)
+            or any(_hold(others, given) for others in self.clashes)
+        )
+
+    def json_schema(self) -> dict[str, Any]:
+        """What the object has to be if it has the field."""
+        needs = {"anyOf": [_held(others) for others in self.needs]}
+        clashes = [{"not": _held(others)} for others in self.clashes]
+        return {"anyOf": [{"not": _held({self.field: ...})}, {"allOf": [needs, *clashes]}]}
+
+
+def _is_used(name: str, given: Mapping[str, Any]) -> bool:
+    """A field that is given as it is by default may stand anywhere: some clients send them all."""
+    return given.get(name) not in (None, Request.model_fields[name].default)
+
+
+def _hold(others: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    return all(
+        _is_used(name, given) if value is ... else given.get(name) == value
+        for name, value in others.items()
+    )
+
+
+def _held(others: Mapping[str, Any]) -> dict[str, Any]:
+    """`_hold` as JSON Schema."""
+    values = {
+        name: {"not": {"const": Request.model_fields[name].default}}
+        if value is ...
+        else {"const": value}
+        for name, value in others.items()
+    }
+    return {"required": list(others), "properties": values}
 
 
 class InputModel(BaseModel):
@@ -94,9 +157,14 @@ class InputModel(BaseModel):
     def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:  # noqa: ARG003
         """Rules between fields that the input breaks: the field, and the problem in words.
 
-        The model's JSON Schema has to state the same rules.
+        The model's JSON Schema has to state the same rules, as far as it can.
         """
         yield from ()
+
+    @classmethod
+    def with_implied(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The fields with those that follow from them."""
+        return given
 
     @model_validator(mode="wrap")
     @classmethod
@@ -110,7 +178,7 @@ class InputModel(BaseModel):
             for name, problem in cls.broken_ties(given)
         ]
         try:
-            model = validate(given)
+            model = validate(cls.with_implied(given))
         except ValidationError as error:
             errors += [_again(details) for details in error.errors(include_url=False)]
         if errors:
@@ -125,6 +193,38 @@ def _again(details: Any) -> InitErrorDetails:
         kind = PydanticCustomError(IN_WORDS, details["msg"])
     again = InitErrorDetails(type=kind, loc=details["loc"], input=details["input"])
     return InitErrorDetails(**again, ctx=details["ctx"]) if "ctx" in details else again
+
+
+MASKED: tuple[Mapping[str, Any], ...] = ({"mask_url": ...}, {"mask_from_alpha": ...})
+REDRAWN: tuple[Mapping[str, Any], ...] = ({"mode": "img2img"}, *MASKED)
+WITH_PICTURE: tuple[Mapping[str, Any], ...] = ({"image_url": ...},)
+
+# Which fields go with which.
+TIES = (
+    Tie("mode", "needs image_url, the picture to start from", WITH_PICTURE),
+    Tie(
+        "mask_url",
+        "needs image_url, and goes with mode img2img and without mask_from_alpha",
+        WITH_PICTURE,
+        clashes=({"mode": "refine"}, {"mask_from_alpha": ...}),
+    ),
+    Tie(
+        "mask_from_alpha",
+        "needs image_url, a picture with transparency, and goes with mode img2img",
+        WITH_PICTURE,
+        clashes=({"mode": "refine"},),
+    ),
+    *(
+        Tie(name, "needs a mask: mask_url, or mask_from_alpha", MASKED)
+        for name in ("mask_invert", "mask_blur", "mask_padding")
+    ),
+    Tie(
+        "refiner_strength",
+        "needs mode img2img; in others, strength is the refiner's share",
+        REDRAWN,
+    ),
+    Tie("fit", "needs mode: without it, image_url keeps its size", ({"mode": ...}, *MASKED)),
+)
 
 
 class Request(InputModel):
@@ -145,9 +245,14 @@ class Request(InputModel):
                     "maxProperties": 1,
                     "properties": {"check": {"const": True}},
                 },
-            ]
+            ],
         }
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> Any:
+        schema = handler.resolve_ref_schema(handler(core))
+        return schema | {"dependentSchemas": {tie.field: tie.json_schema() for tie in TIES}}
 
     prompt: Prompt = Field(
         default="",
@@ -159,8 +264,8 @@ class Request(InputModel):
     )
     height: Side | None = Field(
         default=None,
-        description="Pixels. Not given: the model's native size (1024 for SDXL), or that "
-        "of the picture in `image_url`.",
+        description="Pixels. Not given, or 0: the model's native size (1024 for SDXL), or that "
+        "of the picture in `image_url`. Not used with `image_url` alone, without `mode`.",
     )
     width: Side | None = Field(default=None, description="As `height`.")
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED), FromIntegralFloat, AfterValidator(_drawn)] = (
@@ -172,38 +277,90 @@ class Request(InputModel):
         )
     )
     scheduler: SchedulerName = Field(
-        default="DDIM", description="The sampler of both the base and the refiner."
+        default="DDIM",
+        json_schema_extra={ALIASES: ["sampler", "sampler_name"]},
+        description="The sampler of both the base and the refiner.",
     )
-    num_inference_steps: Annotated[int, Field(ge=1, le=150), FromIntegralFloat] = Field(
-        default=25, description="Steps of the base."
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS), FromIntegralFloat] = Field(
+        default=25, json_schema_extra={ALIASES: ["steps"]}, description="Steps of the base."
     )
-    refiner_inference_steps: Annotated[int, Field(ge=0, le=150), FromIntegralFloat] = Field(
+    refiner_inference_steps: Annotated[int, Field(ge=0, le=MAX_STEPS), FromIntegralFloat] = Field(
         default=50,
         description="Length of the refiner's schedule, of which it runs the share `strength`. "
         "0, or a share of less than one step: no refiner.",
     )
-    guidance_scale: Annotated[float, Field(ge=0, le=30)] = Field(
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
         default=7.5,
+        json_schema_extra={ALIASES: ["guidance", "cfg_scale"]},
         description="How closely the base and the refiner follow the prompt. 1 and below: no "
         "guidance, and half the work.",
     )
-    strength: Annotated[float, Field(ge=0, le=1)] = Field(
+    strength: Share = Field(
         default=0.3,
+        json_schema_extra={ALIASES: ["denoising_strength", "prompt_strength"]},
         description="How much the refiner may change: the share of its schedule that it runs. "
-        "Not used with `high_noise_frac`.",
+        "Not used with `high_noise_frac`. With mode `img2img`: how much the base may change "
+        f"`image_url`, by default {REDRAW_STRENGTH}.",
     )
     image_url: ImageUrl | None = Field(
         default=None,
-        description="A picture for the refiner to refine in place of the base's: an address, or "
-        "the picture itself as a data URI.",
+        json_schema_extra={ALIASES: ["image", "init_image", "input_image"]},
+        description="A picture to start from: an address, or the picture itself as a data URI. "
+        "`mode` says what is done with it.",
     )
-    num_images: Annotated[int, Field(ge=1, le=8), FromIntegralFloat] = Field(
-        default=1, description="How many pictures."
+    mode: Literal["img2img", "refine"] | None = Field(
+        default=None,
+        json_schema_extra={RULE: "img2img (with mask_url, it is inpainting) or refine"},
+        description="What is done with `image_url`. `img2img`: the base redraws it, and the "
+        "refiner refines what comes out. `refine`, or not given: the refiner refines it.",
     )
-    high_noise_frac: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    refiner_strength: Share = Field(
+        default=0.3,
+        description="With mode `img2img`: how much the refiner may change, as `strength` does "
+        "without it.",
+    )
+    fit: Literal["crop", "pad", "stretch"] = Field(
+        default="crop",
+        description="How `image_url` is brought to `height` and `width` of another shape: what "
+        "is too much cut off, what is missing filled up from the edges, or distorted.",
+    )
+    mask_url: ImageUrl | None = Field(
+        default=None,
+        json_schema_extra={ALIASES: ["mask", "mask_image"]},
+        description="Inpainting: what is white in this picture is repainted in `image_url`, by "
+        "mode `img2img`, and what is black stays as it is.",
+    )
+    mask_from_alpha: bool = Field(
+        default=False,
+        description="As `mask_url`, with the transparency of `image_url`: what is transparent is "
+        "repainted.",
+    )
+    mask_invert: bool = Field(
+        default=False,
+        json_schema_extra={ALIASES: ["inpainting_mask_invert"]},
+        description="The other way round: what is black, or opaque, is repainted.",
+    )
+    mask_blur: Annotated[int, Field(ge=0, le=256), FromIntegralFloat] = Field(
+        default=0,
+        description="Pixels by which old and new are blended into each other, on either side of "
+        "the mask's edge.",
+    )
+    mask_padding: Annotated[int, Field(ge=0, le=4096), FromIntegralFloat] | None = Field(
+        default=None,
+        json_schema_extra={ALIASES: ["padding_mask_crop", "inpaint_full_res_padding"]},
+        description="Only the mask and so many pixels around it are painted, at the model's "
+        "native size, and put back in their place: more detail in small places.",
+    )
+    num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES), FromIntegralFloat] = Field(
+        default=1,
+        json_schema_extra={ALIASES: ["num_outputs", "n", "samples"]},
+        description="How many pictures.",
+    )
+    high_noise_frac: Share | None = Field(
         default=None,
         description="Ensemble of experts: the base does this share of `num_inference_steps`, the "
-        "refiner the rest; 0.8 is what SDXL was trained for. Not used with `image_url`.",
+        "refiner the rest; 0.8 is what SDXL was trained for. 0 and 1: off. Not used with mode "
+        "`refine`.",
     )
     preview: bool = Field(
         default=False,
@@ -215,28 +372,78 @@ class Request(InputModel):
         "picture in 2 steps of the base, and 1 of the refiner if there is one; beside other "
         "fields, the picture that they ask for.",
     )
+    output_format: OutputFormat | None = Field(
+        default=None,
+        json_schema_extra={ALIASES: ["format", "image_format"]},
+        description="Of the pictures. Not given: what the worker's owner set, otherwise `png`.",
+    )
+    output_quality: Annotated[int, Field(ge=1, le=100), FromIntegralFloat] = Field(
+        default=95,
+        json_schema_extra={ALIASES: ["quality", "image_quality"]},
+        description="Of `jpeg` and `webp`: the higher, the larger. `webp` of 100 is lossless.",
+    )
+    on_too_large: Literal["error", "jpeg"] = Field(
+        default="error",
+        description="What becomes of pictures that the platform would not take for their size: "
+        "an error, or JPEG of the best quality that fits.",
+    )
+    duplicate_first: bool = Field(
+        default=True,
+        description="The answer holds the first picture twice, in `images` and as `image_url`, "
+        "as that of 2.1.0. `false`: no `image_url`, unless it is a link.",
+    )
+    upload_urls: Annotated[list[UploadUrl], Field(min_length=1, max_length=MAX_IMAGES)] | None = (
+        Field(
+            default=None,
+            description="One presigned PUT address for each picture, which is uploaded there.",
+        )
+    )
 
     @classmethod
     def as_given(cls, fields: Mapping[Any, Any]) -> dict[str, Any]:
-        """An empty `image_url` means none, as in 2.1.0. A check alone gets `CHECK_INPUT` too."""
+        """An empty `image_url` and sides of 0 mean none, as in 2.1.0. A check alone gets
+        `CHECK_INPUT` too.
+        """
         given = super().as_given(fields)
-        if given.get("image_url") == "":
-            del given["image_url"]
+        for name, none in (("image_url", ""), ("height", 0), ("width", 0)):
+            if name in given and given[name] == none and given[name] is not False:
+                del given[name]
         return given | CHECK_INPUT if given == {"check": True} else given
 
     @classmethod
     def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
         if "prompt" not in given and "image_url" not in given:
             yield "prompt", "required, unless image_url is given; got nothing"
+        for tie in TIES:
+            if tie.is_broken(given):
+                yield tie.field, tie.words
+        urls, num_images = given.get("upload_urls"), given.get("num_images", 1)
+        if isinstance(urls, list) and isinstance(num_images, int) and len(urls) != num_images:
+            yield (
+                "upload_urls",
+                f"must be one address for each of num_images ({num_images}); got {len(urls)}",
+            )
+
+    @classmethod
+    def with_implied(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A mask makes it image to image, which has its own default of `strength`."""
+        if any(_hold(mask, given) for mask in MASKED):
+            given = {"mode": "img2img", **given}
+        return {"strength": REDRAW_STRENGTH, **given} if given.get("mode") == "img2img" else given
 
     def seed_of(self, index: int) -> int:
         """The seed of picture `index`. After the largest seed comes 0."""
         return (self.seed + index) % (MAX_SEED + 1)
 
     @property
+    def is_masked(self) -> bool:
+        return self.mask_url is not None or self.mask_from_alpha
+
+    @property
     def refiner_steps_run(self) -> int:
-        """Denoising steps of the refiner where `strength` decides, as diffusers counts them."""
-        return int(self.refiner_inference_steps * self.strength)
+        """Denoising steps of the refiner where a strength decides, as diffusers counts them."""
+        share = self.refiner_strength if self.mode == "img2img" else self.strength
+        return int(self.refiner_inference_steps * share)
 
 
 def parse_request(job_input: object) -> Request:

@@ -23,6 +23,8 @@ MAX_SHOWN_CHARACTERS = 60
 IN_WORDS = "in_words"
 RULE = "x-rule"
 """In a field's JSON Schema: its rule in words, where the schema's own would be unclear."""
+ALIASES = "x-aliases"
+"""In a field's JSON Schema: what other services call it. They are told, not taken."""
 
 BOUNDS = {
     "minimum": "of at least",
@@ -184,9 +186,9 @@ def _unknown_field(place: _Place, location: tuple[int | str, ...]) -> tuple[str,
     """The problem, and the fields that there are."""
     fields, name = place.parent.get("properties", {}), location[-1]
     where = place.path if len(location) > 1 else shown(name)
-    return f"{where}: no such field{_near_match(name, fields)}", (
-        f"; the fields are {', '.join(fields)}"
-    )
+    aliases = {alias: field for field in fields for alias in fields[field].get(ALIASES, ())}
+    meant = f" (did you mean {aliases[name]}?)" if name in aliases else _near_match(name, fields)
+    return f"{where}: no such field{meant}", (f"; the fields are {', '.join(fields)}")
 
 
 def _alternatives(schema: Schema) -> list[Schema]:

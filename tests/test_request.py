@@ -15,6 +15,7 @@ from sdxl_worker.request import (
     MAX_NESTING,
     MAX_SEED,
     MAX_VALUES,
+    REDRAW_STRENGTH,
     Request,
     parse_request,
 )
@@ -56,6 +57,19 @@ def test_names_and_defaults_are_those_of_2_1_0() -> None:
         # Fields that 2.1.0 did not have.
         "preview": False,
         "check": False,
+        "mode": None,
+        "refiner_strength": 0.3,
+        "fit": "crop",
+        "mask_url": None,
+        "mask_from_alpha": False,
+        "mask_invert": False,
+        "mask_blur": 0,
+        "mask_padding": None,
+        "output_format": None,
+        "output_quality": 95,
+        "on_too_large": "error",
+        "duplicate_first": True,
+        "upload_urls": None,
     }
 
 
@@ -97,14 +111,15 @@ def test_input_that_is_no_object_is_refused(job_input: Any) -> None:
 
 BOUNDS = [
     # field, last value in, first value out, on either side
-    ("height", 64, 56, 2048, 2056),
-    ("width", 64, 56, 2048, 2056),
-    ("num_inference_steps", 1, 0, 150, 151),
-    ("refiner_inference_steps", 0, -1, 150, 151),
-    ("guidance_scale", 0, -0.001, 30, 30.001),
+    ("height", 64, 56, 4096, 4104),
+    ("width", 64, 56, 4096, 4104),
+    ("num_inference_steps", 1, 0, 1000, 1001),
+    ("refiner_inference_steps", 0, -1, 1000, 1001),
+    ("guidance_scale", 0, -0.001, 100, 100.001),
     ("strength", 0, -0.001, 1, 1.001),
-    ("num_images", 1, 0, 8, 9),
-    ("high_noise_frac", 1e-9, 0, 1 - 1e-9, 1),
+    ("num_images", 1, 0, 16, 17),
+    ("high_noise_frac", 0, -0.001, 1, 1.001),
+    ("output_quality", 1, 0, 100, 101),
     ("seed", 0, -2, MAX_SEED, MAX_SEED + 1),
 ]
 
@@ -126,9 +141,10 @@ def test_sides_are_multiples_of_8(field: str, value: int) -> None:
     assert refusal(**{field: value}).endswith(f"a multiple of 8; got {value}")
 
 
-def test_no_accepted_size_is_over_2048_squared_pixels() -> None:
-    largest = accepted(height=2048, width=2048)
-    assert largest.height == largest.width == FIELDS["height"]["maximum"] == 2048
+@pytest.mark.parametrize("field", ["height", "width"])
+@pytest.mark.parametrize("none", [0, 0.0, None])
+def test_a_side_of_0_is_not_given(field: str, none: Any) -> None:
+    assert getattr(accepted(**{field: none}), field) is None
 
 
 @pytest.mark.parametrize(
@@ -172,7 +188,7 @@ def test_what_is_no_number_is_refused_for_a_number(field: str, value: Any) -> No
     assert refusal(**{field: value}).startswith(f"{field}: must be a")
 
 
-@pytest.mark.parametrize("field", ["preview", "check"])
+@pytest.mark.parametrize("field", ["preview", "check", "duplicate_first"])
 @pytest.mark.parametrize("value", [0, 1, "true", "", []])
 def test_switches_are_true_or_false(field: str, value: Any) -> None:
     assert refusal(**{field: value}).startswith(f"{field}: must be true or false; got ")
@@ -238,7 +254,10 @@ def test_an_unknown_field_is_answered_with_the_fields_and_the_near_match() -> No
     message = refusal(guidence_scale=3)
     assert message.startswith('"guidence_scale": no such field (did you mean guidance_scale?)')
     assert "the fields are prompt, negative_prompt, height" in message
-    assert "(did you mean" not in refusal(quality=3)
+    assert "(did you mean" not in refusal(colour=3)
+    for name in ("quality", "image_format", "outputformat"):
+        assert "(did you mean output_" in refusal(**{name: 3})
+    assert "(did you mean jpeg?)" in refusal(output_format="jpg")
 
 
 def test_all_problems_are_told_at_once_a_line_each() -> None:
@@ -251,7 +270,7 @@ def test_all_problems_are_told_at_once_a_line_each() -> None:
 
 def test_an_error_does_not_repeat_long_values_or_a_url_s_query() -> None:
     assert refusal(num_images="9" * 5000) == (
-        "num_images: must be an integer from 1 to 8; got a string of 5000 characters"
+        "num_images: must be an integer from 1 to 16; got a string of 5000 characters"
     )
     assert "hunter2" not in refusal(image_url="ftp://user:hunter2@example.com/a?key=hunter2")
 
@@ -278,7 +297,7 @@ def test_the_json_schema_has_the_bounds_and_the_defaults() -> None:
     assert schema["additionalProperties"] is False
     assert json.loads(json.dumps(schema)) == schema
     steps = schema["properties"]["num_inference_steps"]
-    assert (steps["minimum"], steps["maximum"], steps["default"]) == (1, 150, 25)
+    assert (steps["minimum"], steps["maximum"], steps["default"]) == (1, 1000, 25)
     assert all("description" in field for field in schema["properties"].values())
 
 
@@ -307,6 +326,86 @@ def test_the_json_schema_ties_fields_together_as_the_worker_does(
     else:
         with pytest.raises(RequestError, match="^prompt: required, unless image_url is given"):
             parse_request(job_input)
+
+
+PICTURE = {"image_url": "https://example.com/a.png"}
+MASK = {**PICTURE, "mask_url": "https://example.com/mask.png"}
+
+
+@pytest.mark.parametrize(
+    ("job_input", "field", "problem"),
+    [
+        ({"prompt": "a", "mode": "img2img"}, "mode", "needs image_url"),
+        ({"prompt": "a", "mask_url": MASK["mask_url"]}, "mask_url", "needs image_url"),
+        ({"prompt": "a", "mask_from_alpha": True}, "mask_from_alpha", "needs image_url"),
+        ({**MASK, "mask_from_alpha": True}, "mask_url", "without mask_from_alpha"),
+        ({**MASK, "mode": "refine"}, "mask_url", "goes with mode img2img"),
+        ({**PICTURE, "mode": "refine", "mask_from_alpha": True}, "mask_from_alpha", "mode img2img"),
+        ({**PICTURE, "mask_blur": 1}, "mask_blur", "needs a mask: mask_url, or mask_from_alpha"),
+        ({**PICTURE, "mask_padding": 8}, "mask_padding", "needs a mask"),
+        ({**PICTURE, "mask_invert": True}, "mask_invert", "needs a mask"),
+        ({**PICTURE, "mask_from_alpha": False, "mask_blur": 1}, "mask_blur", "needs a mask"),
+        ({**PICTURE, "refiner_strength": 0.4}, "refiner_strength", "needs mode img2img"),
+        ({**PICTURE, "fit": "pad"}, "fit", "needs mode"),
+        ({"prompt": "a", "upload_urls": ["https://a/1"] * 2}, "upload_urls", "(1); got 2"),
+    ],
+)
+def test_a_field_without_what_it_goes_with_is_refused(
+    job_input: dict[str, Any], field: str, problem: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request(job_input)
+    [line] = str(caught.value).splitlines()
+    assert line.startswith(f"{field}: ")
+    assert problem in line
+
+
+@pytest.mark.parametrize(
+    "job_input",
+    [
+        {**PICTURE, "mode": "img2img", "refiner_strength": 0.1, "fit": "stretch"},
+        {**PICTURE, "mode": "refine", "fit": "pad"},
+        {**MASK, "mask_invert": True, "mask_blur": 4, "mask_padding": 32, "refiner_strength": 0},
+        {**PICTURE, "mask_from_alpha": True, "mask_invert": True, "fit": "crop"},
+        {**MASK, "mask_from_alpha": False, "mask_invert": False},
+        {**PICTURE, "mask_from_alpha": False, "mask_invert": False},
+        {
+            "prompt": "a",
+            "mask_invert": False,
+            "mask_blur": 0,
+            "fit": "crop",
+            "refiner_strength": 0.3,
+        },
+    ],
+)
+def test_fields_that_go_together_are_accepted(job_input: dict[str, Any]) -> None:
+    parse_request(job_input)
+
+
+def test_broken_ties_are_told_all_at_once_beside_other_problems() -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request({"prompt": "a", "mode": "img2img", "fit": "cut", "mask_blur": 3, "seed": "1"})
+    fields = {line.partition(":")[0] for line in str(caught.value).splitlines()}
+    assert fields == {"mode", "fit", "mask_blur", "seed"}
+
+
+@pytest.mark.parametrize(
+    ("job_input", "mode", "strength"),
+    [
+        ({"prompt": "a"}, None, 0.3),
+        (PICTURE, None, 0.3),
+        ({**PICTURE, "mode": "refine"}, "refine", 0.3),
+        ({**PICTURE, "mode": "img2img"}, "img2img", REDRAW_STRENGTH),
+        (MASK, "img2img", REDRAW_STRENGTH),
+        ({**PICTURE, "mask_from_alpha": True}, "img2img", REDRAW_STRENGTH),
+        ({**MASK, "strength": 0.5}, "img2img", 0.5),
+    ],
+)
+def test_a_mask_makes_it_image_to_image_which_has_its_own_strength(
+    job_input: dict[str, Any], mode: str | None, strength: float
+) -> None:
+    request = parse_request(job_input)
+    assert (request.mode, request.strength) == (mode, strength)
 
 
 @pytest.mark.parametrize("given", [{}, {"seed": -1}, {"seed": None}])

@@ -112,7 +112,7 @@ def test_a_job_that_fails_exits_with_its_reason(tmp_path: Path) -> None:
         "--test_input", '{"input": {"prompt": "a", "height": 65}}', folder=tmp_path
     )
     assert done.returncode == 1
-    assert "height: must be an integer from 64 to 2048, a multiple of 8; got 65" in done.stdout
+    assert "height: must be an integer from 64 to 4096, a multiple of 8; got 65" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "output").exists()
 
@@ -252,7 +252,7 @@ class TestServer:
         assert answer["status"] == "FAILED"
         assert answer["error"].splitlines() == [
             "prompt: required, unless image_url is given; got nothing",
-            "height: must be an integer from 64 to 2048, a multiple of 8; got 65",
+            "height: must be an integer from 64 to 4096, a multiple of 8; got 65",
         ]
 
     def test_run_and_status_return_the_output(self, url: str) -> None:
