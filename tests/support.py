@@ -19,6 +19,7 @@ from sdxl_worker.drawing import generate as generate_module
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.drawing.steps import Step
+from sdxl_worker.inputs.canvas import Canvas, prepare_canvas
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, add_refiner, load_base
 from sdxl_worker.loading.weights import Weights, start_reading
@@ -112,7 +113,7 @@ def replace_generate(monkeypatch: pytest.MonkeyPatch, function: Callable[..., An
 def draw(
     request: Request,
     some_models: Models,
-    input_picture: Image.Image | None = None,
+    canvas: Canvas | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
     *,
     step_cache_interval: int | None = None,
@@ -122,10 +123,21 @@ def draw(
         request,
         plan_stages(request, some_models),
         some_models,
-        input_picture,
+        canvas,
         on_step,
         step_cache_interval=step_cache_interval,
     )
+
+
+def canvas_of(picture: Image.Image, mask: np.ndarray | None = None, **options: Any) -> Canvas:
+    """Of a picture of the right size.
+
+    Args:
+        mask: True where it is repainted.
+        options: those of `prepare_canvas`.
+    """
+    options = {"mask_blur": 0, "mask_padding": None, "native_size_px": 128, **options}
+    return prepare_canvas(picture, mask, **options)
 
 
 @functools.cache

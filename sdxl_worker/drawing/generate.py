@@ -1,7 +1,8 @@
 """Drawing pictures: the stages of a request, batch after batch."""
 
-import math
+import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -10,16 +11,19 @@ from PIL import Image
 
 from sdxl_worker.drawing import batches, second_tries
 from sdxl_worker.drawing.decoding import decode, decoding_as_planned
+from sdxl_worker.drawing.encoding import EncodedCanvas, encode_canvas, latents_of
+from sdxl_worker.drawing.inpainting import Keeper, seeing, takes_mask
 from sdxl_worker.drawing.prompts import Encoding, encode_pair
 from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.drawing.stages import Stage, output_size_px, total_steps
 from sdxl_worker.drawing.steps import Step, StepCounter
 from sdxl_worker.errors import PictureError, let_go
 from sdxl_worker.gpu import free_memory, is_out_of_memory
+from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
 from sdxl_worker.speed.cuda_graphs import forget_recordings
-from sdxl_worker.speed.no_waits import timesteps_on_device
+from sdxl_worker.speed.no_waits import host_noise, timesteps_on_device
 from sdxl_worker.speed.step_cache import step_cache
 
 # A picture whose brightest value is below this may well become one without any light.
@@ -31,7 +35,7 @@ def generate(
     request: Request,
     stages: Sequence[Stage],
     models: Models,
-    input_picture: Image.Image | None = None,
+    canvas: Canvas | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
     *,
     step_cache_interval: int | None = None,
@@ -44,7 +48,7 @@ def generate(
 
     Args:
         stages: as `plan_stages` returns them for the request and the models.
-        input_picture: the picture of `image_url`, RGB and in the size to refine.
+        canvas: of the picture of `image_url`. The pictures come in the size of its `working`.
         on_step: called after each denoising step. If it raises, drawing ends at once.
         step_cache_interval: as `STEP_CACHE`.
 
@@ -54,28 +58,28 @@ def generate(
     """
     count = request.num_images
     if not stages:
-        return [cast(Image.Image, input_picture)] * count
+        return [cast(Canvas, canvas).working] * count
 
-    texts = _encode(request, models)
-    plan = batches.plan(
-        models, num_images=count, pixels=math.prod(output_size_px(stages, input_picture))
+    width, height = canvas.working.size if canvas else output_size_px(stages, None)
+    plan = batches.plan(models, num_images=count, pixels=width * height)
+    with decoding_as_planned(models.vae, plan):
+        encoded = _encode_canvas(canvas, (width, height), models)
+    work = _Work(
+        request=request,
+        stages=stages,
+        models=models,
+        texts=_encode(request, models),
+        canvas=encoded,
+        may_be_black=canvas is not None and int(np.asarray(canvas.working).max()) < DARK,
+        counter=StepCounter(on_step, total_steps(stages), count, models.device),
+        step_cache_interval=step_cache_interval,
     )
-    counter = StepCounter(on_step, total_steps(stages), count, models.device)
     pictures: list[Image.Image] = []
     while len(pictures) < count:
         batch = range(len(pictures), min(len(pictures) + plan.batch_size, count))
         try:
             with decoding_as_planned(models.vae, plan), timesteps_on_device(*models.unets()):
-                pictures += _draw(
-                    batch,
-                    request,
-                    stages,
-                    models,
-                    texts,
-                    input_picture,
-                    counter,
-                    step_cache_interval,
-                )
+                pictures += _draw(batch, work)
         except RuntimeError as error:
             smaller = plan.smaller()
             if smaller is None or not is_out_of_memory(error):
@@ -84,6 +88,20 @@ def generate(
             second_tries.note("drawn in smaller batches")
             plan = smaller
     return pictures
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the batches of a job share."""
+
+    request: Request
+    stages: Sequence[Stage]
+    models: Models
+    texts: tuple[Encoding, Encoding]
+    canvas: EncodedCanvas
+    may_be_black: bool
+    counter: StepCounter
+    step_cache_interval: int | None
 
 
 def _encode(request: Request, models: Models) -> tuple[Encoding, Encoding]:
@@ -98,55 +116,36 @@ def _encode(request: Request, models: Models) -> tuple[Encoding, Encoding]:
         return encode_pair(request.prompt, request.negative_prompt, models)
 
 
+def _encode_canvas(
+    canvas: Canvas | None, size_px: tuple[int, int], models: Models
+) -> EncodedCanvas:
+    vae, sees_mask = models.vae, takes_mask(models.unet)
+    try:
+        return encode_canvas(canvas, size_px, vae, sees_mask=sees_mask)
+    except RuntimeError as error:
+        if vae.use_tiling or not is_out_of_memory(error):
+            raise
+        let_go(error)
+        _make_room(models)
+        second_tries.note("encoded in tiles")
+        vae.use_tiling = True
+        return encode_canvas(canvas, size_px, vae, sees_mask=sees_mask)
+
+
 def _make_room(models: Models) -> None:
     forget_recordings(models.unets())
     free_memory()
 
 
-def _draw(
-    batch: range,
-    request: Request,
-    stages: Sequence[Stage],
-    models: Models,
-    texts: tuple[Encoding, Encoding],
-    input_picture: Image.Image | None,
-    counter: StepCounter,
-    step_cache_interval: int | None,
-) -> list[Image.Image]:
+def _draw(batch: range, work: _Work) -> list[Image.Image]:
     """The pictures with these numbers, drawn a second time if something else came out.
 
     Raises:
         PictureError: as `generate`.
     """
-    is_dark = input_picture is not None and int(np.asarray(input_picture).max()) < DARK
     for is_last in (False, True):
-        # Each picture has a generator of its own, on the CPU: picture i is what a request for one
-        # picture with seed + i gives, within rounding, on any device. The refiner goes on with the
-        # base's generator: from a fresh one it would add the same noise that the base began with.
-        generators = [torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in batch]
-        counter.begin(batch.start, len(batch))
-        images: Any = input_picture
-        for stage in stages:
-            pipeline = _pipeline(stage, models)
-            call = {
-                **stage.options,
-                **_embeddings(*texts, pipeline, zeros_for_empty=not request.negative_prompt),
-                "guidance_scale": request.guidance_scale,
-                "num_images_per_prompt": len(batch),
-                "generator": generators,
-                "callback_on_step_end": counter.callback(stage.name),
-                "output_type": "latent",
-            }
-            if images is not None:
-                call["image"] = images
-            pipeline.scheduler = build_scheduler(
-                request.scheduler,
-                models.scheduler_config,
-                begins_in_mid_schedule=stage.begins_in_mid_schedule,
-            )
-            with step_cache(pipeline, step_cache_interval):
-                images = pipeline(**call).images
-        pictures = decode(images, models.vae, may_be_black=is_dark)
+        latents = _denoise(batch, work)
+        pictures = decode(latents, work.models.vae, may_be_black=work.may_be_black)
         if pictures is not None:
             return pictures
         if not is_last:
@@ -156,6 +155,60 @@ def _draw(
         "seed or size; if it comes again, the worker's owner should try another DTYPE, or check "
         "the weights and the GPU"
     )
+
+
+def _denoise(batch: range, work: _Work) -> torch.Tensor:
+    """Latents of the pictures with these numbers, [pictures, 4, height / 8, width / 8]."""
+    request, models, canvas = work.request, work.models, work.canvas
+    # Each picture has a generator of its own, on the CPU: picture i is what a request for one
+    # picture with seed + i gives, within rounding, on any device. The refiner goes on with the
+    # base's generator: from a fresh one it would add the same noise that the base began with.
+    generators = [torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in batch]
+    work.counter.begin(batch.start, len(batch))
+    latents = keeper = None
+    if canvas.picture is not None:
+        latents = latents_of(canvas.picture, generators, models.vae)
+        if canvas.repainted is not None:
+            keeper = Keeper(latents, canvas.repainted)
+    for stage in work.stages:
+        pipeline = _pipeline(stage, models)
+        pipeline.scheduler = build_scheduler(
+            request.scheduler,
+            models.scheduler_config,
+            begins_in_mid_schedule=stage.begins_in_mid_schedule,
+        )
+        after_step = work.counter.callback(stage.name)
+        # What the pipeline is about to draw, where it adds noise.
+        ahead = [generator.clone_state() for generator in generators]
+        shape = (len(batch), *canvas.latents_shape)
+        noise = host_noise(shape, ahead, models.device, models.dtype)
+        sees_mask = takes_mask(pipeline.unet)
+        if latents is None:
+            start, generators = {"latents": noise}, ahead
+        else:
+            start = {"image": latents}
+        if keeper is not None:
+            if stage.adds_noise:
+                keeper.noise = noise
+            if not sees_mask:  # one that does was trained to keep to it, and is disturbed by this
+                start = {"image": keeper.start(start["image"], stage)}
+                after_step = keeper.before(after_step)
+        with contextlib.ExitStack() as around:
+            if sees_mask and canvas.surroundings is not None:
+                surroundings = latents_of(canvas.surroundings, ahead, models.vae)
+                around.enter_context(seeing(pipeline.unet, canvas.repainted, surroundings))
+            around.enter_context(step_cache(pipeline, work.step_cache_interval))
+            latents = pipeline(
+                **stage.options,
+                **start,
+                **_embeddings(*work.texts, pipeline, zeros_for_empty=not request.negative_prompt),
+                guidance_scale=request.guidance_scale,
+                num_images_per_prompt=len(batch),
+                generator=generators,
+                callback_on_step_end=after_step,
+                output_type="latent",
+            ).images
+    return latents
 
 
 def _pipeline(stage: Stage, models: Models) -> Any:

@@ -4,14 +4,15 @@ Only this module decides what a request may ask of the networks that there are, 
 takes, and what size comes out.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
-from PIL import Image
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
 
@@ -33,58 +34,97 @@ class Stage:
     def begins_in_mid_schedule(self) -> bool:
         return "denoising_start" in self.options or self.options.get("strength", 1) < 1
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether it begins with new noise, not with what an earlier stage left."""
+        return "denoising_start" not in self.options
+
 
 def plan_stages(request: Request, models: Models) -> tuple[Stage, ...]:
     """The stages of a request, in order. None at all: the input picture is returned as it is.
 
     Raises:
-        RequestError: the request asks for the refiner and the worker has none.
+        RequestError: the request asks for the refiner and the worker has none, or to redraw a
+            picture in no step.
     """
-    steps, refiner_steps = request.num_inference_steps, request.refiner_steps_run
-    if request.image_url is not None:
-        stages: tuple[Stage, ...] = (_refine(request),) if refiner_steps else ()
-    elif request.refiner_inference_steps == 0:
-        stages = (_draw(request, models, steps),)
-    elif request.high_noise_frac is not None:
-        # One schedule, cut in one place: the same steps and scheduler, no noise added between.
-        cut = request.high_noise_frac
-        of_base = round(steps * cut)
-        shared = {"num_inference_steps": steps, "denoising_start": cut}
-        stages = (
-            _draw(request, models, of_base, denoising_end=cut),
-            Stage("refiner", StableDiffusionXLImg2ImgPipeline, steps - of_base, shared),
-        )
+    refine = (_refine(request),) if request.refiner_steps_run else ()
+    if request.image_url is not None and request.mode != "img2img":
+        stages: tuple[Stage, ...] = refine
     else:
-        base = _draw(request, models, steps)
-        stages = (base, _refine(request)) if refiner_steps else (base,)
+        cut = request.high_noise_frac or 0
+        hands_over = 0 < cut < 1 and request.refiner_inference_steps > 0
+        # One schedule, cut in one place: the same steps and scheduler, no noise added between.
+        base = _base(request, models, until=cut if hands_over else None)
+        stages = (base, _go_on(request, cut)) if hands_over else (base, *refine)
 
     if models.refiner_unet is not None or all(stage.name != "refiner" for stage in stages):
         return stages
     # The refiner is there by default: only a request that names it is refused for lack of one.
-    asked = request.model_fields_set & {"image_url", "high_noise_frac", "refiner_inference_steps"}
+    if stages[0].name == "refiner":
+        raise RequestError(
+            "image_url: needs the refiner, and this worker has none; let the base redraw it, with "
+            'mode "img2img", or serve a MODEL_DIR with a refiner/ folder'
+        )
+    asked = request.model_fields_set & {"refiner_inference_steps", "refiner_strength"}
+    asked |= {"high_noise_frac"} if "denoising_start" in stages[-1].options else set()
     if asked:
         raise RequestError(
             f"{', '.join(sorted(asked))}: needs the refiner, and this worker has none; leave it "
             "out, or serve a MODEL_DIR with a refiner/ folder"
         )
-    return (_draw(request, models, steps),)
+    return (_base(request, models, until=None),)
 
 
-def _draw(request: Request, models: Models, steps: int, **options: Any) -> Stage:
-    """The base makes latents of the requested size, or of the native one."""
-    options |= {
-        "width": request.width or models.native_size_px,
-        "height": request.height or models.native_size_px,
-        "num_inference_steps": request.num_inference_steps,
-    }
-    return Stage("base", StableDiffusionXLPipeline, steps, options)
+def _base(request: Request, models: Models, *, until: float | None) -> Stage:
+    """The base draws, or redraws the input picture.
+
+    Args:
+        until: the share of the schedule at which it stops, if not at its end.
+    """
+    of_schedule = request.num_inference_steps
+    steps = of_schedule if until is None else round(of_schedule * until)
+    options: dict[str, Any] = {"num_inference_steps": of_schedule}
+    if until is not None:
+        options["denoising_end"] = until
+    if request.image_url is None:
+        options["width"] = request.width or models.native_size_px
+        options["height"] = request.height or models.native_size_px
+        return Stage("base", StableDiffusionXLPipeline, steps, options)
+    options["strength"] = request.strength
+    steps -= of_schedule - int(of_schedule * request.strength)  # as diffusers counts them
+    if steps < 1:
+        left_out = of_schedule - (of_schedule if until is None else round(of_schedule * until))
+        least = _least_strength(of_schedule, left_out + 1)
+        raise RequestError(
+            f"strength: {request.strength:g} of {of_schedule} steps"
+            + (f", of which the refiner does {left_out}," if left_out else "")
+            + " leaves the base no step; "
+            + (f"the smallest value that works is {least:g}" if least else "raise high_noise_frac")
+        )
+    return Stage("base", StableDiffusionXLImg2ImgPipeline, steps, options)
+
+
+def _least_strength(of_schedule: int, steps: int) -> float | None:
+    """The smallest strength, in thousandths, that gives so many steps of a schedule."""
+    thousandths = math.ceil(1000 * steps / of_schedule)
+    while int(of_schedule * (thousandths / 1000)) < steps:
+        thousandths += 1
+    return thousandths / 1000 if thousandths <= 1000 else None
+
+
+def _go_on(request: Request, start: float) -> Stage:
+    """The refiner goes on with latents that the base left with noise in them."""
+    steps = request.num_inference_steps
+    options = {"num_inference_steps": steps, "denoising_start": start}
+    return Stage("refiner", StableDiffusionXLImg2ImgPipeline, steps - round(steps * start), options)
 
 
 def _refine(request: Request) -> Stage:
     """The refiner adds noise to a finished picture, and removes it again."""
+    redraws = request.mode == "img2img"
     options = {
         "num_inference_steps": request.refiner_inference_steps,
-        "strength": request.strength,
+        "strength": request.refiner_strength if redraws else request.strength,
     }
     return Stage("refiner", StableDiffusionXLImg2ImgPipeline, request.refiner_steps_run, options)
 
@@ -94,7 +134,7 @@ def as_drawn(request: Request, stages: Sequence[Stage]) -> Request:
 
     Without a refiner the base draws alone, though by default a request asks for both.
     """
-    if request.image_url is None and all(stage.name == "base" for stage in stages):
+    if stages and all(stage.name == "base" for stage in stages):
         return request.model_copy(update={"refiner_inference_steps": 0})
     return request
 
@@ -103,8 +143,8 @@ def total_steps(stages: Sequence[Stage]) -> int:
     return sum(stage.steps for stage in stages)
 
 
-def output_size_px(stages: Sequence[Stage], input_picture: Image.Image | None) -> tuple[int, int]:
+def output_size_px(stages: Sequence[Stage], canvas: Canvas | None) -> tuple[int, int]:
     """Width and height of the pictures that come out."""
-    if input_picture is not None:
-        return input_picture.size
+    if canvas is not None:
+        return canvas.picture.size
     return stages[0].options["width"], stages[0].options["height"]

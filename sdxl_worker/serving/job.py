@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from sdxl_worker.gpu import reset_peak_memory
+from sdxl_worker.inputs.canvas import prepare_canvas
 from sdxl_worker.inputs.decoder_process import decode_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
@@ -48,17 +49,20 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     stages = plan_stages(request, models)  # refuses before a picture is fetched
     request = as_drawn(request, stages)
-    input_picture = None
+    canvas = None
     if request.image_url is not None:
         async with not_holding_the_end("the picture of image_url"):
             with timed("fetch", job_id):
                 data = await fetch(request.image_url, "image_url")
             with timed("decode", job_id):
-                input_picture = await decode_apart(
+                picture = await decode_apart(
                     data, "image_url", height_px=request.height, width_px=request.width
                 )
+                canvas = prepare_canvas(
+                    picture, None, mask_blur=0, mask_padding=None, native_size_px=0
+                )
     if not request.check:
-        width, height = output_size_px(stages, input_picture)
+        width, height = output_size_px(stages, canvas)
         check_expected_size(request.num_images, width * height, job_id)
 
     async with Progress(job, latent_rgb=models.latent_rgb if request.preview else None) as progress:
@@ -69,7 +73,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             request,
             stages,
             models,
-            input_picture,
+            canvas,
             progress.on_step,
             step_cache_interval=settings.step_cache,
         )

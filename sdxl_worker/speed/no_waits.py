@@ -8,7 +8,7 @@ more. So schedules stay on the host, and what has to cross is written or copied 
 import collections
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def _timestep_to_device(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]
 
 
 def host_noise(
-    shape: torch.Size,
+    shape: Sequence[int],
     generator: list[torch.Generator],
     device: torch.device,
     dtype: torch.dtype,

@@ -19,6 +19,7 @@ from sdxl_worker.speed.cuda_graphs import GraphedForward, forget_recordings
 from tests.support import (
     PROMPT,
     REQUESTS,
+    canvas_of,
     draw,
     error,
     fresh_models,
@@ -29,7 +30,7 @@ from tests.support import (
 
 BASE = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 3, "refiner_inference_steps": 0}
 REFINE = {"prompt": PROMPT, "seed": 3, "refiner_inference_steps": 4, "strength": 0.5}
-NOISE = Image.effect_noise((64, 64), 50).convert("RGB")
+NOISE = canvas_of(Image.effect_noise((64, 64), 50).convert("RGB"))
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +126,17 @@ class TestNoPicture:
         with pytest.raises(PictureError):
             draw(request, narrow, NOISE)
         hook.remove()
+        assert COUNTS["encoded in float32"] == 1
+
+    def test_an_encoder_that_fails_is_asked_again_in_float32(self, narrow: Models) -> None:
+        request = parse_request({**REFINE, "image_url": "https://example.com/a.png"})
+        expected = draw(request, narrow, NOISE)
+        hook = after(narrow.vae.encoder, nan, times=1)
+        [again] = draw(request, narrow, NOISE)
+        hook.remove()
+        assert largest_difference(again, expected[0]) < 16, "but for the rounding of bfloat16"
+        assert COUNTS == {"encoded in float32": 1}
+        assert narrow.vae.dtype == torch.bfloat16, "set back"
 
     def test_the_caller_is_told_and_the_worker_stays(self) -> None:
         hook = after(models().unet, nan)
@@ -135,7 +147,7 @@ class TestNoPicture:
     def test_a_dark_picture_may_become_a_black_one(self) -> None:
         request = parse_request({**REFINE, "image_url": "https://example.com/a.png"})
         hook = after(models().vae.decoder, black)
-        [picture] = draw(request, models(), Image.new("RGB", (64, 64), (9, 8, 9)))
+        [picture] = draw(request, models(), canvas_of(Image.new("RGB", (64, 64), (9, 8, 9))))
         assert picture.getextrema() == ((0, 0),) * 3
         with pytest.raises(PictureError):
             draw(request, models(), NOISE)
@@ -235,9 +247,11 @@ class TestOutOfMemory:
         request = parse_request({**REFINE, "image_url": "https://example.com/a.png"})
         failures: list[int] = []
         hook = too_large_for(fresh.vae.encoder, -3 * 128 * 128, failures=failures)
-        [refined] = draw(request, fresh, picture)
+        [refined] = draw(request, fresh, canvas_of(picture))
         hook.remove()
-        assert failures
+        assert len(failures) == 1
+        assert COUNTS == {"encoded in tiles": 1}
+        assert not fresh.vae.use_tiling, "set back"
         assert refined.size == (256, 256)
 
     @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])

@@ -13,6 +13,7 @@ from sdxl_worker.loading.models import Models
 from sdxl_worker.request import parse_request
 from tests.support import (
     PROMPT,
+    canvas_of,
     data_uri,
     models,
     picture,
@@ -73,7 +74,7 @@ def test_the_steps_of_all_stages_are_counted() -> None:
 def test_the_size_is_the_input_picture_s_or_what_is_asked_for_or_the_model_s_own() -> None:
     image = Image.new("RGB", (96, 64))
     refine = plan(image_url="https://example.com/a.png")
-    assert output_size_px(refine, image) == (96, 64)
+    assert output_size_px(refine, canvas_of(image)) == (96, 64)
     assert output_size_px(plan(width=72), None) == (72, 128)
     assert output_size_px(plan(), None) == (128, 128)
 
