@@ -7,6 +7,7 @@ the pure ones (`flat_distance`, 0 to 255).
 
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -56,6 +57,67 @@ def test_a_refined_input_picture_matches_the_prompt(scheduler: str) -> None:
     refined = picture(**job_input, seed=1)
     assert_shows(refined, PROMPTS[0])
     assert 0 < difference(refined, original) < 10
+
+
+REDRAWN_PROMPT = "a green square on a white background"
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_is_redrawn_as_the_prompt_says(scheduler: str, mode: str) -> None:
+    original = data_uri(drawn("circle", "red", "blue"))
+    job_input = {
+        "prompt": REDRAWN_PROMPT,
+        "image_url": original,
+        "mode": "img2img",
+        "strength": 0.9,
+    }
+    for image in pictures(**job_input, seed=1, num_images=2, scheduler=scheduler, **MODES[mode]):
+        assert_shows(image, REDRAWN_PROMPT)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "K_EULER_ANCESTRAL", "DPMSolverMultistep"])
+def test_strength_goes_from_the_picture_to_the_prompt(scheduler: str) -> None:
+    original = drawn("circle", "red", "blue")
+    job_input = {
+        "prompt": REDRAWN_PROMPT,
+        "image_url": data_uri(original),
+        "mode": "img2img",
+        "scheduler": scheduler,
+        "refiner_inference_steps": 0,
+        "num_images": 4,
+        "seed": 1,
+    }
+    away, right = [], []
+    for strength in (0.1, 0.25, 0.9):
+        images = pictures(**job_input, strength=strength)
+        away.append(sum(difference(image, original) for image in images) / 4)
+        right.append(sum(judge(image).matches(REDRAWN_PROMPT) for image in images))
+    assert away == sorted(away)
+    assert right == [0, 0, 4]
+    layout = judge(pictures(**job_input, strength=0.1)[0])
+    assert layout.shape == "circle", "what was there is there still"
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_inpainting_repaints_as_the_prompt_says_and_only_inside(scheduler: str, mode: str) -> None:
+    original = drawn("circle", "red", "blue")
+    inside = np.zeros((128, 128), bool)
+    inside[12:116, 12:116] = True
+    prompt = "a yellow star on a blue background"
+    images = pictures(
+        prompt=prompt,
+        image_url=data_uri(original),
+        mask_url=data_uri(Image.fromarray(inside)),
+        seed=1,
+        num_images=2,
+        scheduler=scheduler,
+        **MODES[mode],
+    )
+    for image in images:
+        assert judge(image).matches(prompt), judge(image)
+        assert np.array_equal(np.asarray(image)[~inside], np.asarray(original)[~inside])
 
 
 def test_what_the_prompt_leaves_open_differs_with_the_seed() -> None:
