@@ -204,7 +204,7 @@ def test_the_command_of_2_1_0_starts_the_worker_in_the_same_way(tmp_path: Path) 
     script, starts = tmp_path / "handler.py", tmp_path / "start.sh"
     script.write_text(written.replace("/app/start.sh", str(starts)), encoding="utf-8")
     starts.write_text('echo "$$" "$@"\n', encoding="utf-8")
-    command = [sys.executable, "-u", script, "--test_input", '{"input": {"prompt": "a b"}}']
+    command = [sys.executable, "-u", str(script), "--test_input", '{"input": {"prompt": "a b"}}']
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         told, _ = process.communicate()
     assert starts.as_posix() in script.read_text(encoding="utf-8")
