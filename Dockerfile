@@ -112,10 +112,13 @@ ENV HF_HUB_OFFLINE=1 \
 COPY LICENSE handler.py start.sh test_input.json ./
 COPY sdxl_worker sdxl_worker
 # Readable for every user, whatever the mode was where the image is built. To output/ every user may
-# write, for a local job's pictures.
+# write, for a local job's pictures. Templates that were made for 2.1.0 may start /handler.py, which is
+# start.sh's other name.
 RUN python -m compileall -q . \
     && chmod -R a+rX . \
-    && install --directory --mode=777 output
+    && install --directory --mode=777 output \
+    && echo 'import os, sys; os.execvp("sh", ["sh", "/app/start.sh", *sys.argv[1:]])' > /handler.py \
+    && chmod a+r /handler.py
 
 # It starts as root and becomes the user `worker`. There is no USER: the Hub's tests run in the image,
 # and install what they need.

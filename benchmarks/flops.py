@@ -136,6 +136,11 @@ def decoder_inputs(vae: Any, batch: int, width: int, height: int) -> tuple[torch
     return (torch.empty(shape, device="meta", dtype=vae.dtype),)
 
 
+def encoder_inputs(vae: Any, batch: int, width: int, height: int) -> tuple[torch.Tensor]:
+    shape = (batch, vae.config.in_channels, height, width)
+    return (torch.empty(shape, device="meta", dtype=vae.dtype),)
+
+
 def _unet_tflop(unet: Any, width: int, height: int) -> tuple[float, float]:
     """Of a deep step, and of a shallow one."""
     inputs = unet_inputs(unet, 1, width, height)

@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from benchmarks import common
-from benchmarks.flops import decoder_inputs, meta_networks, unet_inputs
+from benchmarks.flops import decoder_inputs, encoder_inputs, meta_networks, unet_inputs
 from benchmarks.sdxl_architecture import write_configs
 
 SIZE_PX = 1024
 BATCHES = (1, 8)
-NETWORKS = {"base UNet": "unet", "refiner UNet": "refiner_unet", "decoder": "vae"}
+NETWORKS = {"base UNet": "unet", "refiner UNet": "refiner_unet", "decoder": "vae", "encoder": "vae"}
 
 
 class PeakBytes(TorchDispatchMode):
@@ -101,6 +101,9 @@ def count(networks: dict[str, Any], name: str, pictures: int, size_px: int = SIZ
     if name == "decoder":
         latents = decoder_inputs(network, pictures, size_px, size_px)
         peak = peak_bytes(network, lambda: network.decode(*latents))
+    elif name == "encoder":
+        picture = encoder_inputs(network, pictures, size_px, size_px)
+        peak = peak_bytes(network, lambda: network.encode(*picture))
     else:
         inputs = unet_inputs(network, 2 * pictures, size_px, size_px)
         peak = peak_bytes(network, lambda: network(**inputs))

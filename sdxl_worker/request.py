@@ -291,7 +291,10 @@ class Request(InputModel):
     )
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
         default=7.5,
-        json_schema_extra={ALIASES: ["guidance", "cfg_scale"]},
+        json_schema_extra={
+            ALIASES: ["guidance", "cfg_scale"],
+            RULE: "a number from 0 to 100 (1 turns guidance off)",
+        },
         description="How closely the base and the refiner follow the prompt. 1 and below: no "
         "guidance, and half the work.",
     )
@@ -358,6 +361,7 @@ class Request(InputModel):
     )
     high_noise_frac: Share | None = Field(
         default=None,
+        json_schema_extra={RULE: "a number from 0 to 1 (0 and 1 turn it off)"},
         description="Ensemble of experts: the base does this share of `num_inference_steps`, the "
         "refiner the rest; 0.8 is what SDXL was trained for. 0 and 1: off. Not used with mode "
         "`refine`.",

@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.request import MAX_STEPS
 from sdxl_worker.wording import problems
 
 EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes"
@@ -86,6 +87,15 @@ class Settings(BaseSettings):
             "time; a second one fetches, encodes and posts meanwhile.",
         ),
     ] = 1
+    max_steps: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=MAX_STEPS,
+            description="The most that a request may name as `num_inference_steps` and as "
+            "`refiner_inference_steps`, each. Their defaults are taken whatever it is.",
+        ),
+    ] = MAX_STEPS
 
     @property
     def lossy(self) -> dict[str, Any]:

@@ -198,6 +198,20 @@ def test_the_worker_has_a_user_of_its_own() -> None:
     assert subprocess.run(["sh", "-n", REPOSITORY / "start.sh"]).returncode == 0
 
 
+def test_the_command_of_2_1_0_starts_the_worker_in_the_same_way(tmp_path: Path) -> None:
+    """`python -u /handler.py`, which a template may still say. `make image-test` runs it, too."""
+    [written] = re.findall(r"echo '(.+)' > /handler\.py", image("none")[-2][1])
+    script, starts = tmp_path / "handler.py", tmp_path / "start.sh"
+    script.write_text(written.replace("/app/start.sh", str(starts)), encoding="utf-8")
+    starts.write_text('echo "$$" "$@"\n', encoding="utf-8")
+    command = [sys.executable, "-u", str(script), "--test_input", '{"input": {"prompt": "a b"}}']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        told, _ = process.communicate()
+    assert starts.as_posix() in script.read_text(encoding="utf-8")
+    # The process is the same one: a signal to it reaches the worker.
+    assert told == f'{process.pid} --test_input {{"input": {{"prompt": "a b"}}}}\n'
+
+
 def test_no_secret_can_stay_in_a_layer() -> None:
     for instruction, value in parse(DOCKERFILE):
         if instruction in ("ARG", "ENV", "LABEL"):

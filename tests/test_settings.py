@@ -17,6 +17,8 @@ from sdxl_worker.settings import Settings, load_settings
         ("WORKER_CONCURRENCY", "two"),
         ("STEP_CACHE", "1"),
         ("STEP_CACHE", "6"),
+        ("MAX_STEPS", "0"),
+        ("MAX_STEPS", "1001"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(
@@ -28,7 +30,7 @@ def test_a_wrong_setting_is_named_with_its_value(
 
 
 @pytest.mark.parametrize(
-    "name", ["MODEL_DIR", "DTYPE", "STEP_CACHE", "PNG_METADATA", "WORKER_CONCURRENCY"]
+    "name", ["MODEL_DIR", "DTYPE", "STEP_CACHE", "PNG_METADATA", "WORKER_CONCURRENCY", "MAX_STEPS"]
 )
 def test_an_empty_setting_is_unset_as_the_hub_sends_it(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,7 @@ from sdxl_worker.wording import (
 def test_the_bounds_are_told_in_words() -> None:
     fields = field_schemas(Request)
     assert rule(fields["height"]) == "an integer from 64 to 4096, a multiple of 8"
-    assert rule(fields["high_noise_frac"]) == "a number from 0 to 1"
+    assert rule(fields["strength"]) == "a number from 0 to 1"
     assert rule(fields["seed"]) == "an integer from -1 to 18446744073709551615"
 
 

@@ -312,6 +312,11 @@ def try_out(work_dir: Path) -> None:
         expect(report["model"] == "shapes", f"the check reports {report}")
         expect(len(json.dumps(report)) < 2000, f"the report is long: {report}")
         inside("python", "-c", BIND_PORT_80)
+    with step("the start command of 2.1.0, --test_input"):
+        command = ["podman", "run", "--rm", "--network=none", ONE_THREAD, IMAGE, "sh", "-c"]
+        job = "python -u /handler.py --test_input 2>&1; stat -c 'owner %u' output/output.json"
+        told = run([*command, job], seconds=180)
+        expect("Saved output/" in told and f"owner {WORKER_UID}" in told, told)
     with step("torch.compile"):
         inside("python", "-c", COMPILE, seconds=300)
     with step("contents"):

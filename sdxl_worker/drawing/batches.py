@@ -5,19 +5,24 @@ tensors without memory: `python -m benchmarks.memory`.
 """
 
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from sdxl_worker.errors import RequestError
 from sdxl_worker.gpu import idle_graph_bytes
 from sdxl_worker.loading.models import Models
+from sdxl_worker.request import MIN_SIDE_PX, SIDE_MULTIPLE_PX, Request
 
 log = logging.getLogger(__name__)
 
 # For one picture with guidance, in 16-bit numbers: the refiner's, which needs more than the base.
 UNET_BYTES_PER_PIXEL = 379
+BASE_UNET_BYTES_PER_PIXEL = 315
 DECODER_BYTES_PER_PIXEL = 1536
+ENCODER_BYTES_PER_PIXEL = 1280
 # Working memory of CUDA's libraries, and gaps between blocks of memory. An estimate.
 MARGIN_BYTES = 1024**3
 
@@ -32,27 +37,68 @@ class Plan:
     """Whether they are decoded one at a time."""
     tiling: bool
     """Whether each is decoded in tiles. Their seams are blended, so pixels change a little."""
+    encoding_tiled: bool = False
+    """Whether the picture that they start from is encoded in tiles."""
 
     def smaller(self) -> "Plan | None":
         """What to try where the memory did not do; None where there is nothing smaller."""
         if self.batch_size > 1:
             half = self.batch_size // 2
-            return Plan(half, slicing=half > 1, tiling=self.tiling)
-        return None if self.tiling else Plan(1, slicing=False, tiling=True)
+            return replace(self, batch_size=half, slicing=half > 1)
+        return None if self.tiling else replace(self, slicing=False, tiling=True)
 
 
-def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
+def check_fits(models: Models, request: Request, *, width_px: int, height_px: int) -> None:
+    """Refuse a size of which it is certain, before any work, that it does not fit the GPU.
+
+    Decoding and encoding can be done in tiles, a UNet's pass cannot. Certain is what needs more
+    than all that is free, by the smaller UNet's figure; what is in doubt is tried.
+
+    Args:
+        width_px: and `height_px`, of one picture as the UNets see it.
+
+    Raises:
+        RequestError: with the largest square that fits.
+    """
+    free_bytes = _free_bytes(models.device)
+    if free_bytes is None:
+        return
+    # For a first picture of another size, recordings are given up.
+    free_bytes += idle_graph_bytes()
+    if not models.placement.resident:
+        free_bytes -= min(unet.get_memory_footprint() for unet in models.unets())
+    is_guided = request.guidance_scale > 1
+    share = models.dtype.itemsize / 2 * (1 if is_guided else 0.5)  # of the figures above
+    if width_px * height_px * BASE_UNET_BYTES_PER_PIXEL * share <= free_bytes:
+        return
+    room = max(free_bytes - MARGIN_BYTES, free_bytes // 2, 0)
+    side = math.isqrt(int(room / (UNET_BYTES_PER_PIXEL * share)))
+    side -= side % SIDE_MULTIPLE_PX
+    if side >= MIN_SIDE_PX:  # or the size is not what is wrong
+        keeps_its_size = request.image_url is not None and request.mode is None
+        raise RequestError(
+            f"{'image_url' if keeps_its_size else 'height, width'}: {width_px} x {height_px} "
+            "pixels do not fit the memory of this worker's GPU; the largest square that does is "
+            f"{side} x {side}"
+        )
+
+
+def plan(models: Models, *, num_images: int, pixels: int, encodes: bool = False) -> Plan:
     """The largest batch that fits; slicing and tiling only where decoding does not fit without.
 
     Args:
         pixels: of one picture.
+        encodes: whether a picture of that size is encoded, alone, before the rest.
     """
     free_bytes = _free_bytes(models.device)
     if free_bytes is None:
         return Plan(num_images, slicing=False, tiling=False)
     unet_bytes = pixels * UNET_BYTES_PER_PIXEL * models.dtype.itemsize // 2
-    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * decoder_dtype(models.vae).itemsize // 2
+    vae_itemsize = decoder_dtype(models.vae).itemsize
+    decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * vae_itemsize // 2
+    encoder_bytes = pixels * ENCODER_BYTES_PER_PIXEL * vae_itemsize // 2
     room = free_bytes - MARGIN_BYTES
+    encoding_tiled = encodes and encoder_bytes > room
     recorded_bytes = idle_graph_bytes()
     if recorded_bytes:
         # CUDA graphs keep their common memory, which grows to what the largest of them needs.
@@ -68,6 +114,7 @@ def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
         batch_size,
         slicing=batch_size > 1 and batch_size * decoder_bytes > room,
         tiling=decoder_bytes > room,
+        encoding_tiled=encoding_tiled,
     )
     if chosen != Plan(num_images, slicing=False, tiling=False):
         log.info("free on the GPU %.1f GB: %s", free_bytes / 1e9, chosen)
@@ -75,7 +122,8 @@ def plan(models: Models, *, num_images: int, pixels: int) -> Plan:
 
 
 def decoder_dtype(vae: Any) -> torch.dtype:
-    """As the pipelines choose it: only float16 has too small a range for some decoders."""
+    """Of a VAE at work, as the pipelines choose it: only float16 has too small a range for some
+    decoders. They encode in it, too."""
     upcast = vae.dtype == torch.float16 and vae.config.force_upcast
     return torch.float32 if upcast else vae.dtype
 

@@ -47,9 +47,28 @@ def build_scheduler(
     sampler = SAMPLERS[name]
     scheduler: Any = sampler.load_class().from_config({**config, **sampler.config})
     keep_tables_on_host(scheduler)
+    _stay_within_training(scheduler)
     if begins_in_mid_schedule and sampler.begin_in_mid_schedule is not None:
         sampler.begin_in_mid_schedule(scheduler)
     return scheduler
+
+
+def _stay_within_training(scheduler: Any) -> None:
+    """With "leading" spacing, SDXL's, a schedule of some 1000 steps begins beyond the last timestep
+    that the model was trained with, or comes out as one timestep over and over: diffusers then
+    looks outside its tables, or divides by zero. With "trailing" spacing 1000 steps fit.
+    """
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def within_training(*args: Any, **options: Any) -> None:
+        set_timesteps(*args, **options)
+        timesteps = scheduler.timesteps
+        if not len(timesteps) - 1 <= timesteps[0] < scheduler.config.num_train_timesteps:
+            scheduler.register_to_config(timestep_spacing="trailing")
+            set_timesteps(*args, **options)
+
+    scheduler.set_timesteps = within_training
 
 
 def _take_the_order_that_is_held(scheduler: Any) -> None:

@@ -11,6 +11,7 @@ from benchmarks.ways import psnr_db
 from sdxl_worker.drawing import batches
 from sdxl_worker.drawing.batches import Plan
 from sdxl_worker.drawing.steps import Step
+from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
@@ -55,17 +56,16 @@ def test_pictures_are_the_same_in_batches_that_fit(
     assert percents[len(percents) // 2] < 75
 
 
-def plan_on_gpu(
+def models_on_gpu(
     free_bytes: float,
     monkeypatch: pytest.MonkeyPatch,
     *,
-    num_images: int,
-    pixels: int,
+    dtype: torch.dtype = torch.float16,
     decoder_dtype: torch.dtype = torch.float16,
     recorded_bytes: float = 0,
     moved_in_bytes: float = 0,
-) -> Plan:
-    """What is planned in float16 for a GPU with so much to spare.
+) -> Models:
+    """As they are to a plan, on a GPU with so much to spare.
 
     Args:
         recorded_bytes: that CUDA graphs keep; not in what is to spare.
@@ -78,14 +78,26 @@ def plan_on_gpu(
     vae: Any = SimpleNamespace(
         dtype=torch.float16, config=SimpleNamespace(force_upcast=decoder_dtype == torch.float32)
     )
-    models_there = dataclasses.replace(
+    return dataclasses.replace(
         models(),
-        placement=Placement(torch.device("cuda"), torch.float16, resident=not moved_in_bytes),
+        placement=Placement(torch.device("cuda"), dtype, resident=not moved_in_bytes),
         vae=vae,
         unet=unet_of(int(moved_in_bytes)),
         refiner_unet=unet_of(int(moved_in_bytes) // 2),
     )
-    return batches.plan(models_there, num_images=num_images, pixels=pixels)
+
+
+def plan_on_gpu(
+    free_bytes: float,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    num_images: int,
+    pixels: int,
+    encodes: bool = False,
+    **there: Any,
+) -> Plan:
+    models_there = models_on_gpu(free_bytes, monkeypatch, **there)
+    return batches.plan(models_there, num_images=num_images, pixels=pixels, encodes=encodes)
 
 
 def unet_of(size_bytes: int) -> Any:
@@ -125,6 +137,134 @@ def test_a_decoder_that_runs_in_32_bits_needs_twice_the_room(
             20e9, monkeypatch, num_images=8, pixels=MEGAPIXEL, decoder_dtype=dtype
         )
         assert planned.slicing is slicing
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "decoder_dtype", "recorded_gb", "is_tiled"),
+    [
+        (2.6, torch.float16, 0, False),
+        (2.3, torch.float16, 0, True),
+        # A VAE that has to run in 32 bits needs twice the room to encode, too.
+        (2.6, torch.float32, 0, True),
+        (3.9, torch.float32, 0, False),
+        # What recordings keep is of no use to the encoder.
+        (2.3, torch.float16, 2, True),
+        # What they will keep as well is not there yet when a picture is encoded.
+        (2.6, torch.float16, 0.1, False),
+    ],
+)
+def test_a_picture_is_encoded_in_tiles_only_where_it_must(
+    free_gb: float,
+    decoder_dtype: torch.dtype,
+    recorded_gb: float,
+    is_tiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def planned(*, encodes: bool) -> Plan:
+        return plan_on_gpu(
+            free_gb * 1e9,
+            monkeypatch,
+            num_images=1,
+            pixels=MEGAPIXEL,
+            encodes=encodes,
+            decoder_dtype=decoder_dtype,
+            recorded_bytes=recorded_gb * 1e9,
+        )
+
+    assert planned(encodes=True).encoding_tiled is is_tiled
+    assert planned(encodes=False).encoding_tiled is False
+    assert dataclasses.replace(planned(encodes=True), encoding_tiled=False) == planned(
+        encodes=False
+    )
+
+
+def test_smaller_plans_change_nothing_about_encoding() -> None:
+    plan: Plan | None = Plan(3, slicing=True, tiling=False, encoding_tiled=True)
+    seen: list[Plan] = []
+    while plan := plan.smaller() if plan else None:
+        seen.append(plan)
+    assert seen == [
+        Plan(1, slicing=False, tiling=False, encoding_tiled=True),
+        Plan(1, slicing=False, tiling=True, encoding_tiled=True),
+    ]
+
+
+def check_fits_on_gpu(
+    free_gb: float,
+    side_px: int,
+    monkeypatch: pytest.MonkeyPatch,
+    job_input: dict[str, Any] | None = None,
+    **there: Any,
+) -> None:
+    request = parse_request({"prompt": "a red circle", **(job_input or {})})
+    models_there = models_on_gpu(free_gb * 1e9, monkeypatch, **there)
+    batches.check_fits(models_there, request, width_px=side_px, height_px=side_px)
+
+
+def test_a_size_that_surely_does_not_fit_is_refused_with_the_largest_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_fits_on_gpu(4, 4096, monkeypatch)
+    assert str(caught.value) == (
+        "height, width: 4096 x 4096 pixels do not fit the memory of this worker's GPU; the "
+        "largest square that does is 2776 x 2776"
+    )
+    # It is planned for in one piece, but for the decoder.
+    check_fits_on_gpu(4, 2776, monkeypatch)
+    planned = plan_on_gpu(4e9, monkeypatch, num_images=2, pixels=2776 * 2776)
+    assert planned == Plan(1, slicing=False, tiling=True)
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "job_input", "there", "fits"),
+    [
+        (5.4, {}, {}, True),  # in doubt: 0.1 GB beside one pass of the base
+        (5.2, {}, {}, False),
+        # Half the work needs half the memory.
+        (2.7, {"guidance_scale": 1}, {}, True),
+        (2.6, {"guidance_scale": 1}, {}, False),
+        (5.4, {}, {"dtype": torch.float32}, False),
+        (10.6, {}, {"dtype": torch.float32}, True),
+        # Recordings are given up for a pass that needs their memory.
+        (4.4, {}, {"recorded_bytes": 1e9}, True),
+        # The smaller UNet has to be there, at least.
+        (7.9, {}, {"moved_in_bytes": 5e9}, True),
+        (7.7, {}, {"moved_in_bytes": 5e9}, False),
+    ],
+)
+def test_what_is_in_doubt_is_tried(
+    free_gb: float,
+    job_input: dict[str, Any],
+    there: dict[str, Any],
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if fits:
+        check_fits_on_gpu(free_gb, 4096, monkeypatch, job_input, **there)
+    else:
+        with pytest.raises(RequestError, match=r"^height, width: 4096 x 4096 .* \d+ x \d+$"):
+            check_fits_on_gpu(free_gb, 4096, monkeypatch, job_input, **there)
+
+
+def test_a_picture_that_keeps_its_size_is_told_by_its_own_field(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picture = {"image_url": "https://example.com/a.png"}
+    with pytest.raises(RequestError, match="^image_url: 4096 x 4096 pixels do not fit"):
+        check_fits_on_gpu(4, 4096, monkeypatch, picture)
+    with pytest.raises(RequestError, match="^height, width: 4096 x 4096 pixels do not fit"):
+        check_fits_on_gpu(4, 4096, monkeypatch, picture | {"mode": "img2img"})
+
+
+def test_where_no_size_fits_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size is not what is wrong: drawing says what is."""
+    check_fits_on_gpu(0, 64, monkeypatch)
+
+
+def test_on_a_cpu_every_size_is_tried() -> None:
+    request = parse_request({"prompt": "a red circle"})
+    batches.check_fits(models(), request, width_px=10**6, height_px=10**6)
 
 
 @pytest.mark.parametrize(

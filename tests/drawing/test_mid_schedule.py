@@ -5,6 +5,7 @@ schedule and with any sampler, following it leads to that picture: a step that i
 long shows at the end.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -31,8 +32,24 @@ def begun(name: SchedulerName, *, first_step: int, **config: Any) -> tuple[Any, 
     return scheduler, scheduler.timesteps[first_step:]
 
 
-def residue(scheduler: Any, timesteps: torch.Tensor) -> float:
-    """What is left of the noise at the end, as a share of what a picture of unit variance has."""
+def cut(
+    name: SchedulerName, steps: int, *, strength: float = 1, denoising_start: float | None = None
+) -> tuple[Any, torch.Tensor]:
+    """A scheduler and its timesteps, cut by diffusers' own image-to-image pipeline."""
+    in_mid_schedule = strength < 1 or denoising_start is not None
+    scheduler = build_scheduler(
+        name, models().scheduler_config, begins_in_mid_schedule=in_mid_schedule
+    )
+    scheduler.set_timesteps(steps, device="cpu")
+    pipeline: Any = SimpleNamespace(scheduler=scheduler)
+    timesteps, _ = diffusers.StableDiffusionXLImg2ImgPipeline.get_timesteps(
+        pipeline, steps, strength, "cpu", denoising_start=denoising_start
+    )
+    return scheduler, timesteps
+
+
+def followed(scheduler: Any, timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Where an ideal denoiser leads, the picture it knows, and the noise."""
     generator = torch.Generator("cpu").manual_seed(0)
     picture, noise = (torch.randn(1, 4, 16, 16, generator=generator) for _ in range(2))
     cumulated = torch.cumprod(1 - betas(), dim=0)
@@ -46,6 +63,12 @@ def residue(scheduler: Any, timesteps: torch.Tensor) -> float:
             share = cumulated[timestep.round().long()]
             predicted = (scaled - share.sqrt() * picture) / (1 - share).sqrt()
         latents = scheduler.step(predicted, timestep, latents, **options, return_dict=False)[0]
+    return latents, picture, noise
+
+
+def residue(scheduler: Any, timesteps: torch.Tensor) -> float:
+    """What is left of the noise at the end, as a share of what a picture of unit variance has."""
+    latents, picture, _ = followed(scheduler, timesteps)
     return float((latents - picture).std())
 
 
@@ -59,6 +82,34 @@ def betas() -> torch.Tensor:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_an_ideal_denoiser_is_followed_to_its_picture(name: SchedulerName, first_step: int) -> None:
     assert residue(*begun(name, first_step=first_step)) < 0.05
+
+
+CUTS: list[dict[str, Any]] = [
+    {"strength": 0.75},
+    {"strength": 0.3},
+    {"strength": 0.1},
+    {"strength": 0.04},  # one step
+    {"denoising_start": 0.8},
+    {"denoising_start": 0.9},
+]
+
+
+@pytest.mark.parametrize(
+    ("steps", "where"),
+    [*((STEPS, where) for where in CUTS), *((50, where) for where in CUTS), (2, CUTS[0])]
+    + [(steps, where) for steps in (999, 1000) for where in ({}, *CUTS[:2])],
+    ids=str,
+)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_arrives_exactly_wherever_the_pipelines_let_it_begin(
+    name: SchedulerName, steps: int, where: dict[str, Any]
+) -> None:
+    scheduler, timesteps = cut(name, steps, **where)
+    assert 0 <= timesteps.min() <= timesteps.max() < scheduler.config.num_train_timesteps
+    latents, expected, noise = followed(scheduler, timesteps)
+    if name in ("DDIM", "PNDM"):  # with SDXL's configuration they end at the noise of timestep 0
+        expected = scheduler.add_noise(expected, noise, torch.tensor([0]))
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["KLMS", "PNDM"])
@@ -118,23 +169,24 @@ def test_pndm_needs_no_runge_kutta_steps_in_mid_schedule() -> None:
     assert residue(*begun("PNDM", first_step=12, skip_prk_steps=False)) < 0.05
 
 
+@pytest.mark.parametrize("where", CUTS, ids=str)
 @pytest.mark.parametrize("name", ["DPMSolverMultistep", "DPMSolverSinglestep"])
 def test_dpm_solvers_begin_with_order_one(
-    name: SchedulerName, monkeypatch: pytest.MonkeyPatch
+    name: SchedulerName, where: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler, timesteps = begun(name, first_step=11)  # of Singlestep's orders, a second one
-    first_orders: list[int] = []
+    scheduler, timesteps = cut(name, STEPS, **where)
+    orders: list[int] = []
     for order, update in ((1, "dpm_solver_first_order_update"), (2, SECOND_ORDER[name])):
         original = getattr(scheduler, update)
 
         def noted(*args: Any, order: int = order, original: Any = original, **more: Any) -> Any:
-            first_orders.append(order)
+            orders.append(order)
             return original(*args, **more)
 
         monkeypatch.setattr(scheduler, update, noted)
     residue(scheduler, timesteps)
-    assert first_orders[0] == 1
-    assert 2 in first_orders
+    assert orders[0] == orders[-1] == 1  # the last leads to no noise at all
+    assert len(timesteps) < 3 or 2 in orders
 
 
 SECOND_ORDER = {
