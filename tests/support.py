@@ -129,6 +129,12 @@ def draw(
     )
 
 
+def noise_picture(width: int, height: int, *, deviation: float = 40) -> Image.Image:
+    """The same each time."""
+    levels = np.random.default_rng(0).normal(128, deviation, (height, width)).clip(0, 255)
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+
+
 def canvas_of(picture: Image.Image, mask: np.ndarray | None = None, **options: Any) -> Canvas:
     """Of a picture of the right size.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -53,6 +53,7 @@ def generate(
         step_cache_interval: as `STEP_CACHE`.
 
     Raises:
+        RequestError: the size is too large for the GPU, for certain.
         PictureError: what came out is no picture, and was none the second time.
         torch.OutOfMemoryError: one picture, decoded in tiles, does not fit.
     """
@@ -61,8 +62,10 @@ def generate(
         return [cast(Canvas, canvas).working] * count
 
     width, height = canvas.working.size if canvas else output_size_px(stages, None)
-    plan = batches.plan(models, num_images=count, pixels=width * height)
-    with decoding_as_planned(models.vae, plan):
+    batches.check_fits(models, request, width_px=width, height_px=height)
+    encodes = canvas is not None or takes_mask(models.unet)
+    plan = batches.plan(models, num_images=count, pixels=width * height, encodes=encodes)
+    with decoding_as_planned(models.vae, replace(plan, tiling=plan.encoding_tiled)):
         encoded = _encode_canvas(canvas, (width, height), models)
     work = _Work(
         request=request,

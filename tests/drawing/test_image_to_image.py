@@ -28,6 +28,7 @@ from tests.support import (
     fresh_models,
     largest_difference,
     models,
+    noise_picture,
     plain_base,
     plain_refiner,
 )
@@ -40,7 +41,7 @@ REFINED = {**REDRAW, "refiner_inference_steps": 12}
 ENSEMBLE = {**REDRAW, "high_noise_frac": 0.7}
 SETTINGS = {"base": BASE_ONLY, "refined": REFINED, "ensemble": ENSEMBLE}
 
-PICTURE = Image.effect_noise((96, 128), 40).convert("RGB")
+PICTURE = noise_picture(96, 128)
 HOLE = np.zeros((128, 96), bool)
 HOLE[32:80, 16:64] = True  # along the borders of latents, where diffusers loses nothing
 LOADED_CONFIG = dict(plain_base().scheduler.config)
