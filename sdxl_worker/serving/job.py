@@ -54,9 +54,10 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             with timed("fetch", job_id):
                 data = await fetch(request.image_url, "image_url")
             with timed("decode", job_id):
-                input_picture = await decode_apart(
+                decoded = await decode_apart(
                     data, "image_url", height_px=request.height, width_px=request.width
                 )
+                input_picture = decoded.picture
     if not request.check:
         width, height = output_size_px(stages, input_picture)
         check_expected_size(request.num_images, width * height, job_id)
