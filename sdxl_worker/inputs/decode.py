@@ -132,7 +132,8 @@ def decode_with_alpha(data: bytes, field: str) -> tuple[Image.Image, Image.Image
         MemoryError: as `decode`.
     """
     with _refusing(data, field):
-        picture = _opened(data, field)
+        # A copy is without the decoder, whose memory the mask and the result need.
+        picture = _opened(data, field).copy()
         if not picture.has_transparency_data:
             raise RequestError(
                 "mask_from_alpha: the picture has no transparency; send one that has, or mask_url"

@@ -464,6 +464,14 @@ def test_a_mask_has_the_same_bounds_and_messages_under_its_own_name() -> None:
         assert message.startswith("mask_url: ")
 
 
+@pytest.mark.parametrize("size", [(0, 0), (0, 8), (2**31 - 1, 0), (2**31 - 1, 2**31 - 1)])
+def test_a_mask_that_lies_about_its_size_is_refused(size: tuple[int, int]) -> None:
+    whole = file(noise(64, 64).convert("L"))
+    header = b"IHDR" + struct.pack(">II", *size) + whole[24:29]
+    data = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    assert refused(decode_mask, data, "mask_url").startswith("mask_url: ")
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_from_half_on_is_a_mask(mode: str) -> None:
     alpha = row("L", 0, 127, 128, 255)
