@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,15 +125,15 @@ def _as_side(side: float) -> int:
 
 def _box_around(mask: Mask, padding: int) -> Box:
     height, width = mask.shape
-    left, right = _span(mask.any(axis=0), padding)
-    top, bottom = _span(mask.any(axis=1), padding)
+    left, right = _span(np.any(mask, axis=0), padding)
+    top, bottom = _span(np.any(mask, axis=1), padding)
     shortest = math.ceil(max(right - left, bottom - top) / _MAX_ASPECT_RATIO)
     left, right = _grown(left, right, shortest, width)
     top, bottom = _grown(top, bottom, shortest, height)
     return left, top, right, bottom
 
 
-def _span(used: NDArray[np.bool_], padding: int) -> tuple[int, int]:
+def _span(used: NDArray[Any], padding: int) -> tuple[int, int]:
     """From the first to the last that is used, and the padding on either side."""
     places = np.flatnonzero(used)
     return max(0, int(places[0]) - padding), min(len(used), int(places[-1]) + 1 + padding)

@@ -141,7 +141,8 @@ def decode_with_alpha(data: bytes, field: str) -> tuple[Image.Image, Image.Image
         mask = Image.new("L", picture.size)
         for band, place in _bands(picture):
             _, alpha = _without_alpha(band)
-            mask.paste(alpha.point(lambda value: 255 * (value < HALF)), place)
+            if alpha is not None:
+                mask.paste(alpha.point(lambda value: 255 * (value < HALF)), place)
         return _in_srgb(picture), mask
 
 
@@ -405,7 +406,7 @@ def main() -> None:
     """
     arguments = json.loads(sys.argv[1])
     memory_bytes, cpu_seconds = arguments.pop("memory_bytes"), arguments.pop("cpu_seconds")
-    make = {"picture": picture_of, "mask": mask_of}[arguments.pop("make")]
+    make: Callable[..., Any] = mask_of if arguments.pop("make") == "mask" else picture_of
     with contextlib.suppress(ValueError):  # a smaller limit is set already, or this is macOS
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     with contextlib.suppress(ValueError):

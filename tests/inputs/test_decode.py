@@ -480,7 +480,7 @@ def test_transparency_from_half_on_is_a_mask(mode: str) -> None:
     if mode == "P":
         picture = row("P", 0, 1, 2, 3)
         picture.putpalette([10] * 12)
-    options = {"transparency": alpha.tobytes()} if mode == "P" else {}
+    options: dict[str, Any] = {"transparency": alpha.tobytes()} if mode == "P" else {}
     data = file(picture.convert(mode) if mode == "LA" else picture, **options)
     decoded, mask = decode_with_alpha(data, "image_url")
     assert list(mask.tobytes()) == [255, 255, 0, 0]
@@ -496,7 +496,12 @@ def test_a_picture_without_transparency_gives_no_mask(kind: str) -> None:
 
 
 def fitted_mask(data: bytes, **options: Any) -> np.ndarray:
-    given = {"sent_size": (128, 64), "size": (128, 64), "how": "crop", "mask_invert": False}
+    given: dict[str, Any] = {
+        "sent_size": (128, 64),
+        "size": (128, 64),
+        "how": "crop",
+        "mask_invert": False,
+    }
     given |= options
     answer, pixels = mask_of(data, "mask_url", **given)
     assert answer == {}
@@ -566,7 +571,8 @@ def test_a_mask_of_what_is_cropped_away_is_refused() -> None:
 
 
 def from_alpha(data: bytes, **options: Any) -> tuple[dict[str, Any], bytes, bytes]:
-    given = {"height_px": None, "width_px": None, "how": "crop", "bounds_px": (64, 4096, 1)}
+    given: dict[str, Any] = {"height_px": None, "width_px": None, "how": "crop"}
+    given |= {"bounds_px": (64, 4096, 1)}
     given |= {"mask_from_alpha": True, "mask_invert": False}
     return picture_of(data, "image_url", **given | options)
 

@@ -195,11 +195,11 @@ def test_a_mask_lies_where_its_picture_lies(
     mask = chosen.of_mask(np.kron(spots, np.ones((scale, scale), bool)))
     assert mask.shape == (size[1], size[0])
     assert (mask | ~bright).all()
-    # And hardly more: what is true by a part of a pixel is next to what is bright.
-    near = (
-        np.asarray(Image.fromarray(bright.astype(np.uint8)).filter(ImageFilter.MaxFilter(5))) != 0
-    )
-    if bright.any():
+    # And hardly more: what is true by a part of a pixel is next to what is bright. But not where
+    # an edge with such pixels is repeated.
+    if bright.any() and how != "pad":
+        bright_picture = Image.fromarray(bright.astype(np.uint8))
+        near = np.asarray(bright_picture.filter(ImageFilter.MaxFilter(5))) != 0
         assert (near | ~mask).all()
 
 
