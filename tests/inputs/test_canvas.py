@@ -148,6 +148,8 @@ def test_the_blur_reaches_as_far_as_it_says_on_both_sides(blur: int, padding: in
         assert ramp[1] > 0
         assert ramp[-2] < 255
     assert np.diff(ramp).max() <= 255 / blur + 1, "no step"
+    if blur >= 7:
+        assert ramp[blur // 2] < 45, "and begins gently: a straight line is at 64 there"
     assert ramp[blur] + ramp[blur + 1] == pytest.approx(255, abs=2), "half at the edge"
 
 
