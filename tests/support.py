@@ -142,8 +142,13 @@ def canvas_of(picture: Image.Image, mask: np.ndarray | None = None, **options: A
         mask: True where it is repainted.
         options: those of `prepare_canvas`.
     """
-    options = {"mask_blur": 0, "mask_padding": None, "native_size_px": 128, **options}
-    return prepare_canvas(picture, mask, **options)
+    defaults: dict[str, Any] = {
+        "mask_blur": 0,
+        "mask_padding": None,
+        "native_size_px": 128,
+        "max_side_px": 2048,
+    }
+    return prepare_canvas(picture, mask, **defaults, **options)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
-"""Bytes become a picture to draw on: plain RGB, upright, in a size that the models take.
+"""Bytes become a picture to draw on, plain RGB and upright, or a mask.
 
-As a program, it makes one picture of a stranger's bytes; `decoder_process` runs it so, within
-limits of memory and time. It imports little, because it starts anew for each picture.
+As a program, it makes one picture or mask of a stranger's bytes, in the size that is drawn;
+`decoder_process` runs it so, within limits of memory and time. It imports little, because it starts
+anew for each picture.
 """
 
 import contextlib
@@ -13,7 +14,8 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from PIL import (
     AvifImagePlugin,
@@ -26,6 +28,7 @@ from PIL import (
 )
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.fitting import Fit, How, choose_fit
 
 # A multi-picture file of a phone's camera (MPO) is opened as the JPEG that it begins with.
 FORMATS = ("PNG", "JPEG", WebPImagePlugin.WebPImageFile.format, "GIF", "BMP", "AVIF")
@@ -96,6 +99,9 @@ _BAND_PIXELS = 1024**2
 # The most that rounding changes of 255.
 _UNSEEN = 2
 
+# From here on, what is white is white and what is opaque is opaque.
+HALF = 128
+
 ToSrgb = Callable[[Image.Image], Image.Image]
 
 
@@ -113,8 +119,57 @@ def decode(data: bytes, field: str) -> Image.Image:
         RequestError: it is not a picture that can be decoded, or is too large.
         MemoryError: if the decoder says so. For some formats it calls the picture damaged.
     """
+    with _refusing(data, field):
+        return _in_srgb(_opened(data, field))
+
+
+def decode_with_alpha(data: bytes, field: str) -> tuple[Image.Image, Image.Image]:
+    """What `decode` makes of the picture, and a mask: white where the picture is transparent by
+    half and more, otherwise black.
+
+    Raises:
+        RequestError: as `decode`; or the picture has no transparency.
+        MemoryError: as `decode`.
+    """
+    with _refusing(data, field):
+        # A copy is without the decoder, whose memory the mask and the result need.
+        picture = _opened(data, field).copy()
+        if not picture.has_transparency_data:
+            raise RequestError(
+                "mask_from_alpha: the picture has no transparency; send one that has, or mask_url"
+            )
+        mask = Image.new("L", picture.size)
+        for band, place in _bands(picture):
+            _, alpha = _without_alpha(band)
+            if alpha is not None:
+                mask.paste(alpha.point(lambda value: 255 * (value < HALF)), place)
+        return _in_srgb(picture), mask
+
+
+def decode_mask(data: bytes, field: str) -> Image.Image:
+    """A mask, from a picture: white where that is at least half white, otherwise black. What is
+    transparent counts as black, for editors save white strokes on nothing.
+
+    Raises:
+        RequestError: as `decode`.
+        MemoryError: as `decode`.
+    """
+    with _refusing(data, field):
+        picture = _opened(data, field)
+        mask = Image.new("L", picture.size)
+        for band, place in _bands(picture):
+            opaque, alpha = _without_alpha(band)
+            grey = opaque.convert("L")
+            if alpha is not None:
+                grey = ImageChops.multiply(grey, alpha)
+            mask.paste(grey.point(lambda value: 255 * (value >= HALF)), place)
+        return mask
+
+
+@contextlib.contextmanager
+def _refusing(data: bytes, field: str) -> Iterator[None]:
     try:
-        return _decoded(data, field)
+        yield
     except Image.DecompressionBombError:
         raise RequestError(
             f"{field}: the picture is over the limit of {MAX_INPUT_PIXELS} pixels; send a smaller "
@@ -128,7 +183,8 @@ def decode(data: bytes, field: str) -> Image.Image:
         raise RequestError(f"{field}: {_what_is_wrong_with(data)}") from None
 
 
-def _decoded(data: bytes, field: str) -> Image.Image:
+def _opened(data: bytes, field: str) -> Image.Image:
+    """The picture as the file has it, but upright."""
     picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     limit = MAX_WEBP_PIXELS if picture.format == "WEBP" else MAX_INPUT_PIXELS
     if picture.width * picture.height > limit:
@@ -139,17 +195,25 @@ def _decoded(data: bytes, field: str) -> Image.Image:
     if picture.format == "JPEG" and data.count(_JPEG_SCAN) > MAX_JPEG_SCANS:
         raise RequestError(f"{field}: a JPEG of over {MAX_JPEG_SCANS} scans; save it anew")
     picture.load()
+    return _upright(picture)
+
+
+def _in_srgb(picture: Image.Image) -> Image.Image:
     profile = picture.info.get("icc_profile")
-    picture = _upright(picture)
     to_srgb = _to_srgb(profile, picture.mode) if profile else None
     if picture.mode == "RGB" and not picture.has_transparency_data and to_srgb is None:
         return picture
     result = Image.new("RGB", picture.size)
+    for band, place in _bands(picture):
+        result.paste(_plain(band, to_srgb), place)
+    return result
+
+
+def _bands(picture: Image.Image) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """Rows after rows of it, and the place of each."""
     rows = max(1, _BAND_PIXELS // picture.width)
     for top in range(0, picture.height, rows):
-        band = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
-        result.paste(_plain(band, to_srgb), (0, top))
-    return result
+        yield picture.crop((0, top, picture.width, min(top + rows, picture.height))), (0, top)
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -161,6 +225,17 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _plain(band: Image.Image, to_srgb: ToSrgb | None) -> Image.Image:
+    band, alpha = _without_alpha(band)
+    colours = to_srgb(band) if to_srgb else band.convert("RGB")
+    if alpha is not None:
+        colours.putalpha(alpha)
+        white = Image.new("RGBA", colours.size, "white")
+        colours = Image.alpha_composite(white, colours).convert("RGB")
+    return colours
+
+
+def _without_alpha(band: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The band in 8 bits, of which a channel of opacity is to be ignored; and the opacity."""
     alpha = None
     if band.mode.startswith("I;16"):
         key = band.info.pop("transparency", None)
@@ -173,12 +248,7 @@ def _plain(band: Image.Image, to_srgb: ToSrgb | None) -> Image.Image:
     elif band.has_transparency_data:
         band = band.convert("RGBA")
         alpha = band.getchannel("A")
-    colours = to_srgb(band) if to_srgb else band.convert("RGB")
-    if alpha is not None:
-        colours.putalpha(alpha)
-        white = Image.new("RGBA", colours.size, "white")
-        colours = Image.alpha_composite(white, colours).convert("RGB")
-    return colours
+    return band, alpha
 
 
 def _to_srgb(profile: bytes, mode: str) -> ToSrgb | None:
@@ -227,54 +297,116 @@ def _what_is_wrong_with(data: bytes) -> str:
     return f"not a picture that can be read; {WHAT_TO_SEND}"
 
 
-def fit(
-    picture: Image.Image,
+def picture_of(
+    data: bytes,
     field: str,
     *,
     height_px: int | None,
     width_px: int | None,
+    how: How,
     bounds_px: tuple[int, int, int],
-) -> Image.Image:
-    """Resize to the given sides; a side that is not given follows from the aspect ratio.
+    mask_from_alpha: bool,
+    mask_invert: bool,
+) -> tuple[dict[str, Any], bytes, bytes]:
+    """How it was fitted; the pixels, and those of the mask, one byte each, if there is one."""
+    alpha = None
+    if mask_from_alpha:
+        picture, alpha = decode_with_alpha(data, field)
+    else:
+        picture = decode(data, field)
+    fit = choose_fit(
+        picture.size,
+        field,
+        height_px=height_px,
+        width_px=width_px,
+        how=how,
+        bounds_px=bounds_px,
+    )
+    mask = b""
+    if alpha is not None:
+        mask = _fitted_mask(
+            alpha,
+            "mask_from_alpha",
+            fit,
+            invert=mask_invert,
+            nothing=(
+                "nothing in the picture is transparent, so nothing would be repainted; erase in "
+                "it what is to change, or set mask_invert to repaint what is opaque"
+            ),
+            nothing_inverted=(
+                "nothing in the picture is opaque, so with mask_invert nothing would be "
+                "repainted; leave mask_invert out"
+            ),
+        )
+    pixels = fit.of_picture(picture).tobytes()
+    return {"sent_size": fit.sent_size, "size": fit.size, "how": fit.how}, pixels, mask
 
-    With neither given, the picture keeps its size as far as the bounds of `height` and `width`
-    and their multiple allow.
 
-    Args:
-        field: the place of `picture` in the request, for messages.
-        bounds_px: the smallest side, the largest side, and what each is a multiple of.
+def mask_of(
+    data: bytes,
+    field: str,
+    *,
+    sent_size: tuple[int, int],
+    size: tuple[int, int],
+    how: How,
+    mask_invert: bool,
+) -> tuple[dict[str, Any], bytes]:
+    """The mask's pixels, one byte each, fitted as its picture was.
 
     Raises:
-        RequestError: no size with this aspect ratio is within the bounds.
+        RequestError: as `decode`; or it has not the shape of its picture, or is empty.
+        MemoryError: as `decode`.
     """
-    lowest, highest, multiple = bounds_px
-    if width_px and height_px:
-        size = (width_px, height_px)
-    else:
-        if width_px:
-            scale = width_px / picture.width
-        elif height_px:
-            scale = height_px / picture.height
-        else:
-            scale = min(1.0, highest / max(picture.size))
-            scale = max(scale, lowest / min(picture.size))
-        width, height = (round(side * scale / multiple) * multiple for side in picture.size)
-        size = (width_px or width, height_px or height)
-    if min(size) < lowest or max(size) > highest:
+    mask = decode_mask(data, field)
+    (width, height), (sent_width, sent_height) = mask.size, sent_size
+    difference = abs(width * sent_height - height * sent_width)
+    # One in a hundred, or one pixel of the mask: who scales it has to round.
+    if difference > max(width * sent_height / 100, sent_width, sent_height):
         raise RequestError(
-            f"{field}: a picture of {picture.width} x {picture.height} pixels would become "
-            f"{size[0]} x {size[1]}, and each side must be from {lowest} to {highest}; "
-            "give both height and width, or crop the picture"
+            f"{field}: a mask of {width} x {height} pixels does not fit a picture of "
+            f"{sent_width} x {sent_height}; send one of the same shape"
         )
-    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+    pixels = _fitted_mask(
+        mask,
+        field,
+        Fit((sent_width, sent_height), (size[0], size[1]), how),
+        invert=mask_invert,
+        nothing=(
+            "nothing in it is white, so nothing would be repainted; paint white what is to "
+            "change, or set mask_invert if that is black"
+        ),
+        nothing_inverted=(
+            "nothing in it is black, so with mask_invert nothing would be repainted; paint black "
+            "what is to change, or leave mask_invert out if that is white"
+        ),
+    )
+    return {}, pixels
+
+
+def _fitted_mask(
+    mask: Image.Image, field: str, fit: Fit, *, invert: bool, nothing: str, nothing_inverted: str
+) -> bytes:
+    import numpy as np  # see fitting
+
+    repainted = (np.asarray(mask) == 0) if invert else (np.asarray(mask) != 0)
+    if not repainted.any():
+        raise RequestError(f"{field}: {nothing_inverted if invert else nothing}")
+    fitted = fit.of_mask(repainted)
+    if not fitted.any():
+        raise RequestError(
+            f"{field}: what would be repainted is cut off with the edges of the picture; set fit "
+            "to pad or stretch, or give height and width of the picture's own shape"
+        )
+    return fitted.tobytes()
 
 
 def main() -> None:
     """Read the file from standard input and write, after a line of JSON, the pixels; or the
-    refusal in that line. The argument is JSON too: the limits, and what `fit` takes.
+    refusal in that line. The argument is JSON too: the limits, what to make, and what that takes.
     """
     arguments = json.loads(sys.argv[1])
     memory_bytes, cpu_seconds = arguments.pop("memory_bytes"), arguments.pop("cpu_seconds")
+    make: Callable[..., Any] = mask_of if arguments.pop("make") == "mask" else picture_of
     with contextlib.suppress(ValueError):  # a smaller limit is set already, or this is macOS
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     with contextlib.suppress(ValueError):
@@ -283,13 +415,10 @@ def main() -> None:
     with contextlib.suppress(AttributeError):  # Linux has it
         ctypes.CDLL(None).prctl(_SET_SIGNAL_AT_PARENTS_END, signal.SIGKILL)
     output = sys.stdout.buffer
-    answer: dict[str, str | tuple[int, int]]
-    pixels = b""
+    answer: dict[str, Any]
+    pixels: list[bytes] = []
     try:
-        picture = decode(sys.stdin.buffer.read(), arguments["field"])
-        picture = fit(picture, **arguments)
-        pixels = picture.tobytes()
-        answer = {"size": picture.size}
+        answer, *pixels = make(sys.stdin.buffer.read(), **arguments)
     except RequestError as error:
         answer = {"refusal": str(error)}
     except MemoryError:
@@ -297,7 +426,7 @@ def main() -> None:
             "refusal": f"{arguments['field']}: the picture takes more than "
             f"{memory_bytes // 1024**2} MB of memory to decode; send a smaller one"
         }
-    output.write(json.dumps(answer).encode() + b"\n" + pixels)
+    output.write(json.dumps(answer).encode() + b"\n" + b"".join(pixels))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,17 @@ import signal
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from PIL import Image
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX, Fit, How
+from sdxl_worker.inputs.masks import Mask
 from sdxl_worker.request import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_MULTIPLE_PX
 
 log = logging.getLogger(__name__)
@@ -37,26 +42,102 @@ _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 _one_at_a_time: MutableMapping[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class InputPicture:
+    """A picture in the size that is drawn."""
+
+    picture: Image.Image
+    """RGB."""
+    fit: Fit
+    """How it came to its size."""
+    mask: Mask | None
+    """Its transparency, if that was asked for: true is what is repainted, [height, width]."""
+
+
 async def decode_apart(
-    data: bytes, field: str, *, height_px: int | None, width_px: int | None
-) -> Image.Image:
-    """The picture that `decode` and then `fit` make. Cancelled, it ends the process at once.
+    data: bytes,
+    field: str,
+    *,
+    height_px: int | None,
+    width_px: int | None,
+    how: How = "crop",
+    masked: bool = False,
+    mask_from_alpha: bool = False,
+    mask_invert: bool = False,
+) -> InputPicture:
+    """The picture, in the size that the models take. Cancelled, it ends the process at once.
 
     Args:
         field: the place of `data` in the request, for messages.
+        how: it comes to `height_px` and `width_px` where both are given.
+        masked: with neither given, it keeps its size to the pixel.
+        mask_from_alpha: what is transparent is a mask, or else what is opaque (`mask_invert`).
 
     Raises:
-        RequestError: theirs, or the decoder went over a limit or crashed.
+        RequestError: as `decode` and `choose_fit`; or the decoder went over a limit or crashed,
+            or the mask is empty.
         RuntimeError: the program could not run.
     """
-    arguments = {
-        "memory_bytes": MAX_MEMORY_BYTES,
-        "cpu_seconds": DECODE_CPU_SECONDS,
-        "field": field,
-        "height_px": height_px,
-        "width_px": width_px,
-        "bounds_px": (MIN_SIDE_PX, MAX_SIDE_PX, SIDE_MULTIPLE_PX),
-    }
+    sides_given = bool(height_px or width_px)
+    bounds_px = (
+        MIN_SIDE_PX,
+        MAX_SIDE_PX if sides_given or masked else MAX_AUTOMATIC_SIDE_PX,
+        1 if masked and not sides_given else SIDE_MULTIPLE_PX,
+    )
+    answer, pixels = await _made_apart(
+        data,
+        make="picture",
+        field=field,
+        height_px=height_px,
+        width_px=width_px,
+        how=how,
+        bounds_px=bounds_px,
+        mask_from_alpha=mask_from_alpha,
+        mask_invert=mask_invert,
+    )
+    width, height = answer["size"]
+    end = width * height * 3
+    return InputPicture(
+        picture=Image.frombytes("RGB", (width, height), pixels[:end]),
+        fit=Fit(tuple(answer["sent_size"]), (width, height), answer["how"]),
+        mask=_as_mask(pixels[end:], (width, height)) if mask_from_alpha else None,
+    )
+
+
+async def decode_mask_apart(
+    data: bytes, field: str, fit: Fit, *, mask_invert: bool = False
+) -> Mask:
+    """A mask, fitted as the picture was that it belongs to. Cancelled, it ends the process at once.
+
+    Args:
+        field: the place of `data` in the request, for messages.
+        fit: how the picture came to its size.
+        mask_invert: what is black is repainted, not what is white.
+
+    Raises:
+        RequestError: as `mask_of`; or the decoder went over a limit or crashed.
+        RuntimeError: the program could not run.
+    """
+    _, pixels = await _made_apart(
+        data,
+        make="mask",
+        field=field,
+        sent_size=fit.sent_size,
+        size=fit.size,
+        how=fit.how,
+        mask_invert=mask_invert,
+    )
+    return _as_mask(pixels, fit.size)
+
+
+def _as_mask(pixels: bytes, size: tuple[int, int]) -> Mask:
+    return np.frombuffer(pixels, bool).reshape(size[1], size[0])
+
+
+async def _made_apart(data: bytes, field: str, **arguments: Any) -> tuple[dict[str, Any], bytes]:
+    """The answer of the decoder, and the pixels."""
+    limits = {"memory_bytes": MAX_MEMORY_BYTES, "cpu_seconds": DECODE_CPU_SECONDS}
+    arguments |= {"field": field, **limits}
     async with _one_at_a_time.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
         try:
             async with asyncio.timeout(DECODE_TIMEOUT_SECONDS):
@@ -79,7 +160,7 @@ async def decode_apart(
     answer = json.loads(header)
     if "refusal" in answer:
         raise RequestError(answer["refusal"])
-    return Image.frombytes("RGB", answer["size"], pixels)
+    return answer, pixels
 
 
 async def _run(arguments: str, data: bytes) -> tuple[int, bytes, bytes]:
@@ -90,8 +171,9 @@ async def _run(arguments: str, data: bytes) -> tuple[int, bytes, bytes]:
         stdout=PIPE,
         stderr=PIPE,
         cwd=_REPOSITORY,
-        # More arenas would count for the limit of memory without being used.
-        env={"MALLOC_ARENA_MAX": "1"}
+        # More arenas, and numpy's threads, one for each core of the machine, would count for the
+        # limit of memory without being used.
+        env={"MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
         | {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     )
     try:

@@ -1,18 +1,21 @@
 """One job, phase by phase."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from PIL import Image
 
 from sdxl_worker.gpu import reset_peak_memory
-from sdxl_worker.inputs.canvas import prepare_canvas
-from sdxl_worker.inputs.decoder_process import decode_apart
+from sdxl_worker.inputs.canvas import Canvas, prepare_canvas
+from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
 from sdxl_worker.inputs.fetch import fetch
+from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
+from sdxl_worker.limits import check_limits
 from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
-from sdxl_worker.request import parse_request
+from sdxl_worker.request import MAX_SIDE_PX, Request, parse_request
 from sdxl_worker.serving.ending import not_holding_the_end
 from sdxl_worker.serving.logs import timed
 from sdxl_worker.serving.start import ready_models
@@ -36,10 +39,11 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """
     job_id = str(job.get("id"))
     request = parse_request(job.get("input"))
-    settled = request.model_dump(exclude={"image_url"})
+    settled = request.model_dump(exclude={"image_url", "mask_url", "upload_urls"})
     log.debug("request: %s", settled, extra={"job_id": job_id})
 
     settings = load_settings()
+    check_limits(request, settings)
     models = await ready_models(settings)
 
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
@@ -52,15 +56,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     canvas = None
     if request.image_url is not None:
         async with not_holding_the_end("the picture of image_url"):
-            with timed("fetch", job_id):
-                data = await fetch(request.image_url, "image_url")
-            with timed("decode", job_id):
-                picture = await decode_apart(
-                    data, "image_url", height_px=request.height, width_px=request.width
-                )
-                canvas = prepare_canvas(
-                    picture, None, mask_blur=0, mask_padding=None, native_size_px=0
-                )
+            canvas = await _canvas(request, models.native_size_px, job_id)
     if not request.check:
         width, height = output_size_px(stages, canvas)
         check_expected_size(request.num_images, width * height, job_id)
@@ -78,6 +74,8 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             step_cache_interval=settings.step_cache,
         )
         with timed("encode", job_id):
+            if canvas is not None:
+                pictures = await in_thread(lambda: [canvas.put_back(one) for one in pictures])
             if request.check:
                 steps = total_steps(stages)
                 return build_report(request, models, settings, pictures, generate_ms, steps)
@@ -91,6 +89,54 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             )
             check_size(output, job_id)
             return output
+
+
+async def _canvas(request: Request, native_size_px: int, job_id: str) -> Canvas:
+    """What is drawn on: the picture of `image_url` and its mask.
+
+    Raises:
+        RequestError: one of them cannot be had, or they do not go together.
+    """
+    with timed("fetch", job_id):
+        contents = await _fetch_side_by_side(request, ("image_url", "mask_url"))
+    # Without a mode, image_url keeps its size whatever the other fields say, as in 2.1.0.
+    sides = (request.height, request.width) if request.mode else (None, None)
+    with timed("decode", job_id):
+        decoded = await decode_apart(
+            contents["image_url"],
+            "image_url",
+            height_px=sides[0],
+            width_px=sides[1],
+            how=request.fit,
+            masked=request.is_masked,
+            mask_from_alpha=request.mask_from_alpha,
+            mask_invert=request.mask_invert,
+        )
+        mask = decoded.mask
+        if "mask_url" in contents:
+            mask = await decode_mask_apart(
+                contents["mask_url"], "mask_url", decoded.fit, mask_invert=request.mask_invert
+            )
+        return await in_thread(
+            prepare_canvas,
+            decoded.picture,
+            mask,
+            mask_blur=request.mask_blur,
+            mask_padding=request.mask_padding,
+            native_size_px=native_size_px,
+            max_side_px=MAX_SIDE_PX if any(sides) else MAX_AUTOMATIC_SIDE_PX,
+        )
+
+
+async def _fetch_side_by_side(request: Request, fields: Iterable[str]) -> dict[str, bytes]:
+    """What is at the addresses of those fields that are given."""
+    given = [name for name in fields if getattr(request, name) is not None]
+    fetching = [asyncio.ensure_future(fetch(getattr(request, name), name)) for name in given]
+    try:
+        return dict(zip(given, await asyncio.gather(*fetching), strict=True))
+    finally:
+        for one in fetching:
+            one.cancel()
 
 
 def _draw(

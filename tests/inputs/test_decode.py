@@ -12,7 +12,8 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs import decode as decode_module
-from sdxl_worker.inputs.decode import decode, fit
+from sdxl_worker.inputs.decode import decode, decode_mask, decode_with_alpha, mask_of, picture_of
+from sdxl_worker.inputs.fitting import choose_fit
 
 BOUNDS_PX = (64, 2048, 8)
 
@@ -23,22 +24,20 @@ def file(picture: Image.Image, kind: str = "png", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def loaded(data: bytes, *, height: int | None = None, width: int | None = None) -> Image.Image:
+def loaded(data: bytes) -> Image.Image:
     """As a job draws on it."""
-    image = fit(
-        decode(data, "image_url"),
-        "image_url",
-        height_px=height,
-        width_px=width,
-        bounds_px=BOUNDS_PX,
+    image = decode(data, "image_url")
+    fit = choose_fit(
+        image.size, "image_url", height_px=None, width_px=None, how="crop", bounds_px=BOUNDS_PX
     )
+    image = fit.of_picture(image)
     assert image.mode == "RGB"
     return image
 
 
-def refusal(data: bytes, **sides: int) -> str:
+def refusal(data: bytes) -> str:
     with pytest.raises(RequestError) as caught:
-        loaded(data, **sides)
+        loaded(data)
     message = str(caught.value)
     assert message.startswith("image_url: ")
     return message
@@ -102,58 +101,6 @@ def test_grey_and_cmyk_become_rgb() -> None:
     assert loaded(file(cmyk, "jpeg")).getpixel((0, 0)) == pytest.approx((254, 0, 0), abs=6)
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ((128, 64), (128, 64)),
-        ((2048, 2048), (2048, 2048)),
-        ((101, 101), (104, 104)),  # to a multiple of 8
-        ((1023, 767), (1024, 768)),
-        ((4096, 2048), (2048, 1024)),  # down to the largest side
-        ((3000, 2000), (2048, 1368)),
-        ((32, 32), (64, 64)),  # up to the smallest side
-        ((10, 200), (64, 1280)),
-        ((64, 2048), (64, 2048)),
-    ],
-)
-def test_without_sides_the_size_is_the_nearest_within_the_bounds(
-    size: tuple[int, int], expected: tuple[int, int]
-) -> None:
-    picture = fit(
-        Image.new("RGB", size), "image_url", height_px=None, width_px=None, bounds_px=BOUNDS_PX
-    )
-    assert picture.size == expected
-    assert picture.width / picture.height == pytest.approx(size[0] / size[1], rel=0.05)
-
-
-def test_one_given_side_sets_the_other_by_the_aspect_ratio() -> None:
-    wide = Image.new("RGB", (400, 200))
-    assert fit(wide, "image_url", height_px=None, width_px=128, bounds_px=BOUNDS_PX).size == (
-        128,
-        64,
-    )
-    assert fit(wide, "image_url", height_px=128, width_px=None, bounds_px=BOUNDS_PX).size == (
-        256,
-        128,
-    )
-
-
-def test_both_given_sides_are_the_size() -> None:
-    picture = loaded(file(noise(200, 100)), height=96, width=72)
-    assert picture.size == (72, 96)
-
-
-@pytest.mark.parametrize("size", [(64, 2176), (5000, 8), (1, 33)])
-def test_an_aspect_ratio_without_a_size_in_the_bounds_is_refused(size: tuple[int, int]) -> None:
-    message = refusal(file(Image.new("RGB", size)))
-    assert f"{size[0]} x {size[1]} pixels" in message
-    assert "give both height and width" in message
-
-
-def test_one_given_side_may_push_the_other_over_the_bounds() -> None:
-    assert "would become 64 x 4096" in refusal(file(Image.new("RGB", (8, 512))), width=64)
-
-
 def test_a_truncated_picture_is_refused() -> None:
     whole = file(noise())
     assert "damaged" in refusal(whole[: len(whole) // 2])
@@ -168,11 +115,12 @@ def test_the_field_that_is_to_blame_is_named() -> None:
     with pytest.raises(RequestError, match=r"^init_image: not a picture"):
         decode(b"hello", "init_image")
     with pytest.raises(RequestError, match=r"^init_image: .* 64 x 2176 pixels would become"):
-        fit(
-            Image.new("RGB", (64, 2176)),
+        choose_fit(
+            (64, 2176),
             "init_image",
             height_px=None,
             width_px=None,
+            how="crop",
             bounds_px=BOUNDS_PX,
         )
 
@@ -441,3 +389,210 @@ def test_whatever_a_decoder_makes_of_broken_bytes_is_the_caller_s_error(kind: st
         assert message.startswith("image_url: ")
         assert len(message) < 150
         assert "object at" not in message
+
+
+def refused(function: Any, *arguments: Any, **options: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        function(*arguments, **options)
+    return str(caught.value)
+
+
+def white_in(data: bytes) -> list[list[bool]]:
+    mask = decode_mask(data, "mask_url")
+    assert mask.mode == "L"
+    values = np.asarray(mask)
+    assert set(np.unique(values)) <= {0, 255}
+    return (values == 255).tolist()
+
+
+def row(mode: str, *values: Any) -> Image.Image:
+    picture = Image.new(mode, (len(values), 1))
+    for i, value in enumerate(values):
+        picture.putpixel((i, 0), value)
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind"),
+    [
+        (row("L", 127, 128, 0, 255), "png"),
+        (row("I;16", 127 * 257, 128 * 257, 1, 65535), "png"),
+        (row("1", 0, 255, 0, 255), "png"),
+        (row("P", 1, 2, 0, 3), "gif"),
+        (row("RGB", (254, 0, 0), (128, 128, 128), (0, 0, 255), (0, 255, 0)), "png"),
+        (row("LA", (127, 255), (128, 255), (255, 0), (255, 128)), "png"),
+        (row("RGBA", (255,) * 3 + (127,), (255,) * 3 + (128,), (255,) * 3 + (0,), (255,) * 4),
+         "webp"),
+    ],
+)  # fmt: skip
+def test_a_mask_is_white_from_half_on_where_it_is_opaque(picture: Image.Image, kind: str) -> None:
+    if picture.mode == "P":
+        picture.putpalette([0, 0, 0, 127, 127, 127, 128, 128, 128, 255, 255, 255])
+    options = {"lossless": True, "exact": True} if kind == "webp" else {}
+    assert white_in(file(picture, kind, **options)) == [[False, True, False, True]]
+
+
+def test_a_transparent_colour_of_a_mask_is_black() -> None:
+    palette = row("P", 0, 1)
+    palette.putpalette([255] * 6)
+    assert white_in(file(palette, transparency=0)) == [[False, True]]
+    assert white_in(file(row("I;16", 65535, 65534), transparency=65535)) == [[False, True]]
+
+
+def test_a_mask_in_cmyk_is_read() -> None:
+    white = Image.new("CMYK", (16, 8), (0, 0, 0, 0))
+    white.paste((0, 0, 0, 255), (0, 0, 8, 8))
+    assert white_in(file(white, "jpeg", quality=98)) == [[False] * 8 + [True] * 8] * 8
+
+
+def test_a_mask_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert white_in(file(row("L", 255, 0, 0), exif=exif)) == [[True], [False], [False]]
+
+
+def test_a_colour_profile_says_nothing_of_a_mask() -> None:
+    grey = file(row("L", 127, 128), icc_profile=profile(b"GRAY", gamma=1))
+    assert white_in(grey) == [[False, True]]
+
+
+def test_a_mask_has_the_same_bounds_and_messages_under_its_own_name() -> None:
+    large = file(Image.new("1", (8193, 8192)))
+    for data in (b"%PDF-1.7", file(noise())[:200], large):
+        message = refused(decode_mask, data, "mask_url")
+        assert message == refused(decode, data, "mask_url")
+        assert message.startswith("mask_url: ")
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 8), (2**31 - 1, 0), (2**31 - 1, 2**31 - 1)])
+def test_a_mask_that_lies_about_its_size_is_refused(size: tuple[int, int]) -> None:
+    whole = file(noise(64, 64).convert("L"))
+    header = b"IHDR" + struct.pack(">II", *size) + whole[24:29]
+    data = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    assert refused(decode_mask, data, "mask_url").startswith("mask_url: ")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_from_half_on_is_a_mask(mode: str) -> None:
+    alpha = row("L", 0, 127, 128, 255)
+    picture = Image.new("RGBA", alpha.size, (10, 10, 10, 255))
+    picture.putalpha(alpha)
+    if mode == "P":
+        picture = row("P", 0, 1, 2, 3)
+        picture.putpalette([10] * 12)
+    options: dict[str, Any] = {"transparency": alpha.tobytes()} if mode == "P" else {}
+    data = file(picture.convert(mode) if mode == "LA" else picture, **options)
+    decoded, mask = decode_with_alpha(data, "image_url")
+    assert list(mask.tobytes()) == [255, 255, 0, 0]
+    assert decoded.tobytes() == decode(data, "image_url").tobytes(), "and it lies on white"
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif"])
+def test_a_picture_without_transparency_gives_no_mask(kind: str) -> None:
+    message = refused(decode_with_alpha, file(Image.new("RGB", (64, 64)), kind), "image_url")
+    assert message == (
+        "mask_from_alpha: the picture has no transparency; send one that has, or mask_url"
+    )
+
+
+def fitted_mask(data: bytes, **options: Any) -> np.ndarray:
+    given: dict[str, Any] = {
+        "sent_size": (128, 64),
+        "size": (128, 64),
+        "how": "crop",
+        "mask_invert": False,
+    }
+    given |= options
+    answer, pixels = mask_of(data, "mask_url", **given)
+    assert answer == {}
+    return np.frombuffer(pixels, bool).reshape(given["size"][::-1])
+
+
+def half_white(width: int = 128, height: int = 64) -> Image.Image:
+    picture = Image.new("L", (width, height))
+    picture.paste(255, (0, 0, width // 2, height))
+    return picture
+
+
+def test_a_mask_can_be_inverted() -> None:
+    data = file(half_white())
+    assert fitted_mask(data)[:, :64].all()
+    assert (fitted_mask(data) != fitted_mask(data, mask_invert=True)).all()
+
+
+@pytest.mark.parametrize("how", ["crop", "pad", "stretch"])
+def test_a_mask_is_inverted_before_it_is_fitted(how: str) -> None:
+    """So that a pixel which is white in part is repainted either way."""
+    picture = Image.new("L", (128, 64), 255)
+    picture.putpixel((64, 32), 0)
+    inverted = fitted_mask(file(picture), size=(64, 64), how=how, mask_invert=True)
+    assert 0 < inverted.sum() <= 4
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [
+        ((128, 64), True),
+        ((1280, 640), True),
+        ((1280, 646), True),  # within one in a hundred
+        ((1280, 660), False),
+        ((32, 16), True),
+        ((32, 17), True),  # within one pixel
+        ((32, 18), False),
+        ((64, 128), False),
+    ],
+)
+def test_a_mask_has_the_shape_of_its_picture(size: tuple[int, int], fits: bool) -> None:
+    data = file(half_white(*size))
+    if fits:
+        assert fitted_mask(data)[:, :60].all()
+    else:
+        assert refused(fitted_mask, data) == (
+            f"mask_url: a mask of {size[0]} x {size[1]} pixels does not fit a picture of 128 x 64; "
+            "send one of the same shape"
+        )
+
+
+@pytest.mark.parametrize(("invert", "empty"), [(False, 0), (True, 255)])
+def test_an_empty_mask_is_refused_by_name(invert: bool, empty: int) -> None:
+    message = refused(fitted_mask, file(Image.new("L", (128, 64), empty)), mask_invert=invert)
+    assert message.startswith(f"mask_url: nothing in it is {'black' if invert else 'white'}, so ")
+    assert "nothing would be repainted" in message
+    assert "mask_invert" in message
+    assert fitted_mask(file(Image.new("L", (128, 64), 255 - empty)), mask_invert=invert).all()
+
+
+def test_a_mask_of_what_is_cropped_away_is_refused() -> None:
+    edge = Image.new("L", (128, 64))
+    edge.paste(255, (0, 0, 8, 64))
+    data = file(edge)
+    assert "set fit to pad or stretch" in refused(fitted_mask, data, size=(64, 64))
+    assert fitted_mask(data, size=(64, 64), how="pad").any()
+
+
+def from_alpha(data: bytes, **options: Any) -> tuple[dict[str, Any], bytes, bytes]:
+    given: dict[str, Any] = {"height_px": None, "width_px": None, "how": "crop"}
+    given |= {"bounds_px": (64, 4096, 1)}
+    given |= {"mask_from_alpha": True, "mask_invert": False}
+    return picture_of(data, "image_url", **given | options)
+
+
+def test_a_mask_from_transparency_is_fitted_with_its_picture() -> None:
+    picture = Image.new("RGBA", (200, 100), (0, 0, 255, 255))
+    picture.paste((255, 0, 0, 0), (0, 0, 100, 100))
+    answer, pixels, mask = from_alpha(file(picture), height_px=64, width_px=64)
+    assert answer == {"sent_size": (200, 100), "size": (64, 64), "how": "crop"}
+    assert np.frombuffer(mask, bool).reshape(64, 64)[5].tolist() == [True] * 32 + [False] * 32
+    colours = np.frombuffer(pixels, np.uint8).reshape(64, 64, 3)
+    assert (colours[:, :28] == 255).all()
+    assert (colours[:, 36:] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize(("invert", "alpha"), [(False, 255), (True, 0)])
+def test_transparency_that_makes_an_empty_mask_is_refused(invert: bool, alpha: int) -> None:
+    data = file(Image.new("RGBA", (64, 64), (0, 0, 0, alpha)))
+    message = refused(from_alpha, data, mask_invert=invert)
+    what = "opaque" if invert else "transparent"
+    assert message.startswith(f"mask_from_alpha: nothing in the picture is {what}, so ")
+    assert "mask_invert" in message
+    assert from_alpha(data, mask_invert=not invert)[2] == b"\1" * 64 * 64

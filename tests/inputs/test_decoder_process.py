@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs import decoder_process
-from sdxl_worker.inputs.decoder_process import decode_apart
+from sdxl_worker.inputs.decoder_process import InputPicture, decode_apart, decode_mask_apart
+from sdxl_worker.inputs.fitting import Fit
+from sdxl_worker.inputs.masks import Mask
 from tests.support import REPOSITORY
 
 FORMATS = ("png", "jpeg", "webp", "gif", "bmp", "avif")
@@ -34,8 +37,17 @@ def plain(width: int, height: int, kind: str, mode: str = "RGB", **options: Any)
     return file(Image.new(mode, (width, height)), kind, **fast.get(kind, {}), **options)
 
 
+def decoded_of(data: bytes, **options: Any) -> InputPicture:
+    sides = {"height_px": None, "width_px": None}
+    return asyncio.run(decode_apart(data, "image_url", **(sides | options)))
+
+
 def drawn_on(data: bytes, height: int | None = None, width: int | None = None) -> Image.Image:
-    return asyncio.run(decode_apart(data, "image_url", height_px=height, width_px=width))
+    return decoded_of(data, height_px=height, width_px=width).picture
+
+
+def mask_of(data: bytes, fit: Fit, **options: bool) -> Mask:
+    return asyncio.run(decode_mask_apart(data, "mask_url", fit, **options))
 
 
 def refusal(data: bytes) -> str:
@@ -51,6 +63,73 @@ def test_a_picture_comes_through_as_it_is() -> None:
 
 def test_the_given_sides_hold() -> None:
     assert drawn_on(plain(200, 100, "png"), height=96, width=72).size == (72, 96)
+
+
+@pytest.mark.parametrize(
+    ("sent", "options", "expected"),
+    [
+        ((4096, 134), {}, (2048, 64)),
+        ((4096, 134), {"masked": True}, (4096, 134)),
+        ((4160, 130), {"masked": True}, (4096, 128)),
+        ((256, 64), {"height_px": 1024}, (4096, 1024)),
+        ((256, 64), {"height_px": 64, "masked": True}, (256, 64)),
+        ((135, 64), {"height_px": 64, "masked": True}, (136, 64)),
+        ((96, 64), {"height_px": 4096, "width_px": 64}, (64, 4096)),
+    ],
+)
+def test_a_size_that_was_asked_for_may_be_larger_and_a_masked_picture_keeps_its_own(
+    sent: tuple[int, int], options: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    decoded = decoded_of(plain(*sent, "png"), **options)
+    assert decoded.picture.size == decoded.fit.size == expected
+    assert decoded.fit.sent_size == sent
+    assert decoded.mask is None
+
+
+def test_the_way_in_which_it_is_fitted_holds() -> None:
+    picture = Image.effect_noise((200, 100), 50).convert("RGB")
+    for how in ("crop", "pad", "stretch"):
+        decoded = decoded_of(file(picture, "png"), height_px=64, width_px=64, how=how)
+        assert decoded.fit == Fit((200, 100), (64, 64), how)
+        assert decoded.picture == decoded.fit.of_picture(picture)
+
+
+def test_a_mask_comes_with_its_picture_s_transparency() -> None:
+    picture = Image.new("RGBA", (70, 65), (0, 0, 0, 255))
+    picture.putpixel((69, 3), (0, 0, 0, 0))
+    data = file(picture, "png")
+    expected = np.zeros((65, 70), bool)
+    expected[3, 69] = True
+    decoded = decoded_of(data, masked=True, mask_from_alpha=True)
+    assert decoded.mask is not None
+    assert decoded.picture.getpixel((69, 3)) == (255, 255, 255)
+    assert np.array_equal(decoded.mask, expected)
+    inverted = decoded_of(data, masked=True, mask_from_alpha=True, mask_invert=True).mask
+    assert inverted is not None
+    assert np.array_equal(inverted, ~expected)
+
+
+def test_a_mask_is_fitted_as_its_picture_was() -> None:
+    mask = Image.new("L", (400, 200))
+    mask.paste(255, (0, 0, 200, 200))
+    left = np.repeat([[True] * 32 + [False] * 32], 64, axis=0)
+    fit = Fit((200, 100), (64, 64), "crop")
+    assert np.array_equal(mask_of(file(mask, "png"), fit), left)
+    assert np.array_equal(mask_of(file(mask, "png"), fit, mask_invert=True), ~left)
+
+
+def test_a_mask_s_refusals_name_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = Fit((64, 64), (64, 64), "crop")
+    monkeypatch.setattr(decoder_process, "MAX_MEMORY_BYTES", 160 * 1024**2)
+    for data, words in (
+        (b"%PDF-1.7", "not a picture that can be read"),
+        (plain(64, 64, "png"), "nothing in it is white"),
+        (plain(64, 128, "png"), "does not fit a picture of 64 x 64"),
+        (plain(8193, 8192, "png", "L"), "over the limit of 67108864 pixels"),
+        (plain(8192, 8192, "png", "L"), "of memory"),
+    ):
+        with pytest.raises(RequestError, match=f"^mask_url: .*{words}"):
+            mask_of(data, fit)
 
 
 def test_a_refusal_comes_through_as_it_is() -> None:
@@ -92,6 +171,41 @@ def test_the_largest_pictures_are_within_the_bound(
     kind: str, size: tuple[int, int], mode: str, options: dict[str, Any]
 ) -> None:
     assert max(drawn_on(plain(*size, kind, mode, **options)).size) == 2048
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "mode"),
+    [
+        ("png", (8192, 8192), "RGBA"),
+        ("png", (8192, 8192), "LA"),
+        ("webp", (8192, 6144), "RGBA"),
+    ],
+)
+def test_the_largest_pictures_with_a_mask_of_their_own_are_within_the_bound(
+    kind: str, size: tuple[int, int], mode: str
+) -> None:
+    data = plain(*size, kind, mode)
+    decoded = decoded_of(data, masked=True, mask_from_alpha=True)
+    assert decoded.mask is not None
+    assert decoded.mask.all()
+    assert decoded.mask.shape[::-1] == decoded.picture.size == (4096, 4096 * size[1] // size[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "mode", "options"),
+    [
+        ("png", (8192, 8192), "L", {}),
+        ("png", (8192, 8192), "RGBA", {}),
+        ("jpeg", (8192, 8192), "CMYK", {"progressive": True}),
+        ("webp", (8192, 6144), "RGB", {}),
+    ],
+)
+def test_the_largest_masks_are_within_the_bound(
+    kind: str, size: tuple[int, int], mode: str, options: dict[str, Any]
+) -> None:
+    fit = Fit(size, (4096, 4096 * size[1] // size[0]), "crop")
+    white = kind == "jpeg"  # whose CMYK begins without ink
+    assert mask_of(plain(*size, kind, mode, **options), fit, mask_invert=not white).all()
 
 
 def test_more_pixels_than_that_are_refused_by_the_header() -> None:

@@ -1,0 +1,163 @@
+"""What the models are given of an input picture, and how what they draw is put back into it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
+from sdxl_worker.inputs.masks import Mask, covering, with_edges
+from sdxl_worker.request import MIN_SIDE_PX, SIDE_MULTIPLE_PX
+
+# Left, top, right, bottom.
+Box = tuple[int, int, int, int]
+
+# Of the part that is painted alone, where the picture has room: longer ones are drawn badly.
+_MAX_ASPECT_RATIO = 2
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """The part of the picture that is painted."""
+
+    box: Box
+    opacity: NDArray[np.uint8]
+    """[height, width] of the box: 0 keeps the picture's pixel, 255 takes the drawn one."""
+    is_scaled: bool
+    """Whether it is painted in another size; if not, edges were added to the right and below."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """An input picture, what of it is drawn on, and which of its pixels may change."""
+
+    picture: Image.Image
+    """RGB, in the size that comes out."""
+    working: Image.Image
+    """RGB, what the models get."""
+    mask: Mask | None
+    """[height, width] of `working`: true is repainted. None: all of it."""
+    _patch: _Patch | None = None
+
+    def put_back(self, drawn: Image.Image) -> Image.Image:
+        """The picture with what was drawn in the place of `working`, whose size it has.
+
+        What the mask and its blur do not reach is equal to the picture, byte for byte.
+        """
+        if self._patch is None:
+            return drawn
+        left, top, right, bottom = self._patch.box
+        size = (right - left, bottom - top)
+        if self._patch.is_scaled:
+            drawn = drawn.resize(size, Image.Resampling.LANCZOS)
+        else:
+            drawn = drawn.crop((0, 0, *size))
+        result = self.picture.copy()
+        old = self.picture.crop(self._patch.box)
+        result.paste(_blended(old, drawn, self._patch.opacity), (left, top))
+        return result
+
+
+def prepare_canvas(
+    picture: Image.Image,
+    mask: Mask | None,
+    *,
+    mask_blur: int,
+    mask_padding: int | None,
+    native_size_px: int,
+    max_side_px: int,
+) -> Canvas:
+    """What the models are to draw on.
+
+    Without `mask_padding` it is the whole picture. With it, it is the box around the mask and so
+    many pixels more, or as many as the blur reaches, in the size that the model draws best.
+
+    Args:
+        picture: RGB, its sides at least 64 pixels. Without a mask, they suit the models.
+        mask: [height, width] of the picture, not empty: true is repainted.
+        mask_blur: by how many pixels old and new are blended, on either side of the mask's edge.
+        native_size_px: the model draws squares of such sides best.
+        max_side_px: a whole picture that is larger is painted smaller, and scaled back.
+    """
+    if mask is None:
+        return Canvas(picture, picture, None)
+    if mask_padding is None:
+        box = (0, 0, *picture.size)
+        size = _whole_size(picture.size, max_side_px)
+        is_scaled = max(picture.size) > max_side_px
+    else:
+        box = _box_around(mask, max(mask_padding, mask_blur))
+        size = _native_size(box[2] - box[0], box[3] - box[1], native_size_px)
+        is_scaled = True
+    part, part_mask = picture.crop(box), mask[box[1] : box[3], box[0] : box[2]]
+    if is_scaled:
+        working = part.resize(size, Image.Resampling.LANCZOS)
+        working_mask = covering(part_mask, size)
+    else:
+        working = Image.fromarray(with_edges(np.asarray(part), size))
+        working_mask = with_edges(part_mask, size)
+    patch = _Patch(box, _blurred(part_mask, mask_blur), is_scaled)
+    return Canvas(picture, working, working_mask, patch)
+
+
+def _whole_size(size: tuple[int, int], max_side_px: int) -> tuple[int, int]:
+    if max(size) > max_side_px:
+        scale = max_side_px / max(size)
+        return _as_side(size[0] * scale), _as_side(size[1] * scale)
+    width, height = (math.ceil(side / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX for side in size)
+    return width, height
+
+
+def _native_size(width: int, height: int, native_size_px: int) -> tuple[int, int]:
+    """As many pixels as the model draws best, in the same shape."""
+    scale = min(
+        native_size_px / math.sqrt(width * height), MAX_AUTOMATIC_SIDE_PX / max(width, height)
+    )
+    return _as_side(width * scale), _as_side(height * scale)
+
+
+def _as_side(side: float) -> int:
+    return max(MIN_SIDE_PX, round(side / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX)
+
+
+def _box_around(mask: Mask, padding: int) -> Box:
+    height, width = mask.shape
+    left, right = _span(np.any(mask, axis=0), padding)
+    top, bottom = _span(np.any(mask, axis=1), padding)
+    shortest = math.ceil(max(right - left, bottom - top) / _MAX_ASPECT_RATIO)
+    left, right = _grown(left, right, shortest, width)
+    top, bottom = _grown(top, bottom, shortest, height)
+    return left, top, right, bottom
+
+
+def _span(used: NDArray[Any], padding: int) -> tuple[int, int]:
+    """From the first to the last that is used, and the padding on either side."""
+    places = np.flatnonzero(used)
+    return max(0, int(places[0]) - padding), min(len(used), int(places[-1]) + 1 + padding)
+
+
+def _grown(begin: int, end: int, least: int, limit: int) -> tuple[int, int]:
+    """To the least length on both sides alike, or on one where the other is at its limit."""
+    length = min(max(end - begin, least), limit)
+    begin = min(max(0, begin - (length - (end - begin)) // 2), limit - length)
+    return begin, begin + length
+
+
+def _blurred(mask: Mask, reach_px: int) -> NDArray[np.uint8]:
+    """255 inside and 0 outside, with a ramp between that ends so many pixels from the edge."""
+    opacity = Image.fromarray(mask.astype(np.uint8) * 255)
+    # A box reaches as far as its radius; two in turn, as far as both, and without a kink.
+    for radius in (reach_px // 2, reach_px - reach_px // 2):
+        opacity = opacity.filter(ImageFilter.BoxBlur(radius))
+    return np.asarray(opacity)
+
+
+def _blended(old: Image.Image, new: Image.Image, opacity: NDArray[np.uint8]) -> Image.Image:
+    share = opacity[:, :, None].astype(np.uint16)
+    # In whole numbers: a share of 0 is the old byte, one of 255 the new.
+    return Image.fromarray(
+        ((np.asarray(old) * (255 - share) + np.asarray(new) * share + 127) // 255).astype(np.uint8)
+    )
