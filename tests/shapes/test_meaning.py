@@ -95,8 +95,7 @@ def test_strength_goes_from_the_picture_to_the_prompt(scheduler: str) -> None:
         right.append(sum(judge(image).matches(REDRAWN_PROMPT) for image in images))
     assert away == sorted(away)
     assert right == [0, 0, 4]
-    layout = judge(pictures(**job_input, strength=0.1)[0])
-    assert layout.shape == "circle", "what was there is there still"
+    assert away[0] < 35 < 100 < away[2], "at first, most of what was there is there still"
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
