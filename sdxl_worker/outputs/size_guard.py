@@ -108,10 +108,11 @@ def fit(
     def png(some: list[Image.Image]) -> list[bytes]:
         return encode_pictures(some, request, output_format="png", about=about, smallest=True)
 
+    gain = 1.0
     if output_format == "png":
         gain = len(png(pictures[:1])[0]) / len(files[0])
         if size * gain <= limit * SPREAD_OF_THE_GAIN:
-            files = png(pictures)
+            files, gain = png(pictures), 1.0
             size = result_bytes(files, request, "png")
             if size <= limit:
                 return Fitted(files, "png")
@@ -140,7 +141,7 @@ def fit(
         remedies.append(f'on_too_large "jpeg" ({told})')
     if request.duplicate_first:
         alone = request.model_copy(update={"duplicate_first": False})
-        single_bytes = result_bytes(files, alone, output_format)
+        single_bytes = gain * result_bytes(files, alone, output_format)
         if single_bytes <= limit:
             remedies.append(f"duplicate_first false ({single_bytes / 1e6:.1f} MB)")
     raise _too_large("is", size, limit, remedies)
