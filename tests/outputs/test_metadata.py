@@ -51,7 +51,8 @@ def told(data: bytes) -> dict[str, str]:
     root = ET.fromstring(image.info["xmp"])  # noqa: S314
     properties = {re.sub("{.*}", "", one.tag): one.text or "" for one in root[0][0]}
     assert properties.pop("CreatorTool") == software
-    # A1111 reads it with this very function.
+    # A1111 reads it with these very functions.
+    assert piexif.load(image.info["exif"])["Exif"] == by_piexif["Exif"]
     infotext = piexif.helper.UserComment.load(comment)
     return {"Software": software, **properties, "parameters": infotext}
 
@@ -239,6 +240,11 @@ def test_a_jpeg_has_room_for_one_long_prompt_up_to_the_last_byte() -> None:
     assert 10_000 < room < LONG
     assert MAX_JPEG_EXIF_BYTES - 1 <= length("a" * (1 + room)) <= MAX_JPEG_EXIF_BYTES
     assert length("a" * (2 + room)) < 1000
+
+
+def test_a_prompt_that_is_long_in_xml_alone_fails_no_jpeg() -> None:
+    assert "&" not in told(made("jpeg", prompt="&" * LONG))["parameters"]
+    assert told(made("jpeg", prompt="&" * 10_000))["parameters"].startswith("&" * 10_000)
 
 
 @pytest.mark.parametrize("output_format", FORMATS)

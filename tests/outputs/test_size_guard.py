@@ -227,6 +227,13 @@ def test_pictures_become_the_best_jpeg_that_fits_where_the_request_allows_it(
         assert result_bytes(better, request, "jpeg", found.warning) > limit
 
 
+def test_the_warning_has_to_fit_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_of(on_too_large="jpeg")
+    limit = answer_bytes(request, "jpeg", quality=60) + 10
+    found = fitted(request, "png", limit, monkeypatch)
+    assert str(found.warning).endswith("JPEG of quality 59")
+
+
 def test_the_quality_asked_for_is_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     request = request_of(on_too_large="jpeg", output_quality=40)
     limit = answer_bytes(request, "png") // 2
