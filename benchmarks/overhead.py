@@ -7,7 +7,6 @@ With a GPU, its 3 MB copy to the host comes in addition, which is not measured h
 """
 
 import argparse
-import base64
 import io
 import json
 import statistics
@@ -22,7 +21,6 @@ from tqdm import tqdm
 
 from benchmarks import common
 
-JOB_ID = "sync-benchmark"
 JOB_INPUT = {
     "prompt": "A cute fluffy white dog in the style of a Pixar animation 3D drawing.",
     "negative_prompt": "blurry, low quality",
@@ -52,8 +50,10 @@ def host_phases() -> dict[str, Callable[[], Any]]:
     from sdxl_worker.drawing.schedulers import build_scheduler
     from sdxl_worker.loading.model_dir import find_model_dir
     from sdxl_worker.loading.models import load_models
-    from sdxl_worker.outputs.answer import build_output, check_size, describe
+    from sdxl_worker.outputs.answer import build_output, data_uri
+    from sdxl_worker.outputs.metadata import About, describe
     from sdxl_worker.outputs.png import encode_png
+    from sdxl_worker.outputs.size_guard import result_bytes
     from sdxl_worker.request import parse_request
     from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
@@ -62,9 +62,10 @@ def host_phases() -> dict[str, Callable[[], Any]]:
     request = parse_request(JOB_INPUT)
     picture = sample_picture(1024, 1024)
     pixels = torch.from_numpy(np.array(picture))[None]
-    text = describe(request, 0, models.name)
+    about = About(models.name, "all")
+    text = describe(request, 0, picture.size, about)
     png = encode_png(np.asarray(picture), text)
-    output = build_output([picture], request, model_name=models.name, metadata=True)
+    output = build_output([data_uri(png, "png")], request)
     result = json.dumps({"output": output}, ensure_ascii=False)
 
     def tokenise() -> None:
@@ -89,10 +90,10 @@ def host_phases() -> dict[str, Callable[[], Any]]:
         "schedules": schedules,
         "latents": latents,
         "to pictures": lambda: [Image.fromarray(array) for array in pixels.numpy()],
-        "text chunks": lambda: describe(request, 0, models.name),
+        "text chunks": lambda: describe(request, 0, picture.size, about),
         "PNG": lambda: encode_png(np.asarray(picture), text),
-        "base64": lambda: "data:image/png;base64," + base64.b64encode(png).decode("ascii"),
-        "size check": lambda: check_size(output, JOB_ID),
+        "base64": lambda: data_uri(png, "png"),
+        "size check": lambda: result_bytes([png], request, "png"),
         "JSON of the SDK": lambda: json.dumps({"output": output}, ensure_ascii=False),
         "UTF-8 of the SDK": lambda: result.encode(),
     }

@@ -24,7 +24,8 @@ from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.schedulers import SAMPLERS
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.loading.models import Models
-from sdxl_worker.outputs.answer import build_output
+from sdxl_worker.outputs.answer import data_uri, encode_pictures
+from sdxl_worker.outputs.metadata import About
 from sdxl_worker.request import Request, SchedulerName
 from sdxl_worker.speed.compiling import for_one_size
 from sdxl_worker.speed.optimize import optimize
@@ -71,7 +72,9 @@ class Worker(Way):
         return pictures
 
     def encode(self, pictures: list[Image.Image], request: Request) -> list[str]:
-        return build_output(pictures, request, model_name="benchmark", metadata=True)["images"]
+        about = About("benchmark", "all")
+        files = encode_pictures(pictures, request, output_format="png", about=about)
+        return [data_uri(data, "png") for data in files]
 
 
 class FlashAttention(Worker):

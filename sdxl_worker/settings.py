@@ -1,20 +1,36 @@
 """The worker's settings: one declaration each, read from the environment."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxl_worker.errors import ModelError
-from sdxl_worker.request import MAX_STEPS
-from sdxl_worker.wording import problems
+from sdxl_worker.request import MAX_STEPS, OutputFormat
+from sdxl_worker.wording import RULE, problems
 
 EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes"
 
 
 CompileMode = Literal["graphs", "blocks", "full"]
 Quantization = Literal["int8", "fp8"]
+MetadataLevel = Literal["all", "no_prompts", "none"]
+# The values of PNG_METADATA, a switch, which METADATA was called before.
+SWITCH: dict[str, MetadataLevel] = {
+    **dict.fromkeys(("true", "1", "yes", "y", "on", "t"), "all"),
+    **dict.fromkeys(("false", "0", "no", "n", "off", "f"), "none"),
+}
+
+
+def _as_level(value: object) -> object:
+    return SWITCH.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def is_on_platform() -> bool:
+    """Whether the platform gives the jobs: not for a local job or the SDK's test server."""
+    return bool(os.environ.get("RUNPOD_WEBHOOK_GET_JOB"))
 
 
 class Settings(BaseSettings):
@@ -71,13 +87,27 @@ class Settings(BaseSettings):
             "`full`. Not set: off."
         ),
     ] = None
-    png_metadata: Annotated[
-        bool,
+    metadata: Annotated[
+        MetadataLevel | None,
+        BeforeValidator(_as_level),
         Field(
-            description="Write the request, the seed, the model's name, the versions and "
-            "lossy settings into each PNG as text chunks."
+            validation_alias=AliasChoices("metadata", "png_metadata"),
+            json_schema_extra={
+                RULE: "one of all, no_prompts, none (or true or false, as PNG_METADATA)"
+            },
+            description="What a picture's file tells of how it was made: `all`, the request, the "
+            "seed, the model, the versions and lossy settings; `no_prompts`, all but the prompts; "
+            "`none`, nothing. Not set: `no_prompts` on the platform, `all` elsewhere. "
+            "`PNG_METADATA` is its old name: `true` is `all`, `false` is `none`.",
         ),
-    ] = True
+    ] = None
+    default_output_format: Annotated[
+        OutputFormat,
+        Field(
+            description="Of pictures where the request has no `output_format`: `png`, `jpeg` or "
+            "`webp`."
+        ),
+    ] = "png"
     worker_concurrency: Annotated[
         int,
         Field(
@@ -96,6 +126,10 @@ class Settings(BaseSettings):
             "`refiner_inference_steps`, each. Their defaults are taken whatever it is.",
         ),
     ] = MAX_STEPS
+
+    @property
+    def metadata_level(self) -> MetadataLevel:
+        return self.metadata or ("no_prompts" if is_on_platform() else "all")
 
     @property
     def lossy(self) -> dict[str, Any]:

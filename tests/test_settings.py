@@ -11,7 +11,8 @@ from sdxl_worker.settings import Settings, load_settings
     [
         ("DTYPE", "int8"),
         ("DTYPE", "FLOAT16 "),
-        ("PNG_METADATA", "perhaps"),
+        ("METADATA", "perhaps"),
+        ("DEFAULT_OUTPUT_FORMAT", "jpg"),
         ("WORKER_CONCURRENCY", "0"),
         ("WORKER_CONCURRENCY", "9"),
         ("WORKER_CONCURRENCY", "two"),
@@ -30,7 +31,16 @@ def test_a_wrong_setting_is_named_with_its_value(
 
 
 @pytest.mark.parametrize(
-    "name", ["MODEL_DIR", "DTYPE", "STEP_CACHE", "PNG_METADATA", "WORKER_CONCURRENCY", "MAX_STEPS"]
+    "name",
+    [
+        "MODEL_DIR",
+        "DTYPE",
+        "STEP_CACHE",
+        "METADATA",
+        "PNG_METADATA",
+        "WORKER_CONCURRENCY",
+        "MAX_STEPS",
+    ],
 )
 def test_an_empty_setting_is_unset_as_the_hub_sends_it(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -50,4 +60,16 @@ def test_wrong_settings_are_told_in_the_words_of_a_request(
         "wrong environment variable: "
         'QUANTIZE: must be one of int8, fp8; got "int4" (did you mean int8?); '
         'WORKER_CONCURRENCY: must be an integer from 1 to 8; got "two"'
+    )
+
+
+def test_the_old_name_of_the_metadata_s_setting_is_told_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PNG_METADATA", "perhaps")
+    with pytest.raises(ModelError) as caught:
+        load_settings()
+    assert str(caught.value) == (
+        "wrong environment variable: METADATA: must be one of all, no_prompts, none (or true or "
+        'false, as PNG_METADATA); got "perhaps"'
     )

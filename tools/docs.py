@@ -15,12 +15,14 @@ from tools.hub import env_inputs, gpu_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
+PLATFORM = REPOSITORY / "docs" / "platform.md"
 MODELS = REPOSITORY / "docs" / "models.md"
 DEPLOY = REPOSITORY / "docs" / "deploy.md"
 SECURITY = REPOSITORY / "SECURITY.md"
 SCHEMA = REPOSITORY / "docs" / "input.schema.json"
 HUB = REPOSITORY / ".runpod" / "hub.json"
 LONG_RUN = REPOSITORY / "benchmarks" / "results" / "long_run.json"
+FORMATS = REPOSITORY / "benchmarks" / "results" / "formats.json"
 ATTACK = REPOSITORY / "benchmarks" / "results" / "attack.json"
 
 
@@ -103,6 +105,48 @@ def long_run() -> str:
     )
 
 
+def formats_table() -> str:
+    """What `benchmarks.formats` told when it was run last."""
+    rows = [
+        "| format and quality | bytes | of PNG | encoding, of PNG's time | PSNR |",
+        "|---|---|---|---|---|",
+    ]
+    formats = json.loads(FORMATS.read_text(encoding="utf-8"))["formats"]
+    for one in formats:
+        share = one["bytes"] / formats[0]["bytes"]
+        psnr = "exact" if one["psnr_db"] == 99 else f"{one['psnr_db']:.1f} dB"
+        rows.append(
+            f"| {one['format']} | {one['bytes']:,} | {share:.0%} | {one['times_png']:g} | {psnr} |"
+        )
+    return "\n".join(rows)
+
+
+ANSWERED_FORMATS = ("PNG", "WebP 100, lossless", "JPEG 95", "JPEG 80", "WebP 90")
+
+
+def answers_table() -> str:
+    """MB of an answer by `num_images`, with the first picture once and twice."""
+    answers = json.loads(FORMATS.read_text(encoding="utf-8"))["answers"]
+    size = {(one["format"], one["num_images"], one["duplicate_first"]): one for one in answers}
+    rows = [
+        f"| `num_images` | {' | '.join(ANSWERED_FORMATS)} |",
+        "|---" * (1 + len(ANSWERED_FORMATS)) + "|",
+    ]
+    for count in sorted({one["num_images"] for one in answers}):
+        cells = [
+            " / ".join(_megabytes(size[name, count, twice]["bytes"]) for twice in (True, False))
+            for name in ANSWERED_FORMATS
+        ]
+        rows.append(f"| {count} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _megabytes(size: int) -> str:
+    """Bold, where it is too large for /run."""
+    told = f"{size / 1e6:.1f}"
+    return f"**{told}**" if size > 10_000_000 else told
+
+
 def icon_url() -> str:
     return f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
 
@@ -128,6 +172,7 @@ def derived() -> dict[Path, str]:
             attack=attack_table(),
             **{"long-run": long_run()},
         ),
+        PLATFORM: with_tables(PLATFORM, formats=formats_table(), answers=answers_table()),
         MODELS: with_tables(MODELS, settings=settings_table()),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
         SECURITY: with_tables(SECURITY, report=report()),

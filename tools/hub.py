@@ -14,7 +14,7 @@ WEIGHTS_BYTES = 11_456_729_054
 # Bytes in a gigabyte of a card's data sheet. Drivers report more, even with ECC.
 GB = 10**9
 # Every other setting is under "advanced" in the Hub's form.
-PLAIN_SETTINGS = {"MODEL_DIR", "PNG_METADATA"}
+PLAIN_SETTINGS = {"MODEL_DIR", "METADATA"}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ PLATFORM_CACHE = Path("/runpod-volume/huggingface-cache/hub")
 SOURCE_FILE = "source.json"
 """Written by builder.download_weights: the name, and where base, vae and refiner come from."""
 DIGEST_BYTES = 2**20
+PUBLISHED_HASHES = {
+    # Of sd_xl_base_1.0.safetensors, which has the weights of the folders beside it.
+    "stabilityai/stable-diffusion-xl-base-1.0": "31e35c80fc",
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,18 @@ class ModelDir:
         if self.root.parent.name == "snapshots":
             return _repo_name(self.root.parent.parent)
         return self.root.name
+
+    @property
+    def hash(self) -> str | None:
+        """The "Model hash" by which Civitai and others find a model: the first ten hex digits of
+        SHA-256 of its single file. None: the model is no single file.
+
+        It is read, not computed: reading gigabytes would hold up the start.
+        """
+        base = self._source().get("base") or {}
+        if "sha256" in base:
+            return str(base["sha256"])[:10]
+        return PUBLISHED_HASHES.get(self.name.lower())
 
     def revision(self) -> str:
         """Identifies the weights: by commits of the hub, or by a digest of the files.

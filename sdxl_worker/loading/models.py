@@ -42,6 +42,8 @@ class Models:
     name: str
     revision: str
     """Identifies the weights: by commits of the hub, or by a digest of the files."""
+    hash: str | None
+    """`ModelDir.hash`."""
     placement: Placement
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
@@ -120,6 +122,7 @@ def load_base(weights: Weights) -> Models:
     models = Models(
         name=model_dir.name,
         revision=model_dir.revision(),
+        hash=model_dir.hash,
         placement=placement,
         tokenizer=_load_tokenizer(folder / "tokenizer"),
         tokenizer_2=_load_tokenizer(folder / "tokenizer_2"),

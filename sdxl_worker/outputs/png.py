@@ -5,19 +5,22 @@ row above (filter type 2), and deflate is ISA-L's: the size is the same within a
 The format: https://www.w3.org/TR/png-3/
 """
 
+import io
 import struct
 from collections.abc import Mapping
 
 import numpy as np
 from isal import isal_zlib
+from PIL import Image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 UP_FILTER = 2
 DEFLATE_LEVEL = 1  # of 0 to 3
+AFTER_HEADER = len(SIGNATURE) + 12 + 13
 
 
 def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
-    """A PNG with one international text chunk (iTXt, UTF-8) for each item of `text`.
+    """A PNG with one text chunk for each item of `text`.
 
     Args:
         pixels: RGB, uint8, [height, width, 3].
@@ -35,10 +38,22 @@ def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
         [
             SIGNATURE,
             _chunk(b"IHDR", header),
-            *(_chunk(b"iTXt", _international_text(*item)) for item in text.items()),
+            *(_text_chunk(*item) for item in text.items()),
             _chunk(b"IDAT", isal_zlib.compress(filtered, DEFLATE_LEVEL)),
             _chunk(b"IEND", b""),
         ]
+    )
+
+
+def encode_smallest_png(picture: Image.Image, text: Mapping[str, str]) -> bytes:
+    """The same by Pillow, which chooses a filter for each row and has zlib do its best."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    png = file.getvalue()
+    return (
+        png[:AFTER_HEADER]
+        + b"".join(_text_chunk(*item) for item in text.items())
+        + png[AFTER_HEADER:]
     )
 
 
@@ -47,6 +62,11 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return b"".join([struct.pack(">I", len(data)), kind, data, struct.pack(">I", checksum)])
 
 
-def _international_text(keyword: str, value: str) -> bytes:
-    """Not compressed, without a language or a translated keyword."""
-    return keyword.encode("latin-1") + b"\0\0\0\0\0" + value.encode("utf-8")
+def _text_chunk(keyword: str, value: str) -> bytes:
+    """As tEXt, which every reader knows, or as iTXt (UTF-8) where there is more than ASCII in it.
+
+    Neither is compressed, or has a language or a translated keyword.
+    """
+    if value.isascii() and "\0" not in value:
+        return _chunk(b"tEXt", keyword.encode("latin-1") + b"\0" + value.encode("ascii"))
+    return _chunk(b"iTXt", keyword.encode("latin-1") + b"\0\0\0\0\0" + value.encode("utf-8"))

@@ -14,7 +14,9 @@ from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
 from sdxl_worker.limits import check_limits
-from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
+from sdxl_worker.outputs.answer import build_output, data_uri, encode_pictures
+from sdxl_worker.outputs.metadata import About
+from sdxl_worker.outputs.size_guard import check_expected_size, fit
 from sdxl_worker.request import MAX_SIDE_PX, Request, parse_request
 from sdxl_worker.serving.ending import not_holding_the_end
 from sdxl_worker.serving.logs import timed
@@ -57,9 +59,10 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     if request.image_url is not None:
         async with not_holding_the_end("the picture of image_url"):
             canvas = await _canvas(request, models.native_size_px, job_id)
+    output_format = request.output_format or settings.default_output_format
     if not request.check:
         width, height = output_size_px(stages, canvas)
-        check_expected_size(request.num_images, width * height, job_id)
+        check_expected_size(request, width * height, output_format, job_id)
 
     async with Progress(job, latent_rgb=models.latent_rgb if request.preview else None) as progress:
         pictures, generate_ms = await on_gpu_thread(
@@ -79,16 +82,12 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             if request.check:
                 steps = total_steps(stages)
                 return build_report(request, models, settings, pictures, generate_ms, steps)
-            output = await in_thread(
-                build_output,
-                pictures,
-                request,
-                model_name=models.name,
-                lossy=settings.lossy,
-                metadata=settings.png_metadata,
-            )
-            check_size(output, job_id)
-            return output
+            about = About(models.name, settings.metadata_level, models.hash, settings.lossy)
+            how: Any = {"output_format": output_format, "about": about}
+            files = await in_thread(encode_pictures, pictures, request, **how)
+            fitted = await in_thread(fit, pictures, files, request, job_id, **how)
+            images = [data_uri(file, fitted.output_format) for file in fitted.files]
+            return build_output(images, request, warning=fitted.warning)
 
 
 async def _canvas(request: Request, native_size_px: int, job_id: str) -> Canvas:

@@ -521,6 +521,7 @@ def test_a_checkpoint_of_the_disk_draws_the_same(checkpoint: Path, hub: Hub, to:
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert loaded.name == "my model"
     assert loaded.revision == f"base {sha256[:12]}, refiner 5d4cfe854c9a"
+    assert loaded.hash == sha256[:10]
     record = json.loads((to / "source.json").read_text())
     assert record["base"] == {"file": checkpoint.name, "sha256": sha256}
     for path in to.rglob("*.safetensors"):

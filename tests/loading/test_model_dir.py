@@ -259,6 +259,21 @@ def test_name_and_revision_are_those_that_were_written_with_the_weights(tmp_path
         _ = found.name
 
 
+def test_the_model_hash_is_that_of_the_single_file_or_the_published_one(tmp_path: Path) -> None:
+    sha256 = "0123456789abcdef" * 4
+    single = {"name": "my model", "base": {"file": "my model.safetensors", "sha256": sha256}}
+    assert find(source(tmp_path / "single", **single)).hash == "0123456789"
+    name = "stabilityai/stable-diffusion-xl-base-1.0"
+    folders = {"name": name, "base": {"repo": name, "revision": COMMIT}}
+    # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, sd_xl_base_1.0.safetensors
+    assert find(source(tmp_path / "folders", **folders)).hash == "31e35c80fc"
+    other = {"name": "org/other", "base": {"repo": "org/other", "revision": COMMIT}}
+    assert find(source(tmp_path / "other", **other)).hash is None
+    embedded = find(EMBEDDED_MODEL_DIR)
+    assert embedded.hash is None
+    assert load(EMBEDDED_MODEL_DIR).hash is None
+
+
 def test_the_revision_tells_weights_apart(tmp_path: Path) -> None:
     def revision(name: str, content: bytes) -> str:
         (tmp_path / name / "base" / "unet").mkdir(parents=True)

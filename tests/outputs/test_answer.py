@@ -1,5 +1,7 @@
-"""The answer's form, and what a PNG tells of itself."""
+"""The answer's form, and what a picture that was drawn tells of itself."""
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,21 +10,18 @@ import pytest
 from PIL import Image
 
 import sdxl_worker
-from sdxl_worker.outputs import answer
-from sdxl_worker.outputs.answer import build_output
+from sdxl_worker.outputs.answer import build_output, data_uri
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from tests.support import (
     PROMPT,
-    data_uri,
     decoded,
-    error,
     models,
     picture,
     pictures,
-    replace_generate,
     run,
 )
+from tests.support import data_uri as as_input
 
 JOB = {"prompt": PROMPT, "seed": 11, "num_inference_steps": 3, "refiner_inference_steps": 6}
 
@@ -69,7 +68,7 @@ def test_a_picture_found_on_disk_can_be_made_again() -> None:
     assert picture(**json.loads(text_chunks(alone)["request"])).tobytes() == alone.tobytes()
 
 
-INPUT_PICTURE = data_uri(Image.effect_noise((64, 64), 50).convert("RGB"))
+INPUT_PICTURE = as_input(Image.effect_noise((64, 64), 50).convert("RGB"))
 OF_A_BASE: dict[str, dict[str, Any]] = {
     "default": {},
     "strength": {"strength": 0.5},
@@ -113,7 +112,7 @@ def test_a_picture_s_own_request_makes_it_again_where_it_was_made_and_beside_a_r
 
 
 def test_the_last_picture_s_request_can_be_sent_also_at_the_largest_seed() -> None:
-    _, second = pictures(**{**JOB, "seed": 2**53 - 1, "num_images": 2})
+    _, second = pictures(**{**JOB, "seed": 2**64 - 1, "num_images": 2})
     request = json.loads(text_chunks(second)["request"])
     assert request["seed"] == 0
     assert picture(**request)
@@ -134,69 +133,46 @@ def test_the_picture_names_its_makers() -> None:
 
 def test_one_setting_switches_the_text_chunks_off(monkeypatch: pytest.MonkeyPatch) -> None:
     with_chunks = picture(**JOB)
-    monkeypatch.setenv("PNG_METADATA", "false")
+    monkeypatch.setenv("METADATA", "none")
     without = picture(**JOB)
     assert text_chunks(without) == {}
     assert without.tobytes() == with_chunks.tobytes()
 
 
-@pytest.mark.parametrize(
-    ("image_url", "told"),
-    [
-        ("https://user:pw@example.com:8000/a.png?token=secret#x", "https://example.com:8000/a.png"),
-        (data_uri(Image.new("RGB", (64, 64))), "data:image/png;base64"),
-    ],
-)
-def test_neither_secrets_nor_the_input_picture_go_into_the_file(image_url: str, told: str) -> None:
-    request = parse_request({"image_url": image_url})
-    output = build_output([Image.new("RGB", (64, 64))], request, model_name="m", metadata=True)
-    chunk = json.loads(text_chunks(decoded(output["image_url"]))["request"])
-    assert chunk["image_url"] == told
-
-
-# --- size --------------------------------------------------------------------------------------
-
-
-def test_the_limit_is_that_of_the_route_the_job_came_by() -> None:
-    assert answer.limit_bytes("5c7b-e1") == 10_000_000
-    assert answer.limit_bytes("sync-5c7b-e1") == 20_000_000
-
-
-def test_a_result_over_the_limit_is_an_error_with_its_size(
+def test_pictures_are_sent_as_the_request_says_or_else_as_the_owner_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job_input = {**JOB, "num_images": 2}
-    size = len(json.dumps({"output": run(job_input)}))
-    monkeypatch.setattr(answer, "RUN_LIMIT_BYTES", size)
-    assert "images" in run(job_input)
-    monkeypatch.setattr(answer, "RUN_LIMIT_BYTES", size - 100)
-    message = error(job_input)
-    assert message.startswith(f"the result is {size / 1e6:.1f} MB, and the platform takes")
-    assert "ask for fewer pictures (num_images) or smaller ones" in message
+    def sent(**fields: Any) -> str:
+        uri = run({**JOB, **fields})["images"][0]
+        header, _, payload = uri.partition(",")
+        image = Image.open(io.BytesIO(base64.b64decode(payload)))
+        return f"{header} {image.format}"
+
+    assert sent(output_format="jpeg") == "data:image/jpeg;base64 JPEG"
+    assert sent() == "data:image/png;base64 PNG"
+    monkeypatch.setenv("DEFAULT_OUTPUT_FORMAT", "webp")
+    assert sent() == "data:image/webp;base64 WEBP"
+    assert sent(output_format="png") == "data:image/png;base64 PNG"
 
 
-@pytest.mark.parametrize(("num_images", "fits"), [(1, True), (2, True), (3, False), (8, False)])
-def test_what_is_bound_to_be_too_large_is_refused_before_it_is_made(
-    num_images: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+LINK = "https://example.com/a.png"
+
+
+@pytest.mark.parametrize(
+    ("images", "duplicate_first", "image_url"),
+    [
+        ([data_uri(b"a", "png"), data_uri(b"b", "png")], True, data_uri(b"a", "png")),
+        ([data_uri(b"a", "png")], False, None),
+        ([LINK], True, LINK),
+        ([LINK], False, LINK),
+    ],
+)
+def test_the_first_picture_is_there_twice_unless_it_is_large_and_not_wanted(
+    images: list[str], duplicate_first: bool, image_url: str | None
 ) -> None:
-    made = []
-
-    def generate(*_: Any, **__: Any) -> list[Image.Image]:
-        made.append(1)
-        return [Image.new("RGB", (8, 8))]
-
-    replace_generate(monkeypatch, generate)
-    output = run({**JOB, "height": 2048, "width": 2048, "num_images": num_images})
-    assert bool(made) is fits
-    assert ("error" in output) is not fits
-    if not fits:
-        assert output["error"].startswith("the result would be at least ")
-
-
-def test_a_check_has_no_size_to_refuse() -> None:
-    report = run({**JOB, "check": True, "height": 64, "width": 64, "num_images": 8})
-    assert "error" not in report
-
-
-def test_a_request_of_usual_size_is_not_refused() -> None:
-    answer.check_expected_size(4, 1024 * 1024, "job")
+    request = parse_request({"prompt": PROMPT, "seed": 4, "duplicate_first": duplicate_first})
+    expected = {"images": images, "image_url": image_url, "seed": 4}
+    if image_url is None:
+        del expected["image_url"]
+    assert build_output(images, request) == expected
+    assert build_output(images, request, warning="w") == {**expected, "warning": "w"}

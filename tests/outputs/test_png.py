@@ -11,23 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_worker.outputs.png import encode_png
+from sdxl_worker.outputs.png import encode_png, encode_smallest_png
+from tests.outputs.samples import smooth
 
 
 def opened(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
-
-
-def smooth(height: int, width: int) -> np.ndarray:
-    """Areas, edges and a little noise, as a picture has them."""
-    y, x = np.mgrid[0:height, 0:width]
-    grain = np.random.default_rng(0).normal(0, 3, (height, width))
-    channels = [128 + 90 * np.sin(x / 97), 128 + 90 * np.cos(y / 61), 255.0 * ((x // 200) % 2)]
-    return (
-        np.stack([channel + grain for channel in channels], axis=-1).clip(0, 255).astype(np.uint8)
-    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +40,7 @@ def test_png_is_lossless(pixels: np.ndarray) -> None:
 
 def test_its_chunks_are_those_of_the_format_with_right_checksums() -> None:
     """Read without a library: some decoders do not check what stricter ones refuse."""
-    data = encode_png(smooth(16, 24), {"a": "b"})
+    data = encode_png(smooth(16, 24), {"a": "b", "c": "\u00e9", "d": "a\0b"})
     position, kinds = 8, []
     while position < len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -60,15 +51,28 @@ def test_its_chunks_are_those_of_the_format_with_right_checksums() -> None:
         if kind == b"IDAT":
             assert len(zlib.decompress(body)) == 16 * (1 + 3 * 24)
         position += 12 + length
-    assert kinds == [b"IHDR", b"iTXt", b"IDAT", b"IEND"]
+    assert kinds == [b"IHDR", b"tEXt", b"iTXt", b"iTXt", b"IDAT", b"IEND"]
 
 
 def test_text_of_any_characters_is_kept() -> None:
     value = "".join(map(chr, [0x20AC, 0x1F600, 0x0A, 0x7F, 0x00, 0x41]))
-    text = {"request": json.dumps({"prompt": value}, ensure_ascii=False), "model": "m"}
-    chunks: dict[str, Any] = opened(encode_png(smooth(8, 8), text)).text  # type: ignore[attr-defined]
-    assert {name: str(chunk) for name, chunk in chunks.items()} == text
+    text = {
+        "request": json.dumps({"prompt": value}, ensure_ascii=False),
+        "model": "m",
+        "nul": "a\0b",
+    }
+    picture = smooth(8, 8)
+    for png in (encode_png(picture, text), encode_smallest_png(Image.fromarray(picture), text)):
+        chunks: dict[str, Any] = opened(png).text  # type: ignore[attr-defined]
+        assert {name: str(chunk) for name, chunk in chunks.items()} == text
     assert json.loads(chunks["request"])["prompt"] == value
+
+
+def test_the_smallest_one_is_the_same_picture_in_less_room() -> None:
+    pixels = smooth(512, 512)
+    smallest = encode_smallest_png(Image.fromarray(pixels), {"a": "b"})
+    assert len(smallest) < 0.95 * len(encode_png(pixels, {"a": "b"}))
+    assert np.array_equal(np.asarray(opened(smallest)), pixels)
 
 
 def test_it_takes_a_third_of_the_time_of_pillow_s_fastest_level_for_files_hardly_larger() -> None:
