@@ -69,7 +69,7 @@ def saving(handler: Handler) -> Handler:
         if "images" not in output:
             return output
         try:
-            paths = [str(path) for path in _save(output)]
+            paths = _save(output)
         except OSError as error:
             return {
                 "error": f"the pictures cannot be saved in {OUTPUT_DIR.resolve()}: "
@@ -78,27 +78,32 @@ def saving(handler: Handler) -> Handler:
             }
         for path in paths:
             print(f"Saved {path}")
-        return {**output, "images": paths, "image_url": paths[0]}
+        first = {"image_url": paths[0]} if "image_url" in output else {}
+        return {**output, "images": paths, **first}
 
     return handle_and_save
 
 
-def _save(output: dict[str, Any]) -> list[Path]:
+def _save(output: dict[str, Any]) -> list[str]:
     """Write the answer and its pictures, all of them or none.
 
     Returns:
-        The paths of the pictures.
+        The paths of the pictures. Those that were uploaded stay links.
 
     Raises:
         OSError: the folder cannot be written to, or is full.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    pictures = {
-        f"{stamp}-seed{(output['seed'] + i) % (MAX_SEED + 1)}.png": base64.b64decode(
-            data_uri.partition(",")[2]
-        )
-        for i, data_uri in enumerate(output["images"])
-    }
+    places, pictures = [], {}
+    for i, image in enumerate(output["images"]):
+        header, _, payload = image.partition(",")
+        if not header.startswith("data:image/"):
+            places.append(image)
+            continue
+        extension = header.removeprefix("data:image/").removesuffix(";base64")
+        name = f"{stamp}-seed{(output['seed'] + i) % (MAX_SEED + 1)}.{extension}"
+        pictures[name] = base64.b64decode(payload)
+        places.append(str(OUTPUT_DIR / name))
     # The whole answer, as the platform's status route gives it.
     answer = json.dumps({"output": output}).encode()
     files = {**pictures, "output.json": answer}
@@ -108,7 +113,7 @@ def _save(output: dict[str, Any]) -> list[Path]:
             Path(folder, name).write_bytes(content)
         for name in files:
             Path(folder, name).replace(OUTPUT_DIR / name)
-    return [OUTPUT_DIR / name for name in pictures]
+    return places
 
 
 def _job_of(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -174,6 +174,6 @@ def _body(result: dict[str, Any]) -> bytes:
 def _refused_error(status: int | None, size_bytes: int) -> str:
     """For the caller, of a result that the platform does not take."""
     return (
-        f"the platform refused the result of {size_bytes / 1e6:.1f} MB ({status}); ask for fewer "
-        "pictures (num_images) or smaller ones (height, width)"
+        f"the platform refused the result of {size_bytes / 1e6:.1f} MB ({status}); ask for smaller "
+        'files (output_format "jpeg"), links (upload_urls), or fewer pictures (num_images)'
     )

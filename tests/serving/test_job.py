@@ -77,7 +77,7 @@ def test_while_one_picture_is_made_another_job_s_input_picture_is_fetched(
 def test_while_one_picture_is_made_an_earlier_one_is_encoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    generate, build_output = generate_module.generate, job.build_output
+    generate, encode_pictures = generate_module.generate, job.encode_pictures
     encoding, second_begun = threading.Event(), threading.Event()
 
     def recorded(*arguments: Any, **options: Any) -> Any:
@@ -89,10 +89,10 @@ def test_while_one_picture_is_made_an_earlier_one_is_encoded(
         if not encoding.is_set():
             encoding.set()
             assert second_begun.wait(30), "the GPU waited for the encoding"
-        return build_output(*arguments, **more)
+        return encode_pictures(*arguments, **more)
 
     replace_generate(monkeypatch, recorded)
-    monkeypatch.setattr(job, "build_output", slow_encoding)
+    monkeypatch.setattr(job, "encode_pictures", slow_encoding)
 
     async def jobs_in_turn() -> list[dict[str, Any]]:
         first = asyncio.create_task(handler.handler({"id": "a", "input": QUICK}))
