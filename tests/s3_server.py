@@ -32,8 +32,6 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         port = free.getsockname()[1]
     command = [rclone, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--config", ""]
     command += ["--auth-key", f"{ACCESS_KEY_ID},{SECRET_ACCESS_KEY}"]
-    # What tests put into the folder themselves must be seen at once.
-    command += ["--dir-cache-time", "0s"]
     log = folder.with_name(f"{folder.name}.log")
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
