@@ -1,5 +1,6 @@
 """One job, phase by phase."""
 
+import base64
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -7,13 +8,16 @@ from typing import Any
 
 from PIL import Image
 
+from sdxl_worker.errors import RequestError
 from sdxl_worker.gpu import reset_peak_memory
 from sdxl_worker.inputs.decoder_process import decode_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.outputs.answer import build_output, check_expected_size, check_size
+from sdxl_worker.outputs.upload import UploadFailure, destination, upload
 from sdxl_worker.request import parse_request
 from sdxl_worker.serving.ending import not_holding_the_end
 from sdxl_worker.serving.logs import timed
+from sdxl_worker.serving.slot import begin_next_job
 from sdxl_worker.serving.start import ready_models
 from sdxl_worker.serving.threads import in_thread, on_gpu_thread
 from sdxl_worker.settings import load_settings
@@ -39,6 +43,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     log.debug("request: %s", settled, extra={"job_id": job_id})
 
     settings = load_settings()
+    where = destination(job, request, settings)
     models = await ready_models(settings)
 
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
@@ -77,6 +82,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             if request.check:
                 steps = total_steps(stages)
                 return build_report(request, models, settings, pictures, generate_ms, steps)
+            # Stand-in, for the benchmark of uploading.
             output = await in_thread(
                 build_output,
                 pictures,
@@ -85,8 +91,16 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 lossy=settings.lossy,
                 metadata=settings.png_metadata,
             )
-            check_size(output, job_id)
-            return output
+        if where is not None:
+            begin_next_job()
+            data = [base64.b64decode(uri.partition(",")[2]) for uri in output["images"]]
+            with timed("upload", job_id):
+                links = await upload(data, "image/png", "png", where, job_id)
+            if failures := [link for link in links if isinstance(link, UploadFailure)]:
+                raise RequestError(failures[0].cause)
+            output = {**output, "images": links, "image_url": links[0]}
+        check_size(output, job_id)
+        return output
 
 
 def _draw(
