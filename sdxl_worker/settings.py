@@ -2,14 +2,24 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxl_worker.errors import ModelError
 from sdxl_worker.request import MAX_STEPS, OutputFormat
-from sdxl_worker.wording import RULE, problems
+from sdxl_worker.wording import IN_WORDS, RULE, problems
 
 EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes"
 
@@ -31,6 +41,29 @@ def _as_level(value: object) -> object:
 def is_on_platform() -> bool:
     """Whether the platform gives the jobs: not for a local job or the SDK's test server."""
     return bool(os.environ.get("RUNPOD_WEBHOOK_GET_JOB"))
+
+
+def _parsable(url: str) -> str:
+    """
+    Raises:
+        ValueError: "http://[", or a port that is none.
+    """
+    urlsplit(url).port  # noqa: B018
+    return url
+
+
+HttpUrl = Annotated[
+    str,
+    AfterValidator(_parsable),
+    Field(
+        pattern=r"(?i)^https?://[^/?#@\s]+(/[^?#\s]*)?$",
+        json_schema_extra={RULE: "an http:// or https:// address, without a query"},
+    ),
+]
+# What storage needs; it is set up by all of these, or not at all.
+NEEDED_FOR_STORAGE = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
+# AWS's limit of a signature's life, seven days.
+MAX_URL_EXPIRY_SECONDS = 604_800
 
 
 class Settings(BaseSettings):
@@ -126,6 +159,61 @@ class Settings(BaseSettings):
             "`refiner_inference_steps`, each. Their defaults are taken whatever it is.",
         ),
     ] = MAX_STEPS
+    bucket_endpoint_url: Annotated[
+        HttpUrl | None,
+        Field(
+            description="Pictures are uploaded to this S3 storage, and answers hold links. The "
+            "bucket may be in its host (`https://BUCKET.s3.REGION.amazonaws.com`) or in its path. "
+            "Not set: answers hold the pictures."
+        ),
+    ] = None
+    bucket_access_key_id: Annotated[
+        str | None, Field(description="Of the storage. Needed with `BUCKET_ENDPOINT_URL`.")
+    ] = None
+    bucket_secret_access_key: Annotated[
+        SecretStr | None, Field(description="Of the storage. Needed with `BUCKET_ENDPOINT_URL`.")
+    ] = None
+    bucket_name: Annotated[
+        str | None,
+        Field(
+            description="The bucket, where `BUCKET_ENDPOINT_URL` does not have it. If neither "
+            "has: named after the month, `11-26`, as in 2.1.0."
+        ),
+    ] = None
+    bucket_region: Annotated[
+        str | None,
+        Field(description="Not set: what the host tells, otherwise `us-east-1`."),
+    ] = None
+    bucket_prefix: Annotated[
+        str | None,
+        Field(
+            description="Folder in the bucket. Not set: none, but the month, `11-26`, where "
+            "`BUCKET_ENDPOINT_URL` has the bucket and `BUCKET_NAME` is not set, as in 2.1.0."
+        ),
+    ] = None
+    bucket_url_expiry_seconds: Annotated[
+        int,
+        Field(ge=1, le=MAX_URL_EXPIRY_SECONDS, description="How long links are valid."),
+    ] = MAX_URL_EXPIRY_SECONDS
+    bucket_public_url: Annotated[
+        HttpUrl | None,
+        Field(
+            description="Where everyone can read the bucket, a CDN for example. Links lead there "
+            "and do not expire. Not set: signed links."
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _storage_is_whole(self) -> Self:
+        names = [name for name in Settings.model_fields if name.startswith("bucket_")]
+        given = [name for name in names if name in self.model_fields_set]
+        given = [name for name in given if name != "bucket_url_expiry_seconds"]
+        missing = [name for name in NEEDED_FOR_STORAGE if name not in given]
+        if given and missing:
+            kind = PydanticCustomError(IN_WORDS, f"required beside {given[0].upper()}; got nothing")
+            errors = [InitErrorDetails(type=kind, loc=(name,), input=None) for name in missing]
+            raise ValidationError.from_exception_data("Settings", errors)
+        return self
 
     @property
     def metadata_level(self) -> MetadataLevel:

@@ -1,5 +1,7 @@
 """The settings, and what a wrong one is answered with."""
 
+import re
+
 import pytest
 
 from sdxl_worker.errors import ModelError
@@ -20,28 +22,25 @@ from sdxl_worker.settings import Settings, load_settings
         ("STEP_CACHE", "6"),
         ("MAX_STEPS", "0"),
         ("MAX_STEPS", "1001"),
+        ("BUCKET_ENDPOINT_URL", "bucket.example"),
+        ("BUCKET_ENDPOINT_URL", "http://["),
+        ("BUCKET_ENDPOINT_URL", "http://a:b:c"),
+        ("BUCKET_PUBLIC_URL", "ftp://cdn.example"),
+        ("BUCKET_URL_EXPIRY_SECONDS", "0"),
+        ("BUCKET_URL_EXPIRY_SECONDS", "604801"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ModelError, match=f"wrong environment variable: {name}: .*{value}"):
+    with pytest.raises(
+        ModelError, match=f"wrong environment variable: {name}: .*{re.escape(value)}"
+    ):
         load_settings()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "MODEL_DIR",
-        "DTYPE",
-        "STEP_CACHE",
-        "METADATA",
-        "PNG_METADATA",
-        "WORKER_CONCURRENCY",
-        "MAX_STEPS",
-    ],
-)
+@pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])
 def test_an_empty_setting_is_unset_as_the_hub_sends_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,3 +72,51 @@ def test_the_old_name_of_the_metadata_s_setting_is_told_as_well(
         "wrong environment variable: METADATA: must be one of all, no_prompts, none (or true or "
         'false, as PNG_METADATA); got "perhaps"'
     )
+
+
+STORAGE = {
+    "BUCKET_ENDPOINT_URL": "https://user:hunter2@s3.example",
+    "BUCKET_ACCESS_KEY_ID": "AKIDEXAMPLE",
+    "BUCKET_SECRET_ACCESS_KEY": "hunter2",
+}
+
+
+@pytest.mark.parametrize("missing", STORAGE)
+def test_half_a_storage_is_refused_with_the_name_of_what_is_missing(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in STORAGE.items():
+        monkeypatch.setenv(name, "" if name == missing else value.replace("user:hunter2@", ""))
+    with pytest.raises(ModelError, match=f"{missing}: required beside BUCKET_") as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["NAME", "REGION", "PREFIX", "PUBLIC_URL"])
+def test_a_setting_of_storage_alone_names_all_that_is_missing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"BUCKET_{name}", "https://cdn.example")
+    with pytest.raises(ModelError) as caught:
+        load_settings()
+    for missing in STORAGE:
+        assert f"{missing}: required beside BUCKET_{name}" in str(caught.value)
+
+
+def test_an_expiry_alone_sets_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET_URL_EXPIRY_SECONDS", "60")
+    assert load_settings().bucket_endpoint_url is None
+
+
+def test_no_secret_of_the_storage_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STORAGE.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ModelError, match="BUCKET_ENDPOINT_URL: must be an http://") as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("BUCKET_ENDPOINT_URL", "https://s3.example")
+    settings = load_settings()
+    assert "hunter2" not in repr(settings)
+    assert settings.bucket_secret_access_key is not None
+    assert settings.bucket_secret_access_key.get_secret_value() == "hunter2"
+    assert hash(settings) == hash(load_settings())

@@ -1,5 +1,6 @@
 """Writes what is derived from the code: the documents' tables, the input's JSON Schema, the
-settings in the Hub's form, what the attack and the long run told, and the publisher's name.
+settings in the Hub's form, what the attack, the long run and uploading told, and the publisher's
+name.
 
 Run as `make docs`; a test checks that all of it is up to date.
 """
@@ -15,15 +16,16 @@ from tools.hub import env_inputs, gpu_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
-PLATFORM = REPOSITORY / "docs" / "platform.md"
 MODELS = REPOSITORY / "docs" / "models.md"
 DEPLOY = REPOSITORY / "docs" / "deploy.md"
+PLATFORM = REPOSITORY / "docs" / "platform.md"
 SECURITY = REPOSITORY / "SECURITY.md"
 SCHEMA = REPOSITORY / "docs" / "input.schema.json"
 HUB = REPOSITORY / ".runpod" / "hub.json"
 LONG_RUN = REPOSITORY / "benchmarks" / "results" / "long_run.json"
 FORMATS = REPOSITORY / "benchmarks" / "results" / "formats.json"
 ATTACK = REPOSITORY / "benchmarks" / "results" / "attack.json"
+UPLOADING = REPOSITORY / "benchmarks" / "results" / "uploading.json"
 
 
 def input_table() -> str:
@@ -147,6 +149,26 @@ def _megabytes(size: int) -> str:
     return f"**{told}**" if size > 10_000_000 else told
 
 
+def uploading_table() -> str:
+    """What `benchmarks.uploading` told when it was run last."""
+    run = json.loads(UPLOADING.read_text(encoding="utf-8"))
+    rows = ["| pictures | jobs a minute | from take to result, median |", "|---|---|---|"]
+    kinds = {"inline": "in the answer", "uploaded": f"uploaded, {run['upload_s']:g} s each"}
+    for kind, words in kinds.items():
+        row = run[kind]
+        rows.append(f"| {words} | {row['jobs_per_minute']:.0f} | {row['execution_s']:.1f} s |")
+    added = (run["uploaded"]["seconds"] - run["inline"]["seconds"]) / run["jobs"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"{run['jobs']} jobs sent at once to one worker, with the miniature model: uploading "
+            f"added {added:.2f} s to each, the last\none's upload, for which no other job waits, "
+            "included.",
+        ]
+    )
+
+
 def icon_url() -> str:
     return f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
 
@@ -172,7 +194,12 @@ def derived() -> dict[Path, str]:
             attack=attack_table(),
             **{"long-run": long_run()},
         ),
-        PLATFORM: with_tables(PLATFORM, formats=formats_table(), answers=answers_table()),
+        PLATFORM: with_tables(
+            PLATFORM,
+            formats=formats_table(),
+            answers=answers_table(),
+            uploading=uploading_table(),
+        ),
         MODELS: with_tables(MODELS, settings=settings_table()),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
         SECURITY: with_tables(SECURITY, report=report()),

@@ -18,6 +18,8 @@ import aiohttp
 
 log = logging.getLogger(__name__)
 
+Result = dict[str, Any] | asyncio.Task[dict[str, Any]]
+
 KEPT_SECONDS = 120.0
 # A gateway in trouble may answer anything for a moment. What is said for so long, without a break,
 # is meant: that the job is not there, that the result is refused.
@@ -58,12 +60,13 @@ class Deliveries:
         self._done = done
         self._under_way: dict[asyncio.Task[None], str] = {}
 
-    def start(self, session: aiohttp.ClientSession, job_id: str, result: dict[str, Any]) -> None:
+    def start(self, session: aiohttp.ClientSession, job_id: str, result: Result) -> None:
         """Deliver a result, without waiting for it.
 
         Args:
             session: with the platform's credentials.
-            result: as the platform takes it: `{"output"?, "error"?, "stopPod"?}`.
+            result: as the platform takes it: `{"output"?, "error"?, "stopPod"?}`; or the task that
+                still makes it, and that is dropped with it.
         """
         task = asyncio.create_task(_deliver(session, job_id, result))
         self._under_way[task] = job_id
@@ -90,7 +93,8 @@ class Deliveries:
         self._done(job_id)
 
 
-async def _deliver(session: aiohttp.ClientSession, job_id: str, result: dict[str, Any]) -> None:
+async def _deliver(session: aiohttp.ClientSession, job_id: str, result: Result) -> None:
+    result = result if isinstance(result, dict) else await result
     url, extra = job_url(job_id), {"job_id": job_id}
     if url is None:
         log.error("there is no address for results: RUNPOD_WEBHOOK_POST_OUTPUT", extra=extra)

@@ -18,6 +18,7 @@ from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_scale
 from runpod.serverless.modules.rp_job import _job_get_url
 
+from sdxl_worker.serving import slot
 from sdxl_worker.serving.delivery import Deliveries
 from sdxl_worker.serving.ending import hurry
 from sdxl_worker.serving.host_memory import give_back_host_memory
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 # An answer without a job that comes sooner was not held back by the platform.
 HELD_SECONDS = 0.5
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
-# Results that may wait for the platform before the worker takes no more jobs.
+# Jobs that may wait, for storage or for the platform, before the worker takes no more.
 MAX_WAITING_RESULTS = 8
 MAX_ID_CHARACTERS = 500
 # What the platform is known to send beside the id.
@@ -152,7 +153,8 @@ class WorkerScaler(rp_scale.JobScaler):
         asyncio.get_running_loop().run_in_executor(None, give_back_host_memory)
 
     def current_occupancy(self) -> int:
-        """Jobs that keep the worker from taking others: a few whose results wait do not."""
+        """Jobs that keep the worker from taking others. Those that left their slot do not, as long
+        as they are few: each holds its pictures."""
         waiting = sum(
             self._deliveries.is_delivering(job.id) and job.id not in self.jobs_tasks
             for job in self.job_progress
@@ -163,7 +165,22 @@ class WorkerScaler(rp_scale.JobScaler):
         self._forget_old_stops()
         if self._stopped_at.pop(job["id"], None) is not None:
             return
-        output = await config["handler"](job)
+        left = asyncio.Event()
+        token = slot.leave.set(left.set)
+        answering = asyncio.create_task(self._answer(config["handler"], job))
+        slot.leave.reset(token)
+        answering.add_done_callback(lambda _: left.set())
+        try:
+            await left.wait()
+        except asyncio.CancelledError:
+            answering.cancel()
+            await asyncio.wait([answering])
+            raise
+        self._deliveries.start(session, job["id"], answering)
+
+    async def _answer(self, handler: Any, job: dict[str, Any]) -> dict[str, Any]:
+        """The result of a job, as the platform takes it."""
+        output = await handler(job)
         result: dict[str, Any] = {}
         if error := output.pop("error", None):
             result["error"] = error
@@ -172,7 +189,7 @@ class WorkerScaler(rp_scale.JobScaler):
             self.kill_worker()  # the next job would fail as this one did
         if output or not result:
             result["output"] = output
-        self._deliveries.start(session, job["id"], result)
+        return result
 
     # Stopping.
 

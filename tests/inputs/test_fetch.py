@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs import connections
 from sdxl_worker.inputs import fetch as fetch_module
 from sdxl_worker.inputs.fetch import fetch
 
@@ -334,7 +335,7 @@ def test_a_server_that_floods_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPat
 def test_private_addresses_are_not_connected_to(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def get() -> None:
         monkeypatch.setattr(
-            fetch_module._loop(), "sock_connect", lambda *_: pytest.fail("connected")
+            connections._loop(), "sock_connect", lambda *_: pytest.fail("connected")
         )
         assert "public addresses only" in await async_refusal(f"http://{host}/a.png?{QUERY}")
 
@@ -349,7 +350,7 @@ def test_a_redirect_to_a_private_address_is_not_followed(monkeypatch: pytest.Mon
         seen.append(address)
         return len(seen) == 1
 
-    monkeypatch.setattr(fetch_module, "is_public", is_public)
+    monkeypatch.setattr(connections, "is_public", is_public)
 
     async def get() -> None:
         async with serving() as (url, server):

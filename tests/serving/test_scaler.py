@@ -19,6 +19,7 @@ from runpod.serverless.modules.worker_state import JobsProgress
 
 from sdxl_worker.serving import ending, scaler
 from sdxl_worker.serving.scaler import WorkerScaler, take_the_place_of_the_sdks_scaler
+from sdxl_worker.serving.slot import begin_next_job
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 JOB = {"id": "job-1", "input": {"prompt": "a"}}
@@ -323,6 +324,102 @@ def test_while_a_result_waits_the_next_job_goes_on_and_the_pings_name_both(
     assert list(platform.results) == ["second", "first"], "the end of the worker waits for it"
     assert sorted(named[1].split(",")) == ["first", "second"]
     assert JobsProgress().get_job_count() == 0
+
+
+class TestUploading:
+    """What a job does once it left its slot."""
+
+    def test_the_next_job_goes_on_and_the_pings_name_both(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        named: dict[str, set[str]] = {}
+
+        async def handler(job: dict[str, Any]) -> dict[str, Any]:
+            named[job["id"]] = set(str(JobsProgress().get_job_list()).split(","))
+            if job["id"] == "first":
+                begin_next_job()
+                while "second" not in named:
+                    await asyncio.sleep(0.01)
+            return {"of": job["id"]}
+
+        platform = Platform({"id": "first", "input": {}}, {"id": "second", "input": {}})
+        serve(platform, monkeypatch, handler=handler, until=lambda _: len(platform.results) == 2)
+        assert named["second"] == {"first", "second"}
+        assert platform.results == {
+            name: [{"output": {"of": name}}] for name in ("first", "second")
+        }
+        assert JobsProgress().get_job_count() == 0
+
+    def test_without_leaving_it_the_next_job_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        running: list[str] = []
+
+        async def handler(job: dict[str, Any]) -> dict[str, Any]:
+            running.append(job["id"])
+            assert running == [job["id"]]
+            await asyncio.sleep(0.5)
+            running.clear()
+            return {}
+
+        platform = Platform({"id": "first", "input": {}}, {"id": "second", "input": {}})
+        serve(platform, monkeypatch, handler=handler, until=lambda _: len(platform.results) == 2)
+        assert set(platform.results) == {"first", "second"}
+        assert platform.results["second"] == [{"output": {}}]
+
+    def test_the_worker_ends_when_it_has_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        begun: list[str] = []
+
+        async def handler(job: dict[str, Any]) -> dict[str, Any]:
+            begin_next_job()
+            begun.append(job["id"])
+            await asyncio.sleep(1.5)
+            return {}
+
+        platform = Platform(JOB)
+        serve(platform, monkeypatch, handler=handler, until=lambda _: bool(begun))
+        assert platform.results == {"job-1": [{"output": {}}]}
+
+    def test_a_stop_ends_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ended: list[str] = []
+
+        async def handler(job: dict[str, Any]) -> dict[str, Any]:
+            begin_next_job()
+            await asyncio.sleep(0.3)  # the slot is free by now
+            platform.stops = [job["id"]]
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                ended.append(job["id"])
+                raise
+            return {}
+
+        platform = Platform(JOB)
+        serve(platform, monkeypatch, handler=handler, until=lambda _: bool(ended))
+        assert platform.results == {}
+        assert JobsProgress().get_job_count() == 0
+
+    def test_few_do_it_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Or a storage that hangs would fill the memory with pictures."""
+        monkeypatch.setattr(scaler, "MAX_WAITING_RESULTS", 2)
+        begun: list[str] = []
+        storage = asyncio.Event()
+
+        async def handler(job: dict[str, Any]) -> dict[str, Any]:
+            begin_next_job()
+            begun.append(job["id"])
+            await storage.wait()
+            return {}
+
+        platform = Platform(*({"id": f"job-{i}", "input": {}} for i in range(9)))
+        began = time.monotonic()
+
+        def until(_: WorkerScaler) -> bool:
+            if time.monotonic() > began + 4 and not storage.is_set():
+                assert len(begun) == 3, "two may wait, and the next one has to"
+                storage.set()
+            return storage.is_set()
+
+        serve(platform, monkeypatch, handler=handler, until=until)
+        assert len(platform.results) == len(begun), "those that were taken are delivered"
 
 
 def test_a_platform_that_takes_no_results_gets_no_more_jobs_done(
