@@ -90,8 +90,6 @@ def main() -> None:
     set_up_logging()
     leave_no_orphans()
     sys.argv[1:], place = command_line.prepare(sys.argv[1:])
-    if os.environ.get("BUCKET_ENDPOINT_URL"):
-        log.warning("BUCKET_ENDPOINT_URL is not used yet: answers hold the pictures themselves")
     sdk_checks_done = threading.Event()
 
     if place is not command_line.Place.QUEUE:

@@ -1,6 +1,7 @@
 """The answer: the output of worker-sdxl 2.1.0, with pictures as data URIs or as links."""
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -17,19 +18,21 @@ def encode_pictures(
     *,
     output_format: OutputFormat,
     about: About,
+    numbers: Sequence[int] | None = None,
     quality: int | None = None,
     smallest: bool = False,
 ) -> list[bytes]:
     """The pictures as files. It takes from milliseconds to seconds: not for the event loop.
 
     Args:
-        pictures: RGB; picture i was made from `request.seed_of(i)`.
+        pictures: RGB.
         request: as `as_drawn` returns it.
+        numbers: of the pictures: i was made from `request.seed_of(i)`. None: from 0 on.
         quality: of JPEG and WebP. None: the request's.
         smallest: see `encode`.
     """
     files, quality = [], quality or request.output_quality
-    for i, picture in enumerate(pictures):
+    for i, picture in zip(numbers or range(len(pictures)), pictures, strict=True):
         text = describe(request, i, picture.size, about)
         if output_format == "jpeg" and text and not fits_jpeg(text):
             text = describe(request, i, picture.size, about, "no_prompts")

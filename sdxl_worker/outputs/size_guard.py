@@ -5,6 +5,7 @@ It counts where the answer holds the pictures themselves; links are short.
 
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -88,6 +89,8 @@ def fit(
     *,
     output_format: OutputFormat,
     about: About,
+    numbers: Sequence[int] | None = None,
+    beside_bytes: int = 0,
 ) -> Fitted:
     """Make the pictures fit in an answer of data URIs, as far as the request allows.
 
@@ -96,17 +99,23 @@ def fit(
 
     Args:
         files: what `encode_pictures` made of the pictures.
+        numbers: of the pictures, as there.
+        beside_bytes: what else the answer holds.
 
     Raises:
         RequestError: they do not; with the size and what would have helped.
     """
     limit = limit_bytes(job_id)
     size = result_bytes(files, request, output_format)
-    if limit is None or size <= limit:
+    if limit is None or size <= limit - beside_bytes:
         return Fitted(files, output_format)
+    limit -= beside_bytes
 
     def png(some: list[Image.Image]) -> list[bytes]:
-        return encode_pictures(some, request, output_format="png", about=about, smallest=True)
+        of_some = numbers[: len(some)] if numbers else None
+        return encode_pictures(
+            some, request, output_format="png", about=about, numbers=of_some, smallest=True
+        )
 
     gain = 1.0
     if output_format == "png":
@@ -123,7 +132,12 @@ def fit(
             f"takes {limit / 1e6:.0f} MB: the pictures are JPEG of quality {quality}"
         )
         jpegs = encode_pictures(
-            pictures, request, output_format="jpeg", about=about, quality=quality
+            pictures,
+            request,
+            output_format="jpeg",
+            about=about,
+            numbers=numbers,
+            quality=quality,
         )
         return Fitted(jpegs, "jpeg", warning)
 

@@ -1,6 +1,7 @@
 """One job, phase by phase."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -8,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from sdxl_worker.errors import RequestError
 from sdxl_worker.gpu import reset_peak_memory
 from sdxl_worker.inputs.canvas import Canvas, prepare_canvas
 from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
@@ -15,14 +17,24 @@ from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
 from sdxl_worker.limits import check_limits
 from sdxl_worker.outputs.answer import build_output, data_uri, encode_pictures
+from sdxl_worker.outputs.files import MEDIA_TYPES
 from sdxl_worker.outputs.metadata import About
 from sdxl_worker.outputs.size_guard import check_expected_size, fit
-from sdxl_worker.request import MAX_SIDE_PX, Request, parse_request
+from sdxl_worker.outputs.upload import (
+    Destination,
+    UploadFailure,
+    check_storage,
+    destination,
+    upload,
+)
+from sdxl_worker.request import MAX_SIDE_PX, OutputFormat, Request, parse_request
 from sdxl_worker.serving.ending import not_holding_the_end
 from sdxl_worker.serving.logs import timed
+from sdxl_worker.serving.slot import begin_next_job
 from sdxl_worker.serving.start import ready_models
 from sdxl_worker.serving.threads import in_thread, on_gpu_thread
 from sdxl_worker.settings import load_settings
+from sdxl_worker.wording import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +58,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     settings = load_settings()
     check_limits(request, settings)
+    storage = destination(job, request, settings)
     models = await ready_models(settings)
 
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
@@ -60,7 +73,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
         async with not_holding_the_end("the picture of image_url"):
             canvas = await _canvas(request, models.native_size_px, job_id)
     output_format = request.output_format or settings.default_output_format
-    if not request.check:
+    if not request.check and storage is None:
         width, height = output_size_px(stages, canvas)
         check_expected_size(request, width * height, output_format, job_id)
 
@@ -76,18 +89,76 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             progress.on_step,
             step_cache_interval=settings.step_cache,
         )
+        if canvas is not None:
+            pictures = await in_thread(lambda: [canvas.put_back(one) for one in pictures])
+        if request.check:
+            steps = total_steps(stages)
+            report = build_report(request, models, settings, pictures, generate_ms, steps)
+            return (
+                report if storage is None else {**report, "storage": await check_storage(storage)}
+            )
+        about = About(models.name, settings.metadata_level, models.hash, settings.lossy)
+        how: Any = {"output_format": output_format, "about": about}
         with timed("encode", job_id):
-            if canvas is not None:
-                pictures = await in_thread(lambda: [canvas.put_back(one) for one in pictures])
-            if request.check:
-                steps = total_steps(stages)
-                return build_report(request, models, settings, pictures, generate_ms, steps)
-            about = About(models.name, settings.metadata_level, models.hash, settings.lossy)
-            how: Any = {"output_format": output_format, "about": about}
             files = await in_thread(encode_pictures, pictures, request, **how)
-            fitted = await in_thread(fit, pictures, files, request, job_id, **how)
-            images = [data_uri(file, fitted.output_format) for file in fitted.files]
-            return build_output(images, request, warning=fitted.warning)
+    links: list[str | UploadFailure] = []
+    if storage is not None:
+        begin_next_job()
+        with timed("upload", job_id):
+            links = await _upload(files, output_format, storage, job_id)
+    return await in_thread(_answer, pictures, files, links, request, job_id, how)
+
+
+async def _upload(
+    files: list[bytes], output_format: OutputFormat, storage: Destination, job_id: str
+) -> list[str | UploadFailure]:
+    """Of each file its link, or why there is none."""
+    try:
+        async with not_holding_the_end("the upload"):
+            return await upload(files, MEDIA_TYPES[output_format], output_format, storage, job_id)
+    except RequestError:  # what is made still reaches the caller
+        return [UploadFailure("the worker was told to end")] * len(files)
+
+
+def _answer(
+    pictures: list[Image.Image],
+    files: list[bytes],
+    links: list[str | UploadFailure],
+    request: Request,
+    job_id: str,
+    how: dict[str, Any],
+) -> dict[str, Any]:
+    """Links, and what has none in the answer itself, as long as it fits.
+
+    Raises:
+        RequestError: it does not.
+    """
+    images = {i: link for i, link in enumerate(links) if isinstance(link, str)}
+    inline = [i for i in range(len(files)) if i not in images]
+    cause = next((link.cause for link in links if isinstance(link, UploadFailure)), "")
+    warnings = [f"{len(inline)} of {len(files)} pictures not uploaded: {cause}"] if cause else []
+    if inline:
+        beside = json.dumps([*images.values(), *warnings])
+        try:
+            fitted = fit(
+                [pictures[i] for i in inline],
+                [files[i] for i in inline],
+                request,
+                job_id,
+                numbers=inline,
+                beside_bytes=len(beside),
+                **how,
+            )
+        except RequestError as error:
+            uploaded = "".join(f"; stored: {without_secrets(link)}" for link in images.values())
+            raise RequestError(f"{cause and f'not uploaded: {cause}; '}{error}{uploaded}") from None
+        images |= {
+            i: data_uri(file, fitted.output_format)
+            for i, file in zip(inline, fitted.files, strict=True)
+        }
+        warnings += [fitted.warning] if fitted.warning else []
+    in_order = [images[i] for i in range(len(files))]
+    return build_output(in_order, request, warning="; ".join(warnings) or None)
 
 
 async def _canvas(request: Request, native_size_px: int, job_id: str) -> Canvas:

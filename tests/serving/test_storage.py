@@ -1,0 +1,191 @@
+"""A job's pictures in storage: links in the answer, and nothing lost where there can be none."""
+
+import asyncio
+import io
+import urllib.request
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from botocore.config import Config
+from PIL import Image
+
+import handler
+from sdxl_worker.outputs import size_guard
+from sdxl_worker.outputs import upload as upload_module
+from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server, s3_server
+from tests.support import decoded, run
+
+QUICK = {
+    "prompt": "a red circle",
+    "seed": 3,
+    "num_inference_steps": 2,
+    "refiner_inference_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "pics").mkdir()
+    with s3_server(folder) as running:
+        yield running
+
+
+@pytest.fixture
+def _owner_s_bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET_ENDPOINT_URL", server.url)
+    monkeypatch.setenv("BUCKET_NAME", "pics")
+    monkeypatch.setenv("BUCKET_ACCESS_KEY_ID", ACCESS_KEY_ID)
+    monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY)
+
+
+@pytest.fixture
+def _no_such_bucket(_owner_s_bucket: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET_NAME", "elsewhere")
+
+
+@pytest.fixture
+def _on_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://127.0.0.1:9/job-take/$ID?gpu=TEST")
+
+
+def presigned(server: S3Server, key: str) -> str:
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.url,
+        aws_access_key_id=ACCESS_KEY_ID,
+        aws_secret_access_key=SECRET_ACCESS_KEY,
+        region_name="us-east-1",
+        config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
+    )
+    return client.generate_presigned_url("put_object", Params={"Bucket": "pics", "Key": key})
+
+
+def got(link: str) -> Image.Image:
+    with urllib.request.urlopen(link, timeout=10) as response:
+        return Image.open(io.BytesIO(response.read()))
+
+
+@pytest.mark.usefixtures("_owner_s_bucket")
+def test_the_owner_s_bucket_gets_the_pictures_and_the_caller_links(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = run({**QUICK, "num_images": 2})
+    assert list(output) == ["images", "image_url", "seed"]
+    assert output["image_url"] == output["images"][0]
+    with monkeypatch.context() as without:
+        without.delenv("BUCKET_ENDPOINT_URL")
+        for name in ("NAME", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            without.delenv(f"BUCKET_{name}")
+        inline = run({**QUICK, "num_images": 2})
+    for link, uri in zip(output["images"], inline["images"], strict=True):
+        assert "/pics/test/" in link
+        assert got(link).tobytes() == decoded(uri).tobytes()
+
+
+@pytest.mark.usefixtures("_owner_s_bucket")
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_other_formats_have_their_own_names_there(output_format: str) -> None:
+    output = run({**QUICK, "output_format": output_format, "duplicate_first": False})
+    assert f".{output_format}?" in output["image_url"], "a link costs nothing to have twice"
+    assert got(output["image_url"]).format == output_format.upper()
+
+
+@pytest.mark.usefixtures("_owner_s_bucket", "_on_the_platform")
+def test_what_is_uploaded_may_be_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", 2000)
+    assert run({**QUICK, "num_images": 2})["images"][1].startswith("http")
+
+
+@pytest.mark.usefixtures("_no_such_bucket")
+def test_a_job_s_own_bucket_wins_over_the_owner_s(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    config = {
+        "accessId": ACCESS_KEY_ID,
+        "accessSecret": SECRET_ACCESS_KEY,
+        "bucketName": "pics",
+        "endpointUrl": server.url,
+    }
+    job = {"id": "own", "input": QUICK, "s3Config": config}
+    output = asyncio.run(handler.handler(job))
+    assert len(list((server.folder / "pics" / "own").iterdir())) == 1
+    assert "warning" not in output
+    wrong = {**job, "s3Config": {**config, "bucketName": 3}}
+    assert "s3Config" in asyncio.run(handler.handler(wrong))["error"]
+
+
+@pytest.mark.usefixtures("_no_such_bucket")
+def test_presigned_addresses_win_over_both(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    urls = [presigned(server, f"presigned/{i}.png") for i in range(2)]
+    job_input = {**QUICK, "num_images": 2, "upload_urls": urls}
+    output = asyncio.run(handler.handler({"id": "x", "input": job_input, "s3Config": {"a": 1}}))
+    assert output["images"] == [url.partition("?")[0] for url in urls]
+    for i in range(2):
+        assert Image.open(server.folder / "pics" / "presigned" / f"{i}.png").size == (128, 128)
+
+
+def test_private_addresses_are_not_uploaded_to(server: S3Server) -> None:
+    output = run({**QUICK, "upload_urls": [presigned(server, "private.png")]})
+    assert decoded(output["images"][0]).size == (128, 128)
+    assert "public" in output["warning"]
+    assert not (server.folder / "pics" / "private.png").exists()
+
+
+@pytest.mark.usefixtures("_no_such_bucket")
+def test_a_picture_that_is_not_uploaded_is_in_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    output = run({**QUICK, "num_images": 2})
+    assert [decoded(uri).size for uri in output["images"]] == [(128, 128)] * 2
+    assert output["warning"].startswith("2 of 2 pictures not uploaded: the storage answered 404")
+    assert "NoSuchBucket" in output["warning"]
+    for secret in (SECRET_ACCESS_KEY, "X-Amz", QUICK["prompt"]):
+        assert str(secret) not in output["warning"] + caplog.text
+
+
+@pytest.mark.usefixtures("_no_such_bucket", "_on_the_platform")
+def test_where_it_does_not_fit_the_error_gives_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", 2000)
+    message = run(QUICK)["error"]
+    assert message.startswith("not uploaded: the storage answered 404")
+    assert "the platform takes 0 MB" in message
+
+
+@pytest.mark.usefixtures("_on_the_platform")
+def test_of_several_the_uploaded_ones_stay_links(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    monkeypatch.setattr(upload_module, "FIRST_PAUSE_SECONDS", 0.01)
+    urls = [presigned(server, f"some/{i}.png") for i in range(3)]
+    urls[1] = urls[1].replace("X-Amz-Signature=", "X-Amz-Signature=0")
+    job_input = {**QUICK, "num_images": 3, "upload_urls": urls}
+    output = run({**job_input, "output_format": "jpeg"})
+    kinds = [image.partition(":")[0] for image in output["images"]]
+    assert kinds == ["http", "data", "http"]
+    assert output["warning"].startswith("1 of 3 pictures not uploaded: the storage answered 403")
+    # What was not uploaded is made smaller as it is alone, with the seed of its own.
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", 6000)
+    output = run({**job_input, "on_too_large": "jpeg"})
+    assert output["images"][1].startswith("data:image/jpeg")
+    assert "the pictures are JPEG of quality" in output["warning"]
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", 1000)
+    message = run(job_input)["error"]
+    assert f"stored: {urls[0].partition('?')[0]}" in message
+    assert "X-Amz" not in message
+
+
+@pytest.mark.usefixtures("_owner_s_bucket")
+def test_a_check_tells_whether_storage_works(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run({"check": True})["storage"] == "ok"
+    assert not list((server.folder / "pics").glob("**/check/*")), "nothing is left"
+    monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", "wrong-hunter3")
+    told = run({"check": True})["storage"]
+    assert told.startswith("put: the storage answered 403")
+    assert "hunter" not in told
