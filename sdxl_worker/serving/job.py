@@ -93,9 +93,9 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             )
         if where is not None:
             begin_next_job()
-            data = [base64.b64decode(uri.partition(",")[2]) for uri in output["images"]]
+            files = [base64.b64decode(uri.partition(",")[2]) for uri in output["images"]]
             with timed("upload", job_id):
-                links = await upload(data, "image/png", "png", where, job_id)
+                links = await upload(files, "image/png", "png", where, job_id)
             if failures := [link for link in links if isinstance(link, UploadFailure)]:
                 raise RequestError(failures[0].cause)
             output = {**output, "images": links, "image_url": links[0]}
