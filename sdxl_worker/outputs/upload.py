@@ -134,9 +134,7 @@ async def _upload_all(
             async with asyncio.timeout_at(ends_at), places:
                 for tries in itertools.count(1):
                     try:
-                        return await _put(
-                            session, destination, index, name, data, media_type, tries
-                        )
+                        return await _put(session, destination, index, name, data, media_type)
                     except _PassingError as error:
                         cause = f"{error} (tried {tries} times)"
                         if tries == TRIES:
@@ -165,19 +163,13 @@ async def _put(
     name: str,
     data: bytes,
     media_type: str,
-    tries: int,
 ) -> str:
     """The link of the picture, once it is stored."""
-    # A storage that refuses a picture closes the connection, and its answer is lost, unless the
-    # picture waits for the storage to ask for it. Some never ask.
-    asked_for = tries == 1
     if isinstance(destination, Bucket):
-        signed = destination.signed("PUT", name, data, media_type)
-        await _send(session, "PUT", *signed, data, asked_for=asked_for)
+        await _send(session, "PUT", *destination.signed("PUT", name, data, media_type), data)
         return destination.link(name)
     url = destination.urls[index]
-    headers = _headers_of_put(url, media_type)
-    await _send(session, "PUT", url, headers, data, asked_for=asked_for)
+    await _send(session, "PUT", url, _headers_of_put(url, media_type), data)
     return without_secrets(url)
 
 
@@ -200,13 +192,8 @@ async def _send(
     url: str,
     headers: Mapping[str, str],
     data: bytes = b"",
-    *,
-    asked_for: bool = False,
 ) -> bytes:
     """One try of a request.
-
-    Args:
-        asked_for: send the data once the server asks for them.
 
     Returns:
         The beginning of the answer's body.
@@ -225,7 +212,6 @@ async def _send(
                 headers=headers,
                 skip_auto_headers=("Content-Type",),
                 allow_redirects=False,
-                expect100=asked_for,
             ) as response,
         ):
             status = response.status

@@ -335,6 +335,23 @@ class TestFaults:
         assert headers["Content-Length"] == str(len(PICTURES[0]))
         assert not {"Content-Type", "Authorization", "Transfer-Encoding"} & set(headers)
 
+    def test_a_storage_that_refuses_before_it_reads_is_understood(self) -> None:
+        """It closes with the picture unread."""
+
+        async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(0.1)
+            writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+
+        async def refused() -> Any:
+            async with await asyncio.start_server(refuse, "127.0.0.1", 0, limit=1000) as listening:
+                url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+                where = PutUrls((url,), private_allowed=True)
+                return await upload([bytes(20_000_000)], "image/png", "png", where, "job")
+
+        assert asyncio.run(refused()) == [UploadFailure("the storage answered 403 Forbidden")]
+
     def test_a_dead_storage_is_told(self) -> None:
         where = Bucket("http://127.0.0.1:9", "x", ACCESS_KEY_ID, "hunter2", private_allowed=True)
         assert "cannot be reached" in cause(where)
