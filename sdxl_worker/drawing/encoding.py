@@ -43,7 +43,7 @@ def encode_canvas(
     width_px, height_px = size_px
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = height_px // factor, width_px // factor
-    pixels = np.zeros((height_px, width_px, 3), np.float32)
+    pixels: np.ndarray = np.zeros((height_px, width_px, 3), np.float32)
     picture = repainted = surroundings = None
     hidden = np.ones((height_px, width_px), bool)
     if canvas is not None:

@@ -168,7 +168,8 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
     # base's generator: from a fresh one it would add the same noise that the base began with.
     generators = [torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in batch]
     work.counter.begin(batch.start, len(batch))
-    latents = keeper = None
+    latents: Any = None
+    keeper = None
     if canvas.picture is not None:
         latents = latents_of(canvas.picture, generators, models.vae)
         if canvas.repainted is not None:
