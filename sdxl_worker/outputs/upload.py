@@ -134,7 +134,9 @@ async def _upload_all(
             async with asyncio.timeout_at(ends_at), places:
                 for tries in itertools.count(1):
                     try:
-                        return await _put(session, destination, index, name, data, media_type)
+                        return await _put(
+                            session, destination, index, name, data, media_type, tries
+                        )
                     except _PassingError as error:
                         cause = f"{error} (tried {tries} times)"
                         if tries == TRIES:
@@ -163,13 +165,19 @@ async def _put(
     name: str,
     data: bytes,
     media_type: str,
+    tries: int,
 ) -> str:
     """The link of the picture, once it is stored."""
+    # A storage that refuses a picture closes the connection, and its answer may be lost, unless the
+    # picture waits for the storage to ask for it. Some never ask.
+    asked_for = tries == 1
     if isinstance(destination, Bucket):
-        await _send(session, "PUT", *destination.signed("PUT", name, data, media_type), data)
+        signed = destination.signed("PUT", name, data, media_type)
+        await _send(session, "PUT", *signed, data, asked_for=asked_for)
         return destination.link(name)
     url = destination.urls[index]
-    await _send(session, "PUT", url, _headers_of_put(url, media_type), data)
+    headers = _headers_of_put(url, media_type)
+    await _send(session, "PUT", url, headers, data, asked_for=asked_for)
     return without_secrets(url)
 
 
@@ -192,8 +200,13 @@ async def _send(
     url: str,
     headers: Mapping[str, str],
     data: bytes = b"",
+    *,
+    asked_for: bool = False,
 ) -> bytes:
     """One try of a request.
+
+    Args:
+        asked_for: send the data once the server asks for them.
 
     Returns:
         The beginning of the answer's body.
@@ -212,6 +225,7 @@ async def _send(
                 headers=headers,
                 skip_auto_headers=("Content-Type",),
                 allow_redirects=False,
+                expect100=asked_for,
             ) as response,
         ):
             status = response.status

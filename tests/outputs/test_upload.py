@@ -352,6 +352,26 @@ class TestFaults:
 
         assert asyncio.run(refused()) == [UploadFailure("the storage answered 403 Forbidden")]
 
+    def test_a_storage_that_never_asks_for_the_picture_gets_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(upload_module, "TRY_SECONDS", 1)
+
+        async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(len(PICTURES[0]))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+
+        async def taken() -> Any:
+            async with await asyncio.start_server(take, "127.0.0.1", 0) as listening:
+                url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+                where = PutUrls((f"{url}/a.png?b",), private_allowed=True)
+                outcome = await upload(PICTURES[:1], "image/png", "png", where, "job")
+                return outcome == [f"{url}/a.png"]
+
+        assert asyncio.run(taken())
+
     def test_a_dead_storage_is_told(self) -> None:
         where = Bucket("http://127.0.0.1:9", "x", ACCESS_KEY_ID, "hunter2", private_allowed=True)
         assert "cannot be reached" in cause(where)
