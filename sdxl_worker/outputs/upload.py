@@ -168,9 +168,9 @@ async def _put(
     tries: int,
 ) -> str:
     """The link of the picture, once it is stored."""
-    # A storage that refuses a picture closes the connection, and its answer may be lost, unless the
-    # picture waits for the storage to ask for it. Some never ask.
-    asked_for = tries == 1
+    # A storage that refuses a picture unread closes the connection, and its answer is lost at times,
+    # unless the picture waits until the storage asks for it. Some never ask: so not at first.
+    asked_for = tries == 2
     if isinstance(destination, Bucket):
         signed = destination.signed("PUT", name, data, media_type)
         await _send(session, "PUT", *signed, data, asked_for=asked_for)
