@@ -16,15 +16,16 @@ Values = st.SearchStrategy[Any]
 
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
+# What may be a part of an address is not told as it is.
+NAMES = st.text(st.characters(exclude_characters="/=@"), max_size=5)
+
 anything: Values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=5,
 )
 """Any JSON value."""
@@ -97,10 +98,8 @@ def nearly(schema: Schema, root: Schema) -> Values:
     if "properties" in schema:
         fields = {name: nearly(one, root) for name, one in schema["properties"].items()}
         known = st.fixed_dictionaries({}, optional=fields)
-        # What may be a part of an address is not told as it is.
-        text = st.text(st.characters(exclude_characters="/=@"), max_size=5)
         other = st.dictionaries(
-            text | st.sampled_from(list(fields)).map(str.upper), anything, max_size=2
+            NAMES | st.sampled_from(list(fields)).map(str.upper), anything, max_size=2
         )
         near.append(st.tuples(other, known).map(lambda both: {**both[0], **both[1]}))
     near += [nearly(one, root) for one in _options(schema)]

@@ -93,7 +93,7 @@ def test_importing_any_module_loads_no_weights_and_starts_no_thread_of_ours() ->
         ({"num_inference_steps": 1001}, "num_inference_steps: must be an integer from 1 to 1000"),
         ({"prompt": None}, "prompt: required, unless image_url is given; got nothing"),
         ({"image_url": "/etc/passwd"}, "image_url: must be an http:// or https:// address"),
-        ({"image_url": "http://127.0.0.1/a.png"}, "image_url: the worker fetches from public"),
+        ({"image_url": "http://127.0.0.1/a.png"}, "image_url: the worker connects to public"),
         ({"foo": 1}, '"foo": no such field'),
         ({"seed": 2**64}, "seed: must be an integer from -1 to 18446744073709551615"),
     ],

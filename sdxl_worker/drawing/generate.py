@@ -196,7 +196,7 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
                 keeper.noise = noise
             if not sees_mask:  # one that does was trained to keep to it, and is disturbed by this
                 start = {"image": keeper.start(start["image"], stage)}
-                after_step = keeper.before(after_step)
+                after_step = keeper.before(after_step, pipeline.scheduler)
         with contextlib.ExitStack() as around:
             if sees_mask and canvas.surroundings is not None:
                 surroundings = latents_of(canvas.surroundings, ahead, models.vae)

@@ -7,6 +7,7 @@ those for the picture.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,13 +73,20 @@ class Keeper:
             return torch.where(self._repainted, torch.zeros_like(latents), latents)
         return latents
 
-    def before(self, after_step: AfterStep) -> AfterStep:
-        """The same for diffusers' `callback_on_step_end`, with the picture put back before."""
+    def before(self, after_step: AfterStep, scheduler: Any) -> AfterStep:
+        """The same for diffusers' `callback_on_step_end`, with the picture put back before.
+
+        Args:
+            scheduler: of the stage, before its pipeline moves its table to the device.
+        """
+        on_host = scheduler.alphas_cumprod
 
         def put_back(
             pipeline: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]
         ) -> dict[str, Any]:
-            kept = self._with_noise(pipeline.scheduler, index, timestep)
+            measure = copy.copy(pipeline.scheduler)
+            measure.alphas_cumprod = on_host
+            kept = self._with_noise(measure, index, timestep)
             latents = torch.where(self._repainted, tensors["latents"], kept)
             tensors = {**tensors, "latents": latents}
             return tensors | after_step(pipeline, index, timestep, tensors)
@@ -92,7 +100,7 @@ class Keeper:
         following = scheduler.timesteps[self._first + index + 1 :][:1]
         if not len(following):
             return self._picture
-        # The scheduler's own measure, told on the host, where its tables are.
+        # Told on the host: a number of the device would have to be waited for.
         one, zero = torch.ones(1), torch.zeros(1)
         of_picture = scheduler.add_noise(one, zero, following).item()
         of_noise = scheduler.add_noise(zero, one, following).item()

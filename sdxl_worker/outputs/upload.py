@@ -168,8 +168,8 @@ async def _put(
     tries: int,
 ) -> str:
     """The link of the picture, once it is stored."""
-    # A storage that refuses a picture unread closes the connection, and its answer is lost at times,
-    # unless the picture waits until the storage asks for it. Some never ask: so not at first.
+    # A storage that refuses a picture unread closes the connection, and its answer is lost at
+    # times, unless the picture waits to be asked for. Some never ask: so it does not at first.
     asked_for = tries == 2
     if isinstance(destination, Bucket):
         signed = destination.signed("PUT", name, data, media_type)
