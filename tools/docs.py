@@ -191,11 +191,11 @@ def derived() -> dict[Path, str]:
             README,
             listing=listing(),
             input=input_table(),
-            attack=attack_table(),
             **{"long-run": long_run()},
         ),
         PLATFORM: with_tables(
             PLATFORM,
+            attack=attack_table(),
             formats=formats_table(),
             answers=answers_table(),
             uploading=uploading_table(),
