@@ -14,6 +14,7 @@ from scipy.ndimage import distance_transform_cdt
 from tests.support import PROMPT, data_uri, picture
 
 JOB = {"prompt": PROMPT, "num_inference_steps": 3, "refiner_inference_steps": 0}
+# The models draw 64 pixels and more, in multiples of 8.
 SIDES = st.integers(64, 110)
 LANCZOS = Image.Resampling.LANCZOS
 
@@ -79,6 +80,17 @@ def test_a_picture_in_its_own_size(
     image, mask = sent
     result = picture(**masked_job(image, mask, invert=invert), **options)
     check_kept(result, image, mask, options.get("mask_blur", 0))
+
+
+@pytest.mark.parametrize("options", [{}, {"mask_padding": 4}], ids=str)
+@pytest.mark.parametrize("size", [(20, 30), (63, 200), (300, 10), (1, 1)])
+def test_a_picture_smaller_than_the_models_draw(
+    size: tuple[int, int], options: dict[str, Any]
+) -> None:
+    image = Image.effect_noise(size, 60).convert("RGB")
+    mask = np.zeros(size[::-1], bool)
+    mask[: size[1] // 2 + 1, : size[0] // 2 + 1] = True
+    check_kept(picture(**masked_job(image, mask, invert=False), **options), image, mask, 0)
 
 
 def fitted(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
