@@ -31,15 +31,33 @@ def check_checkpoint(path: Path, role: str, what: str) -> None:
         raise DownloadError(
             f"{what}: is no single-file SDXL {role}: it has no tensors {', '.join(missing)}*"
         )
-    conv_in = tensors.get(f"{UNET}input_blocks.0.0.weight", {"shape": [0, 0]})
-    if conv_in["shape"][1] != 4:
-        raise DownloadError(
-            f"{what}: its UNet takes {conv_in['shape'][1]} channels where text to image has 4: "
-            "models for inpainting or editing cannot be served"
-        )
+    check_channels(_channels(tensors), role, what)
     for mark, kind in OTHER_KINDS.items():
         if mark in tensors:
             raise DownloadError(f"{what}: is trained for {kind} sampling, which is not served")
+
+
+def check_channels(channels: int | None, role: str, what: str) -> None:
+    """
+    Args:
+        channels: that the UNet takes: latents, and of a model for inpainting also the mask and
+            the latents of what surrounds it.
+
+    Raises:
+        DownloadError: the worker cannot serve it.
+    """
+    if channels == 4 or (channels == 9 and role == "base"):
+        return
+    served = "4, or 9 if it is for inpainting" if role == "base" else "4"
+    raise DownloadError(
+        f"{what}: its UNet takes {channels} channels; a {role} that can be served takes {served}: "
+        "models that edit by an instruction, for example, cannot be"
+    )
+
+
+def _channels(tensors: dict[str, Any]) -> int:
+    conv_in = tensors.get(f"{UNET}input_blocks.0.0.weight", {"shape": [0, 0]})
+    return int(conv_in["shape"][1])
 
 
 def convert(checkpoint: Path, role: str, folder: Path, what: str) -> None:
@@ -72,7 +90,10 @@ def convert(checkpoint: Path, role: str, folder: Path, what: str) -> None:
     }
     try:
         if role == "base":
-            _force_upcast(folder / "vae" / "config.json")
+            # The checkpoint's own VAE may be the original one, which overflows in fp16.
+            _edit(folder / "vae" / "config.json", force_upcast=True)
+            channels = _channels(read_header(checkpoint)[0])
+            _edit(folder / "unet" / "config.json", in_channels=channels)
             pipeline = StableDiffusionXLPipeline.from_single_file(str(checkpoint), **options)
             networks = {
                 name: network
@@ -99,7 +120,6 @@ def convert(checkpoint: Path, role: str, folder: Path, what: str) -> None:
         raise DownloadError(f"{what}: cannot be converted: {error}") from error
 
 
-def _force_upcast(config: Path) -> None:
-    """The checkpoint's own VAE may be the original one, which overflows in fp16."""
+def _edit(config: Path, **changed: Any) -> None:
     values = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps({**values, "force_upcast": True}, indent=2) + "\n", "utf-8")
+    config.write_text(json.dumps({**values, **changed}, indent=2) + "\n", "utf-8")

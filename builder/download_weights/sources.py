@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from builder.download_weights import DownloadError
+from builder.download_weights.single_file import check_channels
 from builder.download_weights.transfer import (
     TIMEOUT_SECONDS,
     Download,
@@ -130,7 +131,8 @@ def _hub_source(repo: str, revision: str | None, role: Role) -> Source:
         return file
 
     _check_index(_hub_json(repo, commit, required("model_index.json")), what, role)
-    _check_unet(_hub_json(repo, commit, required("unet/config.json")), what)
+    unet = _hub_json(repo, commit, required("unet/config.json"))
+    check_channels(unet.get("in_channels"), role, what)
     wanted = ["model_index.json"]
     folders = ["unet"]
     if role == "base":
@@ -181,14 +183,6 @@ def _check_index(index: dict[str, Any], what: str, role: Role) -> None:
         raise DownloadError(f"{what}: has one text encoder only: it is a refiner, not a base")
     if role == "refiner" and encoders[0]:
         raise DownloadError(f"{what}: has two text encoders: it is a base, not a refiner")
-
-
-def _check_unet(config: dict[str, Any], what: str) -> None:
-    if config.get("in_channels") != 4:
-        raise DownloadError(
-            f"{what}: its UNet takes {config.get('in_channels')} channels where text to image has "
-            "4: models for inpainting or editing cannot be served"
-        )
 
 
 def _hub_files(repo: str, revision: str | None) -> tuple[str, list[Any]]:

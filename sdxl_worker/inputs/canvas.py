@@ -76,7 +76,7 @@ def prepare_canvas(
     many pixels more, or as many as the blur reaches, in the size that the model draws best.
 
     Args:
-        picture: RGB, its sides at least 64 pixels. Without a mask, they suit the models.
+        picture: RGB. Without a mask, its sides suit the models.
         mask: [height, width] of the picture, not empty: true is repainted.
         mask_blur: by how many pixels old and new are blended, on either side of the mask's edge.
         native_size_px: the model draws squares of such sides best.
@@ -107,7 +107,9 @@ def _whole_size(size: tuple[int, int], max_side_px: int) -> tuple[int, int]:
     if max(size) > max_side_px:
         scale = max_side_px / max(size)
         return _as_side(size[0] * scale), _as_side(size[1] * scale)
-    width, height = (math.ceil(side / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX for side in size)
+    width, height = (
+        max(MIN_SIDE_PX, math.ceil(side / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX) for side in size
+    )
     return width, height
 
 

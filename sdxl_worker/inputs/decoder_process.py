@@ -79,11 +79,11 @@ async def decode_apart(
         RuntimeError: the program could not run.
     """
     sides_given = bool(height_px or width_px)
-    bounds_px = (
-        MIN_SIDE_PX,
-        MAX_SIDE_PX if sides_given or masked else MAX_AUTOMATIC_SIDE_PX,
-        1 if masked and not sides_given else SIDE_MULTIPLE_PX,
-    )
+    if masked and not sides_given:
+        bounds_px = (1, MAX_SIDE_PX, 1)
+    else:
+        largest = MAX_SIDE_PX if sides_given else MAX_AUTOMATIC_SIDE_PX
+        bounds_px = (MIN_SIDE_PX, largest, SIDE_MULTIPLE_PX)
     answer, pixels = await _made_apart(
         data,
         make="picture",

@@ -31,6 +31,11 @@ from sdxl_worker.placement import Placement
 
 log = logging.getLogger(__name__)
 
+# Of the latents that a UNet takes.
+CHANNELS = 4
+# And of the mask, and of the latents of what surrounds it.
+INPAINTING_CHANNELS = CHANNELS + 1 + CHANNELS
+
 
 @dataclass(frozen=True)
 class Models:
@@ -171,6 +176,8 @@ def _load(name: str, weights: Weights) -> Any:
     folder = weights.model_dir.folder(network)
     try:
         module: Any = network.build(folder)
+        if isinstance(module, UNet2DConditionModel):
+            _check_channels(module, folder, of_refiner=network.of_refiner)
         tensors = weights.take(name)
         if isinstance(module, PreTrainedModel):
             _load_text_encoder(module, tensors)
@@ -184,6 +191,19 @@ def _load(name: str, weights: Weights) -> Any:
         # Whatever a wrong config or a file that does not fit it raises, the worker cannot run.
         raise ModelError(f"MODEL_DIR: {folder} cannot be loaded: {error}") from error
     return module
+
+
+def _check_channels(unet: Any, folder: Path, *, of_refiner: bool) -> None:
+    taken = unet.config.in_channels
+    if taken == CHANNELS or (taken == INPAINTING_CHANNELS and not of_refiner):
+        return
+    served = f"a refiner takes {CHANNELS}"
+    if not of_refiner:
+        served = (
+            f"those that can be served take {CHANNELS}, or {INPAINTING_CHANNELS} if they are for "
+            "inpainting"
+        )
+    raise ModelError(f"MODEL_DIR: the UNet of {folder} takes {taken} channels; {served}")
 
 
 def _load_text_encoder(module: PreTrainedModel, tensors: Tensors) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import sdxl_worker
+from sdxl_worker.drawing.inpainting import takes_mask
 from sdxl_worker.drawing.second_tries import COUNTS
 from sdxl_worker.gpu import peak_memory_bytes
 from sdxl_worker.loading.models import Models
@@ -35,6 +36,7 @@ def build_report(
         "model": models.name,
         "revision": models.revision,
         "refiner": models.refiner_unet is not None,
+        "inpainting": takes_mask(models.unet),
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
         "dtype": str(models.dtype).removeprefix("torch."),
         "step_cache": settings.step_cache,

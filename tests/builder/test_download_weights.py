@@ -25,7 +25,7 @@ from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests import original_format
+from tests import inpainting_model, original_format
 from tests.hub_server import COMMIT, Fault, Hub, serving
 from tests.support import REPOSITORY, draw
 
@@ -34,6 +34,7 @@ JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_i
 UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
 # The last piece before a connection ends can be lost.
 PIECE_BYTES = 2**16
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 BASE_UNET = f"xl-base-1.0/{UNET}"
 
 
@@ -444,8 +445,9 @@ def test_what_is_not_sdxl_is_refused_before_its_weights_are_fetched(hub: Hub, to
     repo = hub.repos["org/other"]
     arguments = ("--base", "org/other", "--refiner", "none")
 
-    edit(repo, "unet/config.json", in_channels=9)
-    assert "its UNet takes 9 channels where text to image has 4" in failure(to, *arguments)
+    edit(repo, "unet/config.json", in_channels=8)
+    message = failure(to, *arguments)
+    assert "its UNet takes 8 channels; a base that can be served takes 4, or 9 if it" in message
     edit(repo, "model_index.json", text_encoder=[None, None])
     assert "it is a refiner, not a base" in failure(to, *arguments)
     edit(repo, "model_index.json", _class_name="StableDiffusionPipeline", text_encoder_2=None)
@@ -453,6 +455,20 @@ def test_what_is_not_sdxl_is_refused_before_its_weights_are_fetched(hub: Hub, to
     del repo["model_index.json"]
     assert "model_index.json is missing, so it is no SDXL" in failure(to, *arguments)
     assert not [request for request in hub.seen if request.path.endswith(".safetensors")]
+
+
+def test_a_model_for_inpainting_is_taken_as_a_base(hub: Hub, to: Path, tmp_path: Path) -> None:
+    folder = inpainting_model.write(tmp_path / "inpainting")
+    repo = {name: (folder / name).read_bytes() for name in files(folder)}
+    hub.repos["diffusers/inpainting"] = repo
+    fetch(to, "--base", "diffusers/inpainting", "--refiner", "none")
+    assert model(to).unet.config["in_channels"] == 9
+    alone = {"refiner_inference_steps": 0}
+    assert picture(to, **alone).tobytes() == picture(folder, **alone).tobytes()
+    hub.repos["org/refiner"] = embedded("refiner")
+    edit(hub.repos["org/refiner"], "unet/config.json", in_channels=9)
+    message = failure(to.with_name("other"), "--refiner", "org/refiner")
+    assert "its UNet takes 9 channels; a refiner that can be served takes 4:" in message
 
 
 def test_weights_as_pickles_are_refused(hub: Hub, to: Path) -> None:
@@ -598,6 +614,19 @@ def test_a_refiner_can_be_a_checkpoint(to: Path, tmp_path: Path) -> None:
     assert picture(to).tobytes() == picture(EMBEDDED_MODEL_DIR).tobytes()
 
 
+def test_a_checkpoint_for_inpainting_becomes_what_its_folders_are(
+    checkpoint: Path, to: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(checkpoint)
+    tensors[CONV_IN] = inpainting_model.widened(tensors[CONV_IN])
+    path = original_format.save(tensors, tmp_path / "inpainting.safetensors")
+    fetch(to, "--base", str(path), "--refiner", "none")
+    assert json.loads((to / "base/unet/config.json").read_text())["in_channels"] == 9
+    folder = inpainting_model.write(tmp_path / "folders")
+    alone = {"refiner_inference_steps": 0}
+    assert picture(to, **alone).tobytes() == picture(folder, **alone).tobytes()
+
+
 def test_what_cannot_be_converted_is_told(checkpoint: Path, to: Path) -> None:
     path = to.with_name("checkpoint.safetensors")
     arguments = ("--base", str(path), "--refiner", "none")
@@ -611,8 +640,9 @@ def test_what_cannot_be_converted_is_told(checkpoint: Path, to: Path) -> None:
 
     encoder_2 = {name: None for name in tensors if name.startswith("conditioner.embedders.1.")}
     assert "is no single-file SDXL base: it has no tensors conditioner" in refusal(encoder_2)
-    conv_in = "model.diffusion_model.input_blocks.0.0.weight"
-    assert "takes 9 channels" in refusal({conv_in: torch.zeros(48, 9, 3, 3)})
+    assert "takes 8 channels; a base that can be served" in refusal(
+        {CONV_IN: torch.zeros(48, 8, 3, 3)}
+    )
     assert "trained for v-prediction sampling" in refusal({"v_pred": torch.zeros(1)})
     one = "model.diffusion_model.middle_block.0.in_layers.2.weight"
     for name in (one, "conditioner.embedders.1.model.ln_final.bias"):

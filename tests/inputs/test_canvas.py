@@ -74,6 +74,16 @@ def test_other_pictures_are_extended_by_their_edges_which_do_not_come_out() -> N
     assert (result == np.asarray(picture)).all(axis=2).sum() == 129 * 71 - 1
 
 
+def test_a_picture_that_is_too_small_is_extended_by_its_edges_too() -> None:
+    picture = noise(20, 70)
+    canvas = canvas_of(picture, spot((20, 70), 19, 0, 20, 1))
+    expected = np.pad(np.asarray(picture), ((0, 2), (0, 44), (0, 0)), mode="edge")
+    assert np.array_equal(np.asarray(canvas.working), expected)
+    result = drawn_in(canvas)
+    assert (result[0, 19] == 255).all()
+    assert (result == np.asarray(picture)).all(axis=2).sum() == 20 * 70 - 1
+
+
 @pytest.mark.parametrize(
     ("size", "max_side_px", "working"),
     [

@@ -71,6 +71,7 @@ def test_the_given_sides_hold() -> None:
         ((4096, 134), {}, (2048, 64)),
         ((4096, 134), {"masked": True}, (4096, 134)),
         ((4160, 130), {"masked": True}, (4096, 128)),
+        ((20, 300), {"masked": True}, (20, 300)),
         ((256, 64), {"height_px": 1024}, (4096, 1024)),
         ((256, 64), {"height_px": 64, "masked": True}, (256, 64)),
         ((135, 64), {"height_px": 64, "masked": True}, (136, 64)),

@@ -3,12 +3,9 @@
 import asyncio
 import base64
 import itertools
-import json
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -20,46 +17,10 @@ from sdxl_worker.drawing.preview import MAX_PREVIEW_BYTES
 from sdxl_worker.drawing.steps import Step
 from sdxl_worker.serving import progress as progress_module
 from sdxl_worker.serving.progress import JobStopped, Progress
+from tests.serving.conftest import Platform
 from tests.support import PROMPT, picture, replace_generate
 
 JOB = {"id": "job-1", "input": {}}
-
-
-class Platform:
-    """Takes updates; `delay_seconds` and `status` say how well it does so."""
-
-    def __init__(self) -> None:
-        self.updates: list[tuple[float, str, Any]] = []
-        self.delay_seconds = 0.0
-        self.status = 200
-        platform = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                time.sleep(platform.delay_seconds)
-                platform.updates.append((time.monotonic(), self.path, body))
-                self.send_response(platform.status)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def platform(monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
-    running = Platform()
-    template = f"{running.url}/job-done/$RUNPOD_POD_ID/$ID?gpu=x"
-    monkeypatch.setenv("RUNPOD_WEBHOOK_POST_OUTPUT", template)
-    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", f"{running.url}/job-take/w?gpu=x")
-    yield running
-    running.server.shutdown()
-    running.server.server_close()
 
 
 def step(number: int, steps: int = 50) -> Step:

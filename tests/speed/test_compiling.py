@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,16 +20,23 @@ from PIL import Image
 from benchmarks.ways import psnr_db
 from sdxl_worker import versions
 from sdxl_worker.loading import weights as weights_module
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import load_models
 from sdxl_worker.loading.weights import Weights
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from sdxl_worker.speed import compiling
 from sdxl_worker.speed import optimize as optimize_module
-from sdxl_worker.speed.optimize import optimizations_of
+from sdxl_worker.speed.optimize import optimizations_of, optimize
+from tests import inpainting_model
 from tests.support import (
+    PROMPT,
     REQUESTS,
+    canvas_of,
     draw,
+    largest_difference,
     models,
+    noise_picture,
     weights_being_read,
 )
 
@@ -91,6 +100,28 @@ def test_compiled_blocks_draw_the_same_and_the_next_worker_compiles_nothing(
     [plain] = draw(parse_request({**REQUESTS["base"], "height": 64, "width": 64}), models())
     picture = Image.frombytes("RGB", (64, 64), bytes.fromhex(first["pixels"]))
     assert psnr_db([picture], [plain]) > 45
+
+
+@pytest.mark.parametrize("optimization", ["compile_blocks", "compile_unet"])
+def test_a_compiled_unet_for_inpainting_draws_the_same(
+    optimization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a compiler that stops short of C++: the rest takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    folder = inpainting_model.write(tmp_path / "model")
+    plain, made = (load_models(find_model_dir(Settings(model_dir=folder))) for _ in range(2))
+    optimize([optimization], made.unet)
+    job = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 4, "mask_url": "https://a.org/b"}
+    request = parse_request({**job, "image_url": "https://a.org/a"})
+    torch._dynamo.utils.counters.clear()
+    for rows in (slice(0, 40), slice(64, 128)):
+        mask = np.zeros((128, 96), bool)
+        mask[rows] = True
+        canvas = canvas_of(noise_picture(96, 128), mask)
+        assert largest_difference(*draw(request, made, canvas), *draw(request, plain, canvas)) <= 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

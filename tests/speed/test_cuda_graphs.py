@@ -2,21 +2,31 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import load_models
 from sdxl_worker.request import parse_request
+from sdxl_worker.settings import Settings
 from sdxl_worker.speed import cuda_graphs
+from sdxl_worker.speed.optimize import optimize
+from tests import inpainting_model
 from tests.speed.conftest import Recording
 from tests.support import (
+    PROMPT,
     REQUESTS,
     SCHEDULERS,
+    canvas_of,
     draw,
     fresh_models,
     largest_difference,
     models,
+    noise_picture,
     optimize_models,
 )
 
@@ -36,6 +46,28 @@ def test_replayed_graphs_make_the_same_picture(scheduler: str, recordings: list[
         assert largest_difference(picture, draw(request, models())[0]) == 0
     assert len(recordings) == 4, "base and refiner, with and without guidance"
     assert sum(recording.replayed for recording in recordings) > 12
+
+
+def test_a_unet_for_inpainting_is_replayed_with_each_job_s_mask(
+    recordings: list[Recording], tmp_path: Path
+) -> None:
+    """What its further channels are given is copied in with the latents."""
+    plain, graphed = (
+        load_models(find_model_dir(Settings(model_dir=folder)))
+        for folder in [inpainting_model.write(tmp_path / "model")] * 2
+    )
+    optimize(["cuda_graphs"], graphed.unet)
+    job = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 4, "mask_url": "https://a.org/b"}
+    request = parse_request({**job, "image_url": "https://a.org/a"})
+    for rows in (slice(0, 40), slice(64, 128)):
+        mask = np.zeros((128, 96), bool)
+        mask[rows] = True
+        canvas = canvas_of(noise_picture(96, 128), mask)
+        assert (
+            largest_difference(*draw(request, graphed, canvas), *draw(request, plain, canvas)) == 0
+        )
+    assert len(recordings) == 1
+    assert recordings[0].replayed == 6
 
 
 def test_each_shape_is_recorded_once_and_the_least_used_is_forgotten(

@@ -1,8 +1,10 @@
 """QUANTIZE: what it changes, that pictures survive it, and where it is refused."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -10,15 +12,27 @@ from PIL import Image
 
 from benchmarks.ways import psnr_db
 from sdxl_worker.errors import ModelError
-from sdxl_worker.loading.models import Models
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.serving.start import start
 from sdxl_worker.settings import Settings, load_settings
-from sdxl_worker.speed.optimize import optimizations_of
+from sdxl_worker.speed.optimize import optimizations_of, optimize
 from sdxl_worker.speed.quantize import INT8_ROWS, check_quantization
 from shapes.judge import judge
-from tests.support import PROMPT, decoded, draw, fresh_models, models, optimize_models, run
+from tests import inpainting_model
+from tests.support import (
+    PROMPT,
+    canvas_of,
+    decoded,
+    draw,
+    fresh_models,
+    models,
+    noise_picture,
+    optimize_models,
+    run,
+)
 
 JOB = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 12, "refiner_inference_steps": 12}
 SHORT_JOB = {**JOB, "num_inference_steps": 2, "height": 64, "width": 64}
@@ -115,6 +129,21 @@ def test_pictures_show_what_was_asked_for_and_are_close_to_the_plain_ones(
     psnr = psnr_db(pictures, drawn(models(), **more))
     assert psnr > (35 if quantization == "int8" else 25)
     assert psnr < 99, "it is lossy"
+
+
+def test_a_unet_for_inpainting_is_rounded_as_well(tmp_path: Path) -> None:
+    folder = inpainting_model.write(tmp_path / "model")
+    plain, rounded_models = (
+        load_models(find_model_dir(Settings(model_dir=folder))) for _ in range(2)
+    )
+    optimize(["int8"], rounded_models.unet)
+    hole = np.zeros((128, 128), bool)
+    hole[32:96, 32:96] = True
+    canvas = canvas_of(noise_picture(128, 128), hole)
+    job = {**JOB, "image_url": "https://a.org/a", "mask_url": "https://a.org/b"}
+    request = parse_request({**job, "refiner_inference_steps": 0})
+    both = (draw(request, loaded, canvas) for loaded in (rounded_models, plain))
+    assert 99 > psnr_db(*both) > 35
 
 
 def test_in_int8_no_picture_depends_on_the_others_of_its_batch(int8: Models) -> None:

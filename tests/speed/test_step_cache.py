@@ -5,9 +5,11 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +21,8 @@ from benchmarks.ways import psnr_db
 from sdxl_worker.drawing import batches
 from sdxl_worker.drawing.batches import Plan
 from sdxl_worker.drawing.steps import Step
+from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.loading.models import load_models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.serving.report import build_report
@@ -28,7 +32,17 @@ from sdxl_worker.speed import step_cache as step_cache_module
 from sdxl_worker.speed.optimize import MODES, optimizations_of
 from sdxl_worker.speed.step_cache import step_cache
 from shapes.judge import judge
-from tests.support import PROMPT, SCHEDULERS, draw, largest_difference, models, picture
+from tests import inpainting_model
+from tests.support import (
+    PROMPT,
+    SCHEDULERS,
+    canvas_of,
+    draw,
+    largest_difference,
+    models,
+    noise_picture,
+    picture,
+)
 
 JOB = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 5, "refiner_inference_steps": 8}
 WAYS: dict[str, dict[str, Any]] = {
@@ -190,6 +204,24 @@ def test_without_a_refiner_it_works_as_well() -> None:
     request = {key: value for key, value in JOB.items() if key != "refiner_inference_steps"}
     [drawn] = draw(parse_request(request), alone, step_cache_interval=2)
     assert drawn.tobytes() == cached(**without)[0].tobytes()
+
+
+def test_a_unet_for_inpainting_sees_the_mask_in_shallow_steps_too(tmp_path: Path) -> None:
+    folder = inpainting_model.write(tmp_path / "model")
+    loaded = load_models(find_model_dir(Settings(model_dir=folder)))
+    hole = np.zeros((128, 128), bool)
+    hole[32:96, 32:96] = True
+    canvas = canvas_of(noise_picture(128, 128), hole)
+    seen: list[torch.Tensor] = []
+    loaded.unet.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    job = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 20, "mask_url": "https://a.org/b"}
+    request = parse_request({**job, "image_url": "https://a.org/a"})
+    near = draw(request, loaded, canvas, step_cache_interval=2)
+    assert len(seen) == 15
+    for latents in seen:
+        assert torch.equal(latents[0, 4].bool(), torch.from_numpy(hole[::8, ::8]))
+        assert torch.equal(latents[:, 5:], seen[0][:, 5:])
+    assert 99 > psnr_db(near, draw(request, loaded, canvas)) > 20
 
 
 def test_sizes_that_the_networks_cannot_halve_are_drawn_too() -> None:
