@@ -81,7 +81,10 @@ ImageUrl = Annotated[
     str,
     Field(
         pattern=r"(?i)^(https?://[^/]|data:image/)",
-        json_schema_extra={RULE: "an http:// or https:// address, or a data:image/ URI"},
+        json_schema_extra={
+            RULE: "an http:// or https:// address, or a data:image/ URI (before plain base64, put "
+            "data:image/png;base64,)"
+        },
     ),
 ]
 UploadUrl = Annotated[
@@ -102,22 +105,23 @@ class Tie:
 
     field: str
     words: str
-    needs: tuple[Mapping[str, Any], ...] = ({},)
-    """One of these has to hold: fields and their values, `...` for any."""
+    needs: tuple[Mapping[str, Any], ...] = ()
+    """One of these has to hold, if there are any: fields and their values, `...` for any."""
     clashes: tuple[Mapping[str, Any], ...] = ()
     """None of these may hold."""
 
     def is_broken(self, given: Mapping[str, Any]) -> bool:
         return _is_used(self.field, given) and (
-            not any(_hold(others, given) for others in self.needs)
+            (bool(self.needs) and not any(_hold(others, given) for others in self.needs))
             or any(_hold(others, given) for others in self.clashes)
         )
 
     def json_schema(self) -> dict[str, Any]:
         """What the object has to be if it has the field."""
-        needs = {"anyOf": [_held(others) for others in self.needs]}
-        clashes = [{"not": _held(others)} for others in self.clashes]
-        return {"anyOf": [{"not": _held({self.field: ...})}, {"allOf": [needs, *clashes]}]}
+        kept: list[dict[str, Any]] = [{"not": _held(others)} for others in self.clashes]
+        if self.needs:
+            kept.append({"anyOf": [_held(others) for others in self.needs]})
+        return {"anyOf": [{"not": _held({self.field: ...})}, {"allOf": kept}]}
 
 
 def _is_used(name: str, given: Mapping[str, Any]) -> bool:
@@ -195,24 +199,29 @@ def _again(details: Any) -> InitErrorDetails:
     return InitErrorDetails(**again, ctx=details["ctx"]) if "ctx" in details else again
 
 
+# Values with which clients leave a field out.
+NOT_GIVEN = (("image_url", ""), ("mask_url", ""), ("height", 0), ("width", 0))
 MASKED: tuple[Mapping[str, Any], ...] = ({"mask_url": ...}, {"mask_from_alpha": ...})
 REDRAWN: tuple[Mapping[str, Any], ...] = ({"mode": "img2img"}, *MASKED)
 WITH_PICTURE: tuple[Mapping[str, Any], ...] = ({"image_url": ...},)
 
-# Which fields go with which.
+# Which fields go with which. Of a field's broken ties, the first is told.
 TIES = (
     Tie("mode", "needs image_url, the picture to start from", WITH_PICTURE),
+    Tie("mask_url", "needs image_url, the picture to repaint", WITH_PICTURE),
     Tie(
         "mask_url",
-        "needs image_url, and goes with mode img2img and without mask_from_alpha",
-        WITH_PICTURE,
-        clashes=({"mode": "refine"}, {"mask_from_alpha": ...}),
+        "give this or mask_from_alpha, not both",
+        clashes=({"mask_from_alpha": ...},),
     ),
-    Tie(
-        "mask_from_alpha",
-        "needs image_url, a picture with transparency, and goes with mode img2img",
-        WITH_PICTURE,
-        clashes=({"mode": "refine"},),
+    Tie("mask_from_alpha", "needs image_url, a picture with transparency", WITH_PICTURE),
+    *(
+        Tie(
+            name,
+            "does not go with mode refine; leave mode out, for the base to repaint",
+            clashes=({"mode": "refine"},),
+        )
+        for name in ("mask_url", "mask_from_alpha")
     ),
     *(
         Tie(name, "needs a mask: mask_url, or mask_from_alpha", MASKED)
@@ -220,10 +229,14 @@ TIES = (
     ),
     Tie(
         "refiner_strength",
-        "needs mode img2img; in others, strength is the refiner's share",
+        "needs mode img2img; without it, the refiner's share is strength: send that",
         REDRAWN,
     ),
-    Tie("fit", "needs mode: without it, image_url keeps its size", ({"mode": ...}, *MASKED)),
+    Tie(
+        "fit",
+        "needs image_url and mode: without mode, a picture keeps its size",
+        ({"mode": ...}, *MASKED),
+    ),
 )
 
 
@@ -252,7 +265,10 @@ class Request(InputModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> Any:
         schema = handler.resolve_ref_schema(handler(core))
-        return schema | {"dependentSchemas": {tie.field: tie.json_schema() for tie in TIES}}
+        ties: dict[str, dict[str, Any]] = {}
+        for tie in TIES:
+            ties.setdefault(tie.field, {"allOf": []})["allOf"].append(tie.json_schema())
+        return schema | {"dependentSchemas": ties}
 
     prompt: Prompt = Field(
         default="",
@@ -286,8 +302,9 @@ class Request(InputModel):
     )
     refiner_inference_steps: Annotated[int, Field(ge=0, le=MAX_STEPS), FromIntegralFloat] = Field(
         default=50,
-        description="Length of the refiner's schedule, of which it runs the share `strength`. "
-        "0, or a share of less than one step: no refiner.",
+        description="Length of the refiner's schedule, of which it runs the share `strength`, "
+        "with mode `img2img` the share `refiner_strength`. 0, or a share of less than one step: "
+        "no refiner.",
     )
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
         default=7.5,
@@ -313,7 +330,7 @@ class Request(InputModel):
     )
     mode: Literal["img2img", "refine"] | None = Field(
         default=None,
-        json_schema_extra={RULE: "img2img (with mask_url, it is inpainting) or refine"},
+        json_schema_extra={RULE: "img2img (with mask_url, that is inpainting) or refine"},
         description="What is done with `image_url`. `img2img`: the base redraws it, and the "
         "refiner refines what comes out. `refine`, or not given: the refiner refines it.",
     )
@@ -363,8 +380,8 @@ class Request(InputModel):
         default=None,
         json_schema_extra={RULE: "a number from 0 to 1 (0 and 1 turn it off)"},
         description="Ensemble of experts: the base does this share of `num_inference_steps`, the "
-        "refiner the rest; 0.8 is what SDXL was trained for. 0 and 1: off. Not used with mode "
-        "`refine`.",
+        "refiner the rest; 0.8 is what SDXL was trained for. 0 and 1: off. Not used where the "
+        "refiner refines `image_url`.",
     )
     preview: bool = Field(
         default=False,
@@ -405,11 +422,11 @@ class Request(InputModel):
 
     @classmethod
     def as_given(cls, fields: Mapping[Any, Any]) -> dict[str, Any]:
-        """An empty `image_url` and sides of 0 mean none, as in 2.1.0. A check alone gets
-        `CHECK_INPUT` too.
+        """An empty `image_url` and sides of 0 mean none, as in 2.1.0, and so does an empty
+        `mask_url`. A check alone gets `CHECK_INPUT` too.
         """
         given = super().as_given(fields)
-        for name, none in (("image_url", ""), ("height", 0), ("width", 0)):
+        for name, none in NOT_GIVEN:
             if name in given and given[name] == none and given[name] is not False:
                 del given[name]
         return given | CHECK_INPUT if given == {"check": True} else given

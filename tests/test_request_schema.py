@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.request import InputModel, Request, Side, parse_request
+from sdxl_worker.request import NOT_GIVEN, InputModel, Request, Side, parse_request
 from sdxl_worker.wording import MAX_PROBLEMS_TOLD, problems
 from tests.from_schema import anything, nearly, valid
 
@@ -50,7 +50,7 @@ def beside(field: str) -> dict[str, Any]:
 
 def matching(job_input: dict[str, Any]) -> dict[str, Any]:
     """The input without what only the worker takes, or only the worker refuses."""
-    for name, none in (("image_url", ""), ("height", 0), ("width", 0)):
+    for name, none in NOT_GIVEN:
         if name in job_input and job_input[name] == none and job_input[name] is not False:
             job_input = {**job_input, name: None}
     if isinstance(job_input.get("upload_urls"), list):

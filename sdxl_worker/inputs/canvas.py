@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
-from sdxl_worker.inputs.masks import Mask, covering, with_edges
+from sdxl_worker.inputs.masks import Mask, covering, filled, with_edges
 from sdxl_worker.request import MIN_SIDE_PX, SIDE_MULTIPLE_PX
 
 # Left, top, right, bottom.
@@ -101,6 +101,11 @@ def prepare_canvas(
         working_mask = with_edges(part_mask, size)
     patch = _Patch(box, _blurred(part_mask, mask_blur), is_scaled)
     return Canvas(picture, working, working_mask, patch)
+
+
+def with_holes_filled(picture: Image.Image, mask: Mask) -> Image.Image:
+    """The picture with the colours around it in what is masked."""
+    return Image.fromarray(filled(np.asarray(picture), mask))
 
 
 def _whole_size(size: tuple[int, int], max_side_px: int) -> tuple[int, int]:

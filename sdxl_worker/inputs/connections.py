@@ -92,6 +92,16 @@ def cause(error: Exception) -> str:
     return "its server broke off, or does not speak HTTP: try again"
 
 
+def may_pass(error: Exception) -> bool:
+    """Whether the same address may be well at another time."""
+    import aiohttp
+
+    is_private = isinstance(getattr(error, "os_error", None), NotPublicError)
+    return not (
+        is_private or isinstance(error, ValueError | aiohttp.ClientConnectorCertificateError)
+    )
+
+
 def status_words(code: int) -> str:
     """Not in the server's words, which can be anything."""
     try:

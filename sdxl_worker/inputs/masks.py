@@ -4,6 +4,7 @@ and nothing of it is lost on the way.
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Mask = NDArray[np.bool_]
 
@@ -33,6 +34,25 @@ def _any_of(mask: Mask, begin: float, end: float, count: int) -> Mask:
     for offset in range(int((last - first).max()) + 1):
         rows |= mask[np.minimum(first + offset, last)]
     return rows
+
+
+def filled(pixels: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
+    """A picture [height, width, 3] whose masked pixels have the colours of those around them: of
+    the nearest, wherever these are, and the further away the more of them.
+    """
+    known = ~mask
+    if known.all() or not known.any():
+        return pixels
+    height, width = mask.shape
+    half = (width + 1) // 2, (height + 1) // 2
+    even = 2 * half[0], 2 * half[1]
+    weights = with_edges(known, even).reshape(half[1], 2, half[0], 2, 1).astype(np.uint16)
+    colours = with_edges(pixels, even).reshape(half[1], 2, half[0], 2, 3)
+    count = weights.sum((1, 3))
+    mean = (colours * weights).sum((1, 3)) // np.maximum(count, 1)
+    smaller = filled(mean.astype(np.uint8), count[..., 0] == 0)
+    larger = Image.fromarray(smaller).resize(even, Image.Resampling.BILINEAR)
+    return np.where(mask[..., None], np.asarray(larger)[:height, :width], pixels)
 
 
 def with_edges(array: NDArray, size: tuple[int, int], offset: tuple[int, int] = (0, 0)) -> NDArray:

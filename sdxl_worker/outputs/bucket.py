@@ -123,10 +123,13 @@ def bucket_of_job(config: object, *, private_allowed: bool) -> Bucket:
     """
     given = config if isinstance(config, Mapping) else {}
     wrong = [name for name in CONFIG if not (isinstance(given.get(name), str) and given[name])]
+    region = given.get("region") or None
+    if not isinstance(region, str | None):
+        wrong.append("region")
     if wrong:
         raise RequestError(
-            f"s3Config: must be an object with {', '.join(CONFIG)}, each a string that is not "
-            f"empty; wrong or missing: {', '.join(wrong)}"
+            f"s3Config: must be an object with {', '.join(CONFIG)} and, if need be, region, each a "
+            f"string that is not empty; wrong or missing: {', '.join(wrong)}"
         )
     try:
         TypeAdapter(HttpUrl).validate_python(given["endpointUrl"])
@@ -134,7 +137,7 @@ def bucket_of_job(config: object, *, private_allowed: bool) -> Bucket:
         raise RequestError(
             "s3Config.endpointUrl: must be an http:// or https:// address, without a query"
         ) from None
-    url, region, _ = locate(given["endpointUrl"], given["bucketName"], None)
+    url, region, _ = locate(given["endpointUrl"], given["bucketName"], region)
     return Bucket(
         url,
         region,

@@ -43,8 +43,8 @@ MAX_ANSWER_BYTES = 16 * 1024
 ADVICE = {
     "NoSuchBucket": "there is no such bucket: correct its name (BUCKET_NAME)",
     "InvalidAccessKeyId": "correct the access key's id",
-    "SignatureDoesNotMatch": "correct the secret access key, or the region (BUCKET_REGION)",
-    "AuthorizationHeaderMalformed": "correct the region (BUCKET_REGION)",
+    "SignatureDoesNotMatch": "correct the secret access key, or the region (BUCKET_REGION, region)",
+    "AuthorizationHeaderMalformed": "correct the region (BUCKET_REGION, region)",
     "AccessDenied": "the access key needs the right to do this in this bucket",
     "RequestTimeTooSkewed": "the clock of the worker's machine is wrong",
 }
@@ -233,7 +233,8 @@ async def _send(
     except TimeoutError:
         raise _PassingError(f"the storage took longer than {TRY_SECONDS:g} seconds") from None
     except connections.troubles() as error:
-        raise _PassingError(f"the storage: {connections.cause(error)}") from None
+        kind = _PassingError if connections.may_pass(error) else _FinalError
+        raise kind(f"the storage: {connections.cause(error)}") from None
     if status < 300:
         return answer
     told = f"the storage answered {connections.status_words(status)}"

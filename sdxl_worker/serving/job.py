@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdxl_worker.errors import RequestError
 from sdxl_worker.gpu import reset_peak_memory
-from sdxl_worker.inputs.canvas import Canvas, prepare_canvas
+from sdxl_worker.inputs.canvas import Canvas, prepare_canvas, with_holes_filled
 from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
@@ -182,14 +182,17 @@ async def _canvas(request: Request, native_size_px: int, job_id: str) -> Canvas:
             mask_from_alpha=request.mask_from_alpha,
             mask_invert=request.mask_invert,
         )
-        mask = decoded.mask
+        picture, mask = decoded.picture, decoded.mask
         if "mask_url" in contents:
             mask = await decode_mask_apart(
                 contents["mask_url"], "mask_url", decoded.fit, mask_invert=request.mask_invert
             )
+        elif mask is not None and not request.mask_invert:
+            # What is transparent has no colour, and white would shine through what is drawn.
+            picture = await in_thread(with_holes_filled, picture, mask)
         return await in_thread(
             prepare_canvas,
-            decoded.picture,
+            picture,
             mask,
             mask_blur=request.mask_blur,
             mask_padding=request.mask_padding,

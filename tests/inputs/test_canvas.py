@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import distance_transform_cdt
 
-from sdxl_worker.inputs.canvas import Canvas, prepare_canvas
+from sdxl_worker.inputs.canvas import Canvas, prepare_canvas, with_holes_filled
 from sdxl_worker.inputs.masks import Mask
 
 
@@ -250,3 +250,28 @@ def test_nothing_given_is_changed() -> None:
         drawn_in(canvas_of(picture, mask, mask_padding=padding, mask_blur=3))
     assert picture == before[0]
     assert np.array_equal(mask, before[1])
+
+
+class TestHoles:
+    @pytest.mark.parametrize("size", [(64, 64), (101, 77), (1, 9), (200, 3)])
+    def test_what_is_not_masked_stays(self, size: tuple[int, int]) -> None:
+        picture = noise(*size)
+        mask = np.random.default_rng(1).random(size[::-1]) < 0.4
+        filled = np.asarray(with_holes_filled(picture, mask))
+        assert np.array_equal(filled[~mask], np.asarray(picture)[~mask])
+
+    def test_a_hole_has_the_colours_around_it(self) -> None:
+        picture = Image.new("RGB", (120, 80), "blue")
+        picture.paste("red", (60, 0, 120, 80))
+        mask = spot(picture.size, 10, 10, 110, 70)
+        holed = picture.copy()
+        holed.paste("white", (10, 10, 110, 70))
+        filled = np.asarray(with_holes_filled(holed, mask)).astype(int)
+        assert (filled[..., 1] <= 8).all(), "nothing is left of the white"
+        assert filled[40, 12, 2] > 200, "blue on the left"
+        assert filled[40, 108, 0] > 200, "red on the right"
+
+    def test_without_anything_around_it_stays(self) -> None:
+        picture = noise(9, 9)
+        everything = np.ones((9, 9), bool)
+        assert np.array_equal(with_holes_filled(picture, everything), np.asarray(picture))

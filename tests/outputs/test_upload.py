@@ -400,7 +400,9 @@ class TestAddresses:
             given = parse_request({"prompt": "a", **({} if job else {"upload_urls": [url]})})
             where = destination(job, given, Settings())
             assert where is not None
-            assert "public addresses only" in cause(where)
+            told = cause(where)
+            assert "public addresses only" in told
+            assert "tried" not in told, "it would be the same"
 
     def test_the_owner_may_allow_private_ones(
         self, server: S3Server, monkeypatch: pytest.MonkeyPatch
@@ -451,6 +453,19 @@ class TestDestination:
         addresses = destination(self.JOB, with_urls, Settings())
         assert isinstance(addresses, PutUrls)
         assert not [one for one in (owners, jobs, addresses) if "hunter2" in repr(one)]
+
+    def test_a_job_may_name_its_region(self) -> None:
+        job = {"s3Config": {**self.JOB["s3Config"], "region": "eu-1"}}
+        found = destination(job, parse_request({"prompt": "a"}), Settings())
+        assert isinstance(found, Bucket)
+        assert found.region == "eu-1"
+        for region in (3, ["eu-1"]):
+            with pytest.raises(RequestError, match="wrong or missing: region"):
+                destination(
+                    {"s3Config": {**self.JOB["s3Config"], "region": region}},
+                    parse_request({"prompt": "a"}),
+                    Settings(),
+                )
 
     def test_what_is_wrong_with_a_jobs_storage_is_told_before_any_work(self) -> None:
         plain = parse_request({"prompt": "a"})

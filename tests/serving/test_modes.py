@@ -253,3 +253,20 @@ def test_what_is_not_masked_stays_byte_for_byte(mode: str) -> None:
         after = np.asarray(one)
         assert np.array_equal(after[kept], before[kept])
         assert not np.array_equal(after[~kept], before[~kept])
+
+
+def test_no_white_shines_through_what_is_drawn_into_a_transparent_hole() -> None:
+    """Transparency has no colour: the hole begins with those around it."""
+    picture = Image.new("RGBA", (128, 128), (35, 70, 215, 255))
+    picture.paste((0, 0, 0, 0), (40, 40, 88, 88))
+    [drawn] = pictures(
+        prompt="a blue background",
+        image_url=data_uri(picture),
+        mask_from_alpha=True,
+        mask_blur=6,
+        strength=0.1,
+        num_inference_steps=10,
+        seed=1,
+    )
+    distance = np.abs(np.asarray(drawn).astype(int) - (35, 70, 215)).max()
+    assert distance < 60
