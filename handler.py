@@ -17,6 +17,7 @@ from sdxl_worker.serving import command_line
 from sdxl_worker.serving.job import run_job
 from sdxl_worker.serving.logs import set_up_logging
 from sdxl_worker.serving.orphans import leave_no_orphans
+from sdxl_worker.serving.slot import next_job_has_begun
 from sdxl_worker.serving.start import start
 from sdxl_worker.serving.threads import on_gpu_thread
 from sdxl_worker.settings import load_settings
@@ -48,7 +49,9 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
             log.info("stopped", extra=extra)
             raise
         log.exception("failed", extra=extra)
-        if isinstance(error, GeneratorExit):  # nothing can be waited for in a closed coroutine
+        # Nothing can be waited for in a closed coroutine; and whatever failed beside the next job
+        # has nothing to do with the GPU, which that one may use for minutes.
+        if isinstance(error, GeneratorExit) or next_job_has_begun():
             return _failed(error)
         try:
             return await on_gpu_thread(_describe_failure, error)

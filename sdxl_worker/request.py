@@ -439,6 +439,8 @@ class Request(InputModel):
             if tie.is_broken(given):
                 yield tie.field, tie.words
         urls, num_images = given.get("upload_urls"), given.get("num_images", 1)
+        if isinstance(urls, list) and any(urls.count(url) > 1 for url in urls[: MAX_IMAGES + 1]):
+            yield "upload_urls", "must all differ, or one picture would overwrite another"
         if isinstance(urls, list) and isinstance(num_images, int) and len(urls) != num_images:
             yield (
                 "upload_urls",

@@ -31,13 +31,19 @@ class EncodedCanvas:
 
 
 def encode_canvas(
-    canvas: Canvas | None, size_px: tuple[int, int], vae: Any, *, sees_mask: bool
+    canvas: Canvas | None,
+    size_px: tuple[int, int],
+    vae: Any,
+    device: torch.device,
+    *,
+    sees_mask: bool,
 ) -> EncodedCanvas:
     """Within `decoding_as_planned`.
 
     Args:
         canvas: None: nothing is there yet.
         size_px: width and height.
+        device: where the VAE works. Networks that take turns may be elsewhere before.
         sees_mask: whether the UNet was trained for inpainting, and wants the surroundings.
     """
     width_px, height_px = size_px
@@ -48,14 +54,15 @@ def encode_canvas(
     hidden = np.ones((height_px, width_px), bool)
     if canvas is not None:
         pixels = 2 * (np.asarray(canvas.working, np.float32) / 255) - 1
-        picture = _encoded(pixels, vae)
+        picture = _encoded(pixels, vae, device)
         if canvas.mask is not None:
             hidden = canvas.mask
             # diffusers looks at one pixel in 64, and so loses a line of 6.
             cells = hidden.reshape(height, factor, width, factor).any((1, 3))
-            repainted = torch.from_numpy(cells)[None, None].to(vae.device)
+            repainted = torch.from_numpy(cells)[None, None].to(device)
     if sees_mask:
-        surroundings = _encoded(np.where(hidden[..., None], np.float32(0), pixels), vae)
+        around = np.where(hidden[..., None], np.float32(0), pixels)
+        surroundings = _encoded(around, vae, device)
     return EncodedCanvas(
         (vae.config.latent_channels, height, width), picture, repainted, surroundings
     )
@@ -77,13 +84,13 @@ def latents_of(
     return config.scaling_factor * latents
 
 
-def _encoded(pixels: np.ndarray, vae: Any) -> DiagonalGaussianDistribution:
+def _encoded(pixels: np.ndarray, vae: Any, device: torch.device) -> DiagonalGaussianDistribution:
     """
     Args:
         pixels: from -1 to 1, [height, width, 3].
     """
     dtype = vae.dtype
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(vae.device, dtype)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device, dtype)
     image = image.to(memory_format=torch.channels_last)  # as the pipelines order it
     distribution = _pass(image, vae, decoder_dtype(vae))
     if decoder_dtype(vae) != torch.float32 and not distribution.parameters.isfinite().all():

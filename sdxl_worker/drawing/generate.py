@@ -122,9 +122,9 @@ def _encode(request: Request, models: Models) -> tuple[Encoding, Encoding]:
 def _encode_canvas(
     canvas: Canvas | None, size_px: tuple[int, int], models: Models
 ) -> EncodedCanvas:
-    vae, sees_mask = models.vae, takes_mask(models.unet)
+    vae, device, sees_mask = models.vae, models.device, takes_mask(models.unet)
     try:
-        return encode_canvas(canvas, size_px, vae, sees_mask=sees_mask)
+        return encode_canvas(canvas, size_px, vae, device, sees_mask=sees_mask)
     except RuntimeError as error:
         if vae.use_tiling or not is_out_of_memory(error):
             raise
@@ -132,7 +132,7 @@ def _encode_canvas(
         _make_room(models)
         second_tries.note("encoded in tiles")
         vae.use_tiling = True
-        return encode_canvas(canvas, size_px, vae, sees_mask=sees_mask)
+        return encode_canvas(canvas, size_px, vae, device, sees_mask=sees_mask)
 
 
 def _make_room(models: Models) -> None:

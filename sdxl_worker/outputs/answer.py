@@ -1,7 +1,7 @@
 """The answer: the output of worker-sdxl 2.1.0, with pictures as data URIs or as links."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -21,6 +21,7 @@ def encode_pictures(
     numbers: Sequence[int] | None = None,
     quality: int | None = None,
     smallest: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> list[bytes]:
     """The pictures as files. It takes from milliseconds to seconds: not for the event loop.
 
@@ -30,9 +31,11 @@ def encode_pictures(
         numbers: of the pictures: i was made from `request.seed_of(i)`. None: from 0 on.
         quality: of JPEG and WebP. None: the request's.
         smallest: see `encode`.
+        check: called before each picture. If it raises, encoding ends.
     """
     files, quality = [], quality or request.output_quality
     for i, picture in zip(numbers or range(len(pictures)), pictures, strict=True):
+        check()
         text = describe(request, i, picture.size, about)
         if output_format == "jpeg" and text and not fits_jpeg(text):
             text = describe(request, i, picture.size, about, "no_prompts")

@@ -122,9 +122,9 @@ def bucket_of_job(config: object, *, private_allowed: bool) -> Bucket:
         RequestError: with what is wrong, but not the values: there are secrets among them.
     """
     given = config if isinstance(config, Mapping) else {}
-    wrong = [name for name in CONFIG if not (isinstance(given.get(name), str) and given[name])]
+    wrong = [name for name in CONFIG if not _is_text(given.get(name))]
     region = given.get("region") or None
-    if not isinstance(region, str | None):
+    if region is not None and not _is_text(region):
         wrong.append("region")
     if wrong:
         raise RequestError(
@@ -145,6 +145,11 @@ def bucket_of_job(config: object, *, private_allowed: bool) -> Bucket:
         given["accessSecret"],
         private_allowed=private_allowed,
     )
+
+
+def _is_text(value: object) -> bool:
+    """Not empty, and without half a character, which JSON can carry."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value != ""
 
 
 def locate(endpoint_url: str, name: str | None, region: str | None) -> tuple[str, str, str]:
@@ -168,7 +173,10 @@ def locate(endpoint_url: str, name: str | None, region: str | None) -> tuple[str
         if bucket_in_host or parts.path:
             return endpoint, region, month
         name = month
-    is_there = host.startswith(f"{name.lower()}.") or parts.path.endswith(f"/{name}")
+    # A host that nothing is known of may be called the same by chance, as minio.local.
+    is_named_so = host.startswith(f"{name.lower()}.") and host.count(".") > 2
+    in_host = bucket_in_host == name.lower() or (bucket_in_host is None and is_named_so)
+    is_there = in_host or parts.path.endswith(f"/{name}")
     if is_there:
         return endpoint, region, ""
     # AWS asks for the bucket in the host; all others take it in the path, some only there. With a

@@ -5,7 +5,7 @@ It counts where the answer holds the pictures themselves; links are short.
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -91,6 +91,7 @@ def fit(
     about: About,
     numbers: Sequence[int] | None = None,
     beside_bytes: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> Fitted:
     """Make the pictures fit in an answer of data URIs, as far as the request allows.
 
@@ -101,6 +102,7 @@ def fit(
         files: what `encode_pictures` made of the pictures.
         numbers: of the pictures, as there.
         beside_bytes: what else the answer holds.
+        check: as there.
 
     Raises:
         RequestError: they do not; with the size and what would have helped.
@@ -114,7 +116,13 @@ def fit(
     def png(some: list[Image.Image]) -> list[bytes]:
         of_some = numbers[: len(some)] if numbers else None
         return encode_pictures(
-            some, request, output_format="png", about=about, numbers=of_some, smallest=True
+            some,
+            request,
+            output_format="png",
+            about=about,
+            numbers=of_some,
+            smallest=True,
+            check=check,
         )
 
     gain = 1.0
@@ -138,6 +146,7 @@ def fit(
             about=about,
             numbers=numbers,
             quality=quality,
+            check=check,
         )
         return Fitted(jpegs, "jpeg", warning)
 

@@ -103,6 +103,8 @@ async def upload(
     extension: str,
     destination: Destination,
     job_id: str,
+    *,
+    outcomes: list[str | UploadFailure] | None = None,
 ) -> list[str | UploadFailure]:
     """Upload the pictures of a job side by side, within `UPLOAD_SECONDS`.
 
@@ -110,11 +112,17 @@ async def upload(
         pictures: files, all of the same kind.
         media_type: "image/png".
         extension: "png".
+        outcomes: one for each picture, replaced by the true one as soon as that is known: what
+            remains where this is cancelled.
 
     Returns:
         For each picture its link, or why there is none.
     """
-    return await connections.away(_upload_all(pictures, media_type, extension, destination, job_id))
+    outcomes = outcomes or [UploadFailure("not tried")] * len(pictures)
+    await connections.away(
+        _upload_all(pictures, media_type, extension, destination, job_id, outcomes)
+    )
+    return outcomes
 
 
 async def _upload_all(
@@ -123,20 +131,22 @@ async def _upload_all(
     extension: str,
     destination: Destination,
     job_id: str,
-) -> list[str | UploadFailure]:
+    outcomes: list[str | UploadFailure],
+) -> None:
     ends_at = asyncio.get_running_loop().time() + UPLOAD_SECONDS
     places = asyncio.Semaphore(SIDE_BY_SIDE)
 
-    async def upload_one(index: int, data: bytes) -> str | UploadFailure:
+    async def upload_one(index: int, data: bytes) -> None:
         name = f"{_folder(job_id)}/{secrets.token_hex(4)}.{extension}"
         cause = f"the storage did not take it within {UPLOAD_SECONDS:g} seconds in all"
         try:
             async with asyncio.timeout_at(ends_at), places:
                 for tries in itertools.count(1):
                     try:
-                        return await _put(
+                        outcomes[index] = await _put(
                             session, destination, index, name, data, media_type, tries
                         )
+                        return
                     except _PassingError as error:
                         cause = f"{error} (tried {tries} times)"
                         if tries == TRIES:
@@ -146,11 +156,14 @@ async def _upload_all(
             pass
         except _FinalError as error:
             cause = str(error)
+        except Exception as error:  # whatever it is, the other pictures must not be lost by it
+            log.exception("uploading failed", extra={"job_id": job_id})
+            cause = f"the worker failed at uploading it ({type(error).__name__})"
         log.warning("picture %d not uploaded: %s", index, cause, extra={"job_id": job_id})
-        return UploadFailure(cause)
+        outcomes[index] = UploadFailure(cause)
 
     async with connections.session(private_allowed=destination.private_allowed) as session:
-        return await asyncio.gather(*(upload_one(i, data) for i, data in enumerate(pictures)))
+        await asyncio.gather(*(upload_one(i, data) for i, data in enumerate(pictures)))
 
 
 def _folder(job_id: str) -> str:

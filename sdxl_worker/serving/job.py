@@ -1,6 +1,7 @@
 """One job, phase by phase."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -53,7 +54,9 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """
     job_id = str(job.get("id"))
     request = parse_request(job.get("input"))
-    settled = request.model_dump(exclude={"image_url", "mask_url", "upload_urls"})
+    settled = request.model_dump(
+        exclude={"prompt", "negative_prompt", "image_url", "mask_url", "upload_urls"}
+    )
     log.debug("request: %s", settled, extra={"job_id": job_id})
 
     settings = load_settings()
@@ -90,34 +93,60 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
             step_cache_interval=settings.step_cache,
         )
         if canvas is not None:
-            pictures = await in_thread(lambda: [canvas.put_back(one) for one in pictures])
+            pictures = await in_thread(_put_back, canvas, pictures, progress.check)
         if request.check:
             steps = total_steps(stages)
             report = build_report(request, models, settings, pictures, generate_ms, steps)
-            return (
-                report if storage is None else {**report, "storage": await check_storage(storage)}
-            )
-        about = About(models.name, settings.metadata_level, models.hash, settings.lossy)
-        how: Any = {"output_format": output_format, "about": about}
+            return report if storage is None else {**report, "storage": await _checked(storage)}
+        how: Any = {
+            "output_format": output_format,
+            "about": About(models.name, settings.metadata_level, models.hash, settings.lossy),
+            "check": progress.check,
+        }
         with timed("encode", job_id):
             files = await in_thread(encode_pictures, pictures, request, **how)
-    links: list[str | UploadFailure] = []
-    if storage is not None:
         begin_next_job()
-        with timed("upload", job_id):
-            links = await _upload(files, output_format, storage, job_id)
-    return await in_thread(_answer, pictures, files, links, request, job_id, how)
+        links: list[str | UploadFailure] = []
+        if storage is not None:
+            with timed("upload", job_id):
+                links = await _upload(files, output_format, storage, job_id)
+        return await in_thread(_answer, pictures, files, links, request, job_id, how)
+
+
+def _put_back(
+    canvas: Canvas, pictures: list[Image.Image], check: Callable[[], None]
+) -> list[Image.Image]:
+    result = []
+    for picture in pictures:
+        check()
+        result.append(canvas.put_back(picture))
+    return result
+
+
+async def _checked(storage: Destination) -> str:
+    try:
+        async with not_holding_the_end("the storage"):
+            return await check_storage(storage)
+    except RequestError:
+        return "not checked: the worker was told to end"
 
 
 async def _upload(
     files: list[bytes], output_format: OutputFormat, storage: Destination, job_id: str
 ) -> list[str | UploadFailure]:
     """Of each file its link, or why there is none."""
-    try:
+    outcomes: list[str | UploadFailure] = [UploadFailure("the worker was told to end")] * len(files)
+    with contextlib.suppress(RequestError):  # what is made still reaches the caller
         async with not_holding_the_end("the upload"):
-            return await upload(files, MEDIA_TYPES[output_format], output_format, storage, job_id)
-    except RequestError:  # what is made still reaches the caller
-        return [UploadFailure("the worker was told to end")] * len(files)
+            await upload(
+                files,
+                MEDIA_TYPES[output_format],
+                output_format,
+                storage,
+                job_id,
+                outcomes=outcomes,
+            )
+    return outcomes
 
 
 def _answer(
@@ -138,7 +167,10 @@ def _answer(
     cause = next((link.cause for link in links if isinstance(link, UploadFailure)), "")
     warnings = [f"{len(inline)} of {len(files)} pictures not uploaded: {cause}"] if cause else []
     if inline:
-        beside = json.dumps([*images.values(), *warnings])
+        beside = [*images.values(), *warnings]
+        if 0 in images:  # `image_url` is this link
+            beside.append(f"image_url: {images[0]}")
+            request = request.model_copy(update={"duplicate_first": False})
         try:
             fitted = fit(
                 [pictures[i] for i in inline],
@@ -146,7 +178,7 @@ def _answer(
                 request,
                 job_id,
                 numbers=inline,
-                beside_bytes=len(beside),
+                beside_bytes=len(json.dumps(beside)),
                 **how,
             )
         except RequestError as error:

@@ -26,7 +26,7 @@ UPDATE_TIMEOUT_SECONDS = 5.0
 
 
 class JobStopped(Exception):  # noqa: N818 - not an error: somebody wanted it
-    """Raised on the GPU thread, between two steps, in a job that nobody waits for any more."""
+    """Raised in a thread, between two steps of its work, in a job that nobody waits for."""
 
 
 class Progress:
@@ -68,14 +68,22 @@ class Progress:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
+    def check(self) -> None:
+        """Called in any thread, before work that takes long.
+
+        Raises:
+            JobStopped: the job was left; the work must not go on.
+        """
+        if self._left.is_set():
+            raise JobStopped
+
     def on_step(self, step: Step) -> None:
         """Called on the GPU thread after each denoising step.
 
         Raises:
-            JobStopped: the job was left; the pipeline must not go on.
+            JobStopped: as `check`.
         """
-        if self._left.is_set():
-            raise JobStopped
+        self.check()
         if not self._wanted.is_set():
             return
         self._wanted.clear()

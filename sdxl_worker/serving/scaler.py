@@ -166,9 +166,9 @@ class WorkerScaler(rp_scale.JobScaler):
         if self._stopped_at.pop(job["id"], None) is not None:
             return
         left = asyncio.Event()
-        token = slot.leave.set(left.set)
+        token = slot.left.set(left)
         answering = asyncio.create_task(self._answer(config["handler"], job))
-        slot.leave.reset(token)
+        slot.left.reset(token)
         answering.add_done_callback(lambda _: left.set())
         try:
             await left.wait()

@@ -44,6 +44,7 @@ SETTINGS = {"base": BASE_ONLY, "refined": REFINED, "ensemble": ENSEMBLE}
 PICTURE = noise_picture(96, 128)
 HOLE = np.zeros((128, 96), bool)
 HOLE[32:80, 16:64] = True  # along the borders of latents, where diffusers loses nothing
+CPU = torch.device("cpu")
 LOADED_CONFIG = dict(plain_base().scheduler.config)
 
 
@@ -158,7 +159,7 @@ def latents_of_last_step(request: dict[str, Any], mask: np.ndarray) -> tuple[Any
     steps: list[Step] = []
     canvas = canvas_of(PICTURE, mask)
     with torch.no_grad():
-        encoded = encode_canvas(canvas, PICTURE.size, models().vae, sees_mask=False)
+        encoded = encode_canvas(canvas, PICTURE.size, models().vae, CPU, sees_mask=False)
     assert encoded.picture is not None
     picture = encoded.picture.sample(generators()[0]) * models().vae.config.scaling_factor
     draw(parse_request({**request, **MASK}), models(), canvas, steps.append)
@@ -182,7 +183,7 @@ def test_in_between_the_picture_has_the_noise_of_its_timestep(name: str) -> None
     line[:8] = True
     canvas = canvas_of(PICTURE, line)
     with torch.no_grad():
-        encoded = encode_canvas(canvas, PICTURE.size, models().vae, sees_mask=False)
+        encoded = encode_canvas(canvas, PICTURE.size, models().vae, CPU, sees_mask=False)
     assert encoded.picture is not None
     picture = encoded.picture.sample(generators()[0]) * models().vae.config.scaling_factor
     steps: list[torch.Tensor] = []
@@ -207,7 +208,9 @@ def test_in_between_the_picture_has_the_noise_of_its_timestep(name: str) -> None
 def test_a_thin_line_is_not_lost_on_the_way_to_latents(rows: slice) -> None:
     line = np.zeros((128, 96), bool)
     line[rows] = True
-    encoded = encode_canvas(canvas_of(PICTURE, line), PICTURE.size, models().vae, sees_mask=False)
+    encoded = encode_canvas(
+        canvas_of(PICTURE, line), PICTURE.size, models().vae, CPU, sees_mask=False
+    )
     assert encoded.repainted is not None
     repainted = encoded.repainted[0, 0]
     assert repainted[1].all()

@@ -45,6 +45,9 @@ VENDORS = [
     ("https://s3api-eu-ro-1.runpod.io/", "ab12cd34ef", "in path", "EU-RO-1"),
     # Others, MinIO among them
     ("http://minio:9000", "pics", "in path", "us-east-1"),
+    ("http://minio.local:9000", "minio", "in path", "us-east-1"),
+    ("https://pictures.example.com", "pictures", "in path", "us-east-1"),
+    ("https://pics.s3.eu-1.example.com", "pics", "as is", "eu-1"),
     ("http://10.0.0.5:9000/pics", None, "as is", "us-east-1"),
     ("https://s3.fr-par.scw.cloud", "pics", "in path", "fr-par"),
     ("https://s3.wasabisys.com", "pics", "in path", "us-east-1"),
