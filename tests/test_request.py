@@ -351,7 +351,8 @@ MASK = {**PICTURE, "mask_url": "https://example.com/mask.png"}
         ({**PICTURE, "mask_from_alpha": False, "mask_blur": 1}, "mask_blur", "needs a mask"),
         ({**PICTURE, "refiner_strength": 0.4}, "refiner_strength", "needs mode img2img"),
         ({**PICTURE, "fit": "pad"}, "fit", "needs image_url and mode"),
-        ({"prompt": "a", "upload_urls": ["https://a/1"] * 2}, "upload_urls", "(1); got 2"),
+        ({"prompt": "a", "upload_urls": ["https://a/1"] * 2}, "upload_urls", "must all differ"),
+        ({"prompt": "a", "upload_urls": ["https://a/1", "https://a/2"]}, "upload_urls", "got 2"),
     ],
 )
 def test_a_field_without_what_it_goes_with_is_refused(

@@ -167,9 +167,9 @@ def _answer(
     cause = next((link.cause for link in links if isinstance(link, UploadFailure)), "")
     warnings = [f"{len(inline)} of {len(files)} pictures not uploaded: {cause}"] if cause else []
     if inline:
-        beside = [*images.values(), *warnings]
-        if 0 in images:  # `image_url` is this link
-            beside.append(f"image_url: {images[0]}")
+        beside: dict[str, Any] = {"images": list(images.values()), "warning": warnings}
+        if 0 in images:  # the first picture is not there twice, but its link is
+            beside["image_url"] = images[0]
             request = request.model_copy(update={"duplicate_first": False})
         try:
             fitted = fit(

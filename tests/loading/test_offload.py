@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 import torch
 
+from sdxl_worker.drawing.encoding import encode_canvas
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from tests.support import (
     REQUESTS,
+    canvas_of,
     draw,
     fresh_models,
     largest_difference,
     load,
     models,
+    noise_picture,
     weights_being_read,
 )
 
@@ -95,3 +98,20 @@ def test_networks_that_fit_are_left_where_they_are(monkeypatch: pytest.MonkeyPat
     draw(parse_request(REQUESTS["refined"]), resident)
     assert places.passes
     assert not any(hasattr(network, "_hf_hook") for network in resident.networks().values())
+
+
+def test_a_picture_is_encoded_where_the_networks_work_wherever_they_are_before() -> None:
+    """A network that waits for its turn is on the host; only its hook brings it to the GPU."""
+    made = fresh_models()
+    seen: list[torch.Tensor] = []
+
+    def encode(image: torch.Tensor) -> None:
+        seen.append(image)
+        raise StopAsyncIteration
+
+    made.vae.encode = encode
+    canvas = canvas_of(noise_picture(64, 64))
+    with pytest.raises(StopAsyncIteration):
+        encode_canvas(canvas, (64, 64), made.vae, torch.device("meta"), sees_mask=False)
+    assert seen[0].is_meta
+    assert made.vae.device.type == "cpu"

@@ -10,7 +10,8 @@ from PIL import Image
 
 import handler
 from sdxl_worker.drawing import generate as generate_module
-from sdxl_worker.serving import job
+from sdxl_worker.outputs import answer
+from sdxl_worker.serving import job, slot
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from tests.support import PROMPT, data_uri, error, replace_generate, run
 
@@ -101,3 +102,51 @@ def test_while_one_picture_is_made_an_earlier_one_is_encoded(
         return list(await asyncio.gather(first, handler.handler({"id": "b", "input": QUICK})))
 
     assert not any("error" in output for output in asyncio.run(jobs_in_turn()))
+
+
+def test_a_job_that_is_stopped_is_encoded_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    stopped = threading.Event()
+    begun = threading.Event()
+    encode = answer.encode
+
+    def slow(*arguments: Any, **options: Any) -> bytes:
+        encoded.append(1)
+        begun.set()
+        assert stopped.wait(30)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(answer, "encode", slow)
+
+    async def stop() -> None:
+        job_input = {**QUICK, "num_images": 3}
+        answering = asyncio.create_task(handler.handler({"id": "a", "input": job_input}))
+        await asyncio.to_thread(begun.wait, 60)
+        answering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answering
+        stopped.set()
+
+    asyncio.run(stop())
+    assert len(encoded) == 1
+
+
+def test_what_fails_beside_the_next_job_is_answered_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether the GPU is broken would be asked on its thread, which the next job may hold long."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(job, "build_output", fail)
+    monkeypatch.setattr(handler, "on_gpu_thread", fail)
+
+    async def answered() -> dict[str, Any]:
+        token = slot.left.set(asyncio.Event())
+        try:
+            return await handler.handler({"id": "a", "input": QUICK})
+        finally:
+            slot.left.reset(token)
+
+    assert asyncio.run(answered())["error"].startswith("the worker failed at this job (RuntimeE")

@@ -105,10 +105,13 @@ def test_the_platform_gets_json(
     assert isinstance(handler.formatter, formatter)
 
 
-def test_only_debug_shows_the_request(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_debug_shows_the_request_and_nothing_the_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level("INFO", "sdxl_worker")
     run(JOB)
-    assert PROMPT not in caplog.text
+    assert "num_inference_steps" not in caplog.text
     caplog.set_level("DEBUG", "sdxl_worker")
     run(JOB)
-    assert PROMPT in caplog.text
+    assert "num_inference_steps" in caplog.text
+    assert PROMPT not in caplog.text

@@ -3,8 +3,11 @@
 import asyncio
 import base64
 import io
+import json
+import threading
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import boto3
 import pytest
@@ -14,6 +17,9 @@ from PIL import Image
 import handler
 from sdxl_worker.outputs import size_guard
 from sdxl_worker.outputs import upload as upload_module
+from sdxl_worker.outputs.bucket import Bucket
+from sdxl_worker.serving import ending, job
+from sdxl_worker.serving.ending import hurry
 from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server, s3_server
 from tests.support import decoded, run
 
@@ -44,6 +50,12 @@ def _owner_s_bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _no_such_bucket(_owner_s_bucket: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUCKET_NAME", "elsewhere")
+
+
+@pytest.fixture
+def _ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "HURRIED_SECONDS", 1.0)
+    monkeypatch.setattr(ending, "_ends_at", None)
 
 
 @pytest.fixture
@@ -110,12 +122,13 @@ def test_a_job_s_own_bucket_wins_over_the_owner_s(
         "bucketName": "pics",
         "endpointUrl": server.url,
     }
-    job = {"id": "own", "input": QUICK, "s3Config": config}
-    output = asyncio.run(handler.handler(job))
+    own = {"id": "own", "input": QUICK, "s3Config": config}
+    output = asyncio.run(handler.handler(own))
     assert len(list((server.folder / "pics" / "own").iterdir())) == 1
     assert "warning" not in output
-    wrong = {**job, "s3Config": {**config, "bucketName": 3}}
-    assert "s3Config" in asyncio.run(handler.handler(wrong))["error"]
+    for value in (3, "", "\ud800"):
+        wrong = {**own, "s3Config": {**config, "bucketName": value}}
+        assert "wrong or missing: bucketName" in asyncio.run(handler.handler(wrong))["error"]
 
 
 @pytest.mark.usefixtures("_no_such_bucket")
@@ -179,6 +192,79 @@ def test_of_several_the_uploaded_ones_stay_links(
     message = run(job_input)["error"]
     assert f"stored: {urls[0].partition('?')[0]}" in message
     assert "X-Amz" not in message
+
+
+@pytest.mark.usefixtures("_on_the_platform")
+def test_a_first_picture_that_is_a_link_leaves_its_room_to_the_others(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    urls = [presigned(server, f"room/{i}.png") for i in range(2)]
+    urls[1] = urls[1].replace("X-Amz-Signature=", "X-Amz-Signature=0")
+    job_input = {**QUICK, "num_images": 2, "upload_urls": urls}
+    answer_bytes = len(json.dumps({"output": run(job_input)}))
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", answer_bytes + 200)
+    output = run(job_input)
+    assert output["images"][1].startswith("data:image/png")
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", answer_bytes - 1)
+    fitted = run({**job_input, "on_too_large": "jpeg"})
+    assert len(json.dumps({"output": fitted})) < answer_bytes
+
+
+@pytest.mark.usefixtures("_owner_s_bucket")
+def test_whatever_fails_at_uploading_the_pictures_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("hunter2")
+
+    monkeypatch.setattr(Bucket, "signed", fail)
+    output = run(QUICK)
+    assert decoded(output["images"][0]).size == (128, 128)
+    assert output["warning"] == (
+        "1 of 1 pictures not uploaded: the worker failed at uploading it (RuntimeError)"
+    )
+
+
+@pytest.mark.usefixtures("_owner_s_bucket", "_ending")
+def test_at_the_end_of_the_worker_what_is_stored_stays_a_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put, later = upload_module._put, threading.Event()
+
+    async def slow(session: Any, destination: Any, index: int, *arguments: Any) -> str:
+        if index == 1:
+            later.set()
+            await asyncio.sleep(30)
+        return await put(session, destination, index, *arguments)
+
+    monkeypatch.setattr(upload_module, "_put", slow)
+
+    async def ended() -> dict[str, Any]:
+        answering = asyncio.create_task(
+            handler.handler({"id": "test", "input": {**QUICK, "num_images": 2}})
+        )
+        await asyncio.to_thread(later.wait, 60)
+        hurry()
+        return await answering
+
+    output = asyncio.run(ended())
+    assert output["images"][0].startswith("http")
+    assert output["images"][1].startswith("data:")
+    assert output["warning"] == "1 of 2 pictures not uploaded: the worker was told to end"
+
+
+@pytest.mark.usefixtures("_owner_s_bucket", "_ending")
+def test_at_the_end_of_the_worker_a_check_does_not_wait_for_storage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def slow(*_: object) -> str:
+        hurry()
+        await asyncio.sleep(30)
+        return "ok"
+
+    monkeypatch.setattr(job, "check_storage", slow)
+    assert run({"check": True})["storage"] == "not checked: the worker was told to end"
 
 
 @pytest.mark.usefixtures("_owner_s_bucket")
