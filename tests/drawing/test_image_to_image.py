@@ -175,10 +175,13 @@ def test_every_stage_keeps_to_the_mask(name: str, settings: dict[str, Any]) -> N
     assert (latents[0][:, ~kept] - picture[0][:, ~kept]).abs().mean() > 0.1
 
 
+@pytest.mark.parametrize("settings", [BASE_ONLY, ENSEMBLE], ids=["base", "ensemble"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_in_between_the_picture_has_the_noise_of_its_timestep(name: str) -> None:
-    """Always the same noise, and as much of it as the model was trained with there."""
-    job_input = {**BASE_ONLY, **MASK, "scheduler": name, "strength": 0.75}
+def test_in_between_the_picture_has_the_noise_of_its_timestep(
+    name: str, settings: dict[str, Any]
+) -> None:
+    """Always the same noise, and as much of it as the models were trained with there."""
+    job_input = {**settings, **MASK, "scheduler": name, "strength": 0.75}
     line = np.zeros((128, 96), bool)
     line[:8] = True
     canvas = canvas_of(PICTURE, line)
@@ -188,11 +191,13 @@ def test_in_between_the_picture_has_the_noise_of_its_timestep(name: str) -> None
     picture = encoded.picture.sample(generators()[0]) * models().vae.config.scaling_factor
     steps: list[torch.Tensor] = []
     timesteps: list[float] = []
-    hook = models().unet.register_forward_pre_hook(
-        lambda _, inputs: timesteps.append(float(inputs[1]))
-    )
+    hooks = [
+        unet.register_forward_pre_hook(lambda _, inputs: timesteps.append(float(inputs[1])))
+        for unet in models().unets()
+    ]
     draw(parse_request(job_input), models(), canvas, lambda step: steps.append(step.latents()))
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     alphas = scheduler("DDIM").alphas_cumprod.numpy()
     found = []
     for latents, timestep in zip(steps[:-1], timesteps[1:], strict=True):

@@ -351,6 +351,22 @@ class TestFaults:
 
         assert asyncio.run(refused()) == [UploadFailure("the storage answered 403 Forbidden")]
 
+    def test_a_storage_that_refuses_unread_is_asked_for_its_reason(self) -> None:
+        async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if b"100-continue" in head:
+                writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+                await writer.drain()
+            writer.transport.abort() if b"100-continue" not in head else writer.close()
+
+        async def refused() -> Any:
+            async with await asyncio.start_server(refuse, "127.0.0.1", 0) as listening:
+                url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/a.png"
+                where = PutUrls((url,), private_allowed=True)
+                return await upload(PICTURES[:1], "image/png", "png", where, "job")
+
+        assert asyncio.run(refused()) == [UploadFailure("the storage answered 403 Forbidden")]
+
     def test_a_storage_that_never_asks_for_the_picture_gets_it(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

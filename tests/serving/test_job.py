@@ -139,8 +139,9 @@ def test_what_fails_beside_the_next_job_is_answered_at_once(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError
 
+    asked: list[Any] = []
     monkeypatch.setattr(job, "build_output", fail)
-    monkeypatch.setattr(handler, "on_gpu_thread", fail)
+    monkeypatch.setattr(handler, "on_gpu_thread", lambda *_: asked.append(1))
 
     async def answered() -> dict[str, Any]:
         token = slot.left.set(asyncio.Event())
@@ -150,3 +151,4 @@ def test_what_fails_beside_the_next_job_is_answered_at_once(
             slot.left.reset(token)
 
     assert asyncio.run(answered())["error"].startswith("the worker failed at this job (RuntimeE")
+    assert not asked
