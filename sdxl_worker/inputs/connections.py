@@ -92,6 +92,15 @@ def cause(error: Exception) -> str:
     return "its server broke off, or does not speak HTTP: try again"
 
 
+def is_final(error: Exception) -> bool:
+    """Whether the next try would fail alike: it is the address, and not its server."""
+    import aiohttp
+
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return isinstance(error.os_error, NotPublicError)
+    return isinstance(error, ValueError)
+
+
 def status_words(code: int) -> str:
     """Not in the server's words, which can be anything."""
     try:

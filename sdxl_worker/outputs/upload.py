@@ -219,7 +219,8 @@ async def _send(
     except TimeoutError:
         raise _PassingError(f"the storage took longer than {TRY_SECONDS:g} seconds") from None
     except connections.troubles() as error:
-        raise _PassingError(f"the storage: {connections.cause(error)}") from None
+        kind = _FinalError if connections.is_final(error) else _PassingError
+        raise kind(f"the storage: {connections.cause(error)}") from None
     if status < 300:
         return answer
     told = f"the storage answered {connections.status_words(status)}"
