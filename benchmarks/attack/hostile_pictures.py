@@ -24,6 +24,8 @@ class HostilePicture:
     data: bytes
     expected: Image.Image | None = None
     """What has to come of it, where a refusal would be wrong."""
+    is_taken: bool | None = None
+    """Whether it has to be taken, or else refused, as a mask of `sample()`. None: either."""
 
 
 def _encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
@@ -218,6 +220,27 @@ def other_formats() -> Iterator[HostilePicture]:
     yield HostilePicture("noise", np.random.default_rng(0).bytes(5000))
     wmf = b"\xd7\xcd\xc6\x9a" + bytes(2) + struct.pack("<hhhhH", 0, 0, 30000, 30000, 1) + bytes(60)
     yield HostilePicture("WMF", wmf)
+
+
+def odd_masks() -> Iterator[HostilePicture]:
+    """Of `sample()`."""
+    black = Image.new("L", sample().size)
+    dot, clear = black.copy(), Image.new("RGBA", black.size, (255, 255, 255, 0))
+    dot.putpixel((48, 32), 255)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96), np.uint8))
+    for name, mask, is_taken in (
+        ("an empty mask", black, False),
+        ("a transparent mask", clear, False),
+        ("a grey mask", Image.new("L", black.size, 127), False),
+        ("a full mask", Image.new("L", black.size, 255), True),
+        ("a mask of one pixel", dot, True),
+        ("a mask of noise", noise, True),
+        ("a mask of ten times the size", noise.resize((960, 640)), True),
+        ("a mask of a tenth of the size", noise.resize((9, 6)), True),
+        ("a mask turned by 90 degrees", noise.transpose(Image.Transpose.ROTATE_90), False),
+        ("a square mask", noise.resize((64, 64)), False),
+    ):
+        yield HostilePicture(name, png_bytes(mask), is_taken=is_taken)
 
 
 def all_pictures() -> Iterator[HostilePicture]:
