@@ -19,6 +19,7 @@ from sdxl_worker.drawing.batches import Plan
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.schedulers import SAMPLERS
 from sdxl_worker.drawing.stages import plan_stages
+from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
@@ -41,8 +42,9 @@ PLANS = {
 def draw(models: Models, **job_input: object) -> list[Image.Image]:
     request = parse_request({"prompt": PROMPT, "seed": 100, **job_input})
     coarse = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
-    refined = Image.fromarray(coarse).resize((128, 128)) if request.image_url else None
-    return generate(request, plan_stages(request, models), models, refined)
+    picture = Image.fromarray(coarse).resize((128, 128))
+    canvas = Canvas(picture, picture, None) if request.image_url else None
+    return generate(request, plan_stages(request, models), models, canvas)
 
 
 def compared(pictures: list[Image.Image], others: list[Image.Image]) -> tuple[str, str, str]:

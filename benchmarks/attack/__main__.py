@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -113,7 +114,7 @@ def put(url: str) -> str:
         RequestError: it is not possible.
     """
     request = parse_request({"prompt": "a red circle", "upload_urls": [url]})
-    where = destination({}, request, Settings())
+    where: Any = destination({}, request, Settings())
     [stored] = asyncio.run(upload([b"a picture"], "image/png", "png", where, "job"))
     if isinstance(stored, UploadFailure):
         raise RequestError(stored.cause)
