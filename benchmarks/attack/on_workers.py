@@ -32,8 +32,8 @@ from sdxl_worker.outputs.upload import UPLOAD_SECONDS
 from sdxl_worker.request import parse_request
 
 PLAIN = {"prompt": "a red circle on a blue background", "seed": 1, **CHEAP}
-# Of the refiner, since it begins with a picture.
-ON_PICTURE = {**CHEAP, "refiner_inference_steps": 4, "strength": 0.5}
+# Of the refiner, since it begins with a picture. Without a mode, that would keep its size.
+ON_PICTURE = {**CHEAP, "mode": "refine", "refiner_inference_steps": 4, "strength": 0.5}
 # Inpainting, of a picture that has the shape of most of the odd ones.
 UNDER_MASK = {**CHEAP, "image_url": data_uri(png_bytes(sample()))}
 JOB_SECONDS = 120.0
