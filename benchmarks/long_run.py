@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.attack.hostile_server import HostileServer
-from benchmarks.attack.job_inputs import CHEAP, Fields, picture_uri, valid
+from benchmarks.attack.job_inputs import CHEAP, Fields, mask_uri, picture_uri, valid
 from benchmarks.attack.on_workers import refused
 from benchmarks.attack.real_workers import came_true, ended, real_workers
 from benchmarks.attack.tally import unreadable_answer
@@ -41,6 +41,8 @@ from sdxl_worker.request import SIDE_MULTIPLE_PX
 CHART = common.RESULTS_DIR.parents[1] / "docs" / "long_run.svg"
 PLAIN: Fields = {"prompt": "a red circle on a blue background", **CHEAP}
 REFINER: Fields = {"refiner_inference_steps": 4, "strength": 0.5}  # What certainly succeeds.
+REDRAWN: Fields = {"mode": "img2img", "image_url": picture_uri(), "num_inference_steps": 4}
+INPAINTED: Fields = {**REDRAWN, "mask_url": mask_uri()}
 SHAPES: dict[str, Fields] = {
     "base alone": {},
     "base and refiner": REFINER,
@@ -49,6 +51,18 @@ SHAPES: dict[str, Fields] = {
     "picture at an address": REFINER,
     "preview": {"num_inference_steps": 30, "preview": True},
     "several pictures": {"num_images": 3},
+    "redrawn": REDRAWN,
+    "inpainted": INPAINTED,
+    "inpainted and refined": {
+        **INPAINTED,
+        "refiner_inference_steps": 4,
+        "refiner_strength": 0.5,
+        "mask_blur": 4,
+    },
+    "only the mask": {**INPAINTED, "mask_padding": 8},
+    "JPEG": {"output_format": "jpeg"},
+    "WebP": {"output_format": "webp", "output_quality": 100, "duplicate_first": False},
+    "uploaded": {"num_images": 2},
 }
 KINDS = (*SHAPES, "any size", "any fields", "check", "refused", "cancelled")
 # Takes many seconds, unless it is cancelled.
@@ -133,6 +147,7 @@ class Result:
 @dataclass(frozen=True)
 class Sent:
     kind: str
+    job_input: Any
     at: float
     cancel_at: float | None = None
 
@@ -206,10 +221,13 @@ class LongRun:
             job_input = valid(self._random)
         elif kind == "picture at an address":
             job_input["image_url"] = self._server.address("good", "token=1")
+        elif kind == "uploaded":
+            count = job_input["num_images"]
+            job_input["upload_urls"] = [self._server.address("good", str(i)) for i in range(count)]
         elif kind == "cancelled":
             job_input = LONG
             cancel_at = now + self._random.uniform(0, CANCELLED_WITHIN_SECONDS)
-        self._waiting[self._endpoint.run(job_input)] = Sent(kind, now, cancel_at)
+        self._waiting[self._endpoint.run(job_input)] = Sent(kind, job_input, now, cancel_at)
 
     def _cancel_due(self) -> None:
         now = time.monotonic()
@@ -244,7 +262,11 @@ class LongRun:
         if accepted > 1:
             result.doubled.append(what)
         must_be = {"refused": ("FAILED",), "any fields": ()}.get(sent.kind, ("COMPLETED",))
-        if complaint := unreadable_answer(answer, *must_be):
+        complaint = unreadable_answer(answer, *must_be, asked=sent.job_input)
+        output = answer.get("output") or {}
+        if complaint is None and sent.kind != "any fields" and "warning" in output:
+            complaint = output["warning"]
+        if complaint:
             result.wrong.append(f"{what}: {complaint}")
 
     def _kill_one(self) -> bool:

@@ -10,19 +10,25 @@ status is 1 where anything broke.
 
 import argparse
 import asyncio
+import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.attack import hostile_addresses, hostile_pictures, in_process, on_workers
 from benchmarks.attack.tally import Tally, table, write
-from sdxl_worker.inputs.decode import decode
+from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.decode import decode, decode_mask
 from sdxl_worker.inputs.fetch import fetch
+from sdxl_worker.outputs.upload import UploadFailure, destination, upload
 from sdxl_worker.request import parse_request
+from sdxl_worker.settings import Settings
 
 FIELD = "image_url"
 # They would lead the worker's fetches elsewhere.
@@ -45,11 +51,21 @@ def kinds(*, quick: bool, seed: int) -> dict[str, tuple[str, Callable[[Tally], N
                 tally, lambda data: decode(data, FIELD), pictures.small_pictures()
             ),
         ),
+        "masks-decoding": (
+            "the same as masks, decoded",
+            lambda tally: in_process.attack_decoding_of_masks(
+                tally, lambda data: decode_mask(data, "mask_url"), pictures.small_pictures()
+            ),
+        ),
         "addresses": (
-            "private and special addresses",
+            "private and special addresses, fetched from",
             lambda tally: in_process.attack_addresses(
                 tally, lambda url: asyncio.run(fetch(url, FIELD)), hostile_addresses.addresses()
             ),
+        ),
+        "uploads": (
+            "private and special addresses, uploaded to",
+            lambda tally: in_process.attack_addresses(tally, put, hostile_addresses.addresses()),
         ),
         "jobs": (
             "good and bad jobs through real workers",
@@ -61,10 +77,25 @@ def kinds(*, quick: bool, seed: int) -> dict[str, tuple[str, Callable[[Tally], N
                 tally, pictures.odd_modes() if quick else pictures.all_pictures()
             ),
         ),
+        "masks": (
+            "the same and odd masks through a real worker",
+            lambda tally: on_workers.attack_with_pictures(
+                tally,
+                itertools.chain(pictures.odd_masks(), () if quick else pictures.all_pictures()),
+                "mask_url",
+                on_workers.UNDER_MASK,
+            ),
+        ),
         "server": (
             "a hostile picture server",
             lambda tally: on_workers.attack_with_a_picture_server(
                 tally, *([("good", "missing", "html", "drip")] if quick else [])
+            ),
+        ),
+        "storage": (
+            "a hostile server at presigned addresses",
+            lambda tally: on_workers.attack_with_storage(
+                tally, *([("good", "missing", "html", "redirect-loop")] if quick else [])
             ),
         ),
         "platform": (
@@ -74,6 +105,20 @@ def kinds(*, quick: bool, seed: int) -> dict[str, tuple[str, Callable[[Tally], N
             ),
         ),
     }
+
+
+def put(url: str) -> str:
+    """Upload something to an address.
+
+    Raises:
+        RequestError: it is not possible.
+    """
+    request = parse_request({"prompt": "a red circle", "upload_urls": [url]})
+    where: Any = destination({}, request, Settings())
+    [stored] = asyncio.run(upload([b"a picture"], "image/png", "png", where, "job"))
+    if isinstance(stored, UploadFailure):
+        raise RequestError(stored.cause)
+    return stored
 
 
 def main() -> int:
@@ -91,6 +136,8 @@ def main() -> int:
         os.environ.pop(name, None)
         os.environ.pop(name.upper(), None)
 
+    # Of what is attacked in this process, whose warnings are what should come.
+    logging.disable(logging.WARNING)
     chosen = kinds(quick=arguments.quick, seed=arguments.seed)
     tallies: list[Tally] = []
     for name in arguments.kinds:

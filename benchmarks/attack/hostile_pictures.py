@@ -24,9 +24,11 @@ class HostilePicture:
     data: bytes
     expected: Image.Image | None = None
     """What has to come of it, where a refusal would be wrong."""
+    is_taken: bool | None = None
+    """Whether it has to be taken, or else refused, as a mask of `sample()`. None: either."""
 
 
-def _encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -90,19 +92,19 @@ def bombs() -> Iterator[HostilePicture]:
     yield HostilePicture("WebP bomb", _webp_of_size(16_383, 16_383))
     frames = [Image.new("RGB", (32, 32), (i % 251, i % 7, i % 3)) for i in range(FRAMES)]
     for kind in ("gif", "png", "webp", "tiff"):
-        data = _encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
         yield HostilePicture(f"{kind.upper()} of {FRAMES} frames", data)
 
 
 def _jpeg_of_size(width: int, height: int) -> bytes:
-    data = bytearray(_encoded(sample(), "jpeg"))
+    data = bytearray(encoded(sample(), "jpeg"))
     at = data.index(b"\xff\xc0") + 5  # the frame's height and width
     data[at : at + 4] = struct.pack(">HH", height, width)
     return bytes(data)
 
 
 def _gif_of_size(width: int, height: int) -> bytes:
-    data = bytearray(_encoded(sample().convert("P"), "gif"))
+    data = bytearray(encoded(sample().convert("P"), "gif"))
     size = struct.pack("<HH", width, height)
     data[6:10] = size
     at = data.index(b"\x2c") + 5  # the frame's own size
@@ -111,13 +113,13 @@ def _gif_of_size(width: int, height: int) -> bytes:
 
 
 def _bmp_of_size(width: int, height: int) -> bytes:
-    data = bytearray(_encoded(sample(), "bmp"))
+    data = bytearray(encoded(sample(), "bmp"))
     data[18:26] = struct.pack("<ii", width, height)
     return bytes(data)
 
 
 def _webp_of_size(width: int, height: int) -> bytes:
-    data = bytearray(_encoded(sample(), "webp", lossless=True))
+    data = bytearray(encoded(sample(), "webp", lossless=True))
     at = data.index(b"VP8L") + 9  # 14 bits of width - 1, 14 of height - 1, 4 that stay
     rest = struct.unpack_from("<I", data, at)[0] >> 28
     struct.pack_into("<I", data, at, (width - 1) | (height - 1) << 14 | rest << 28)
@@ -126,7 +128,7 @@ def _webp_of_size(width: int, height: int) -> bytes:
 
 def cut_files() -> Iterator[HostilePicture]:
     for kind in ("png", "jpeg", "webp", "gif", "bmp", "tiff"):
-        data = _encoded(sample(), kind)
+        data = encoded(sample(), kind)
         for share in (0.02, 0.3, 0.7, 0.98):
             cut = data[: int(len(data) * share)]
             yield HostilePicture(f"{kind.upper()} cut at {share:.0%}", cut)
@@ -141,15 +143,15 @@ def orientations() -> Iterator[HostilePicture]:
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = orientation
         for kind, options in (("jpeg", {"quality": 95}), ("png", {}), ("webp", {"lossless": True})):
-            data = _encoded(sample(), kind, exif=exif, **options)
+            data = encoded(sample(), kind, exif=exif, **options)
             upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
             yield HostilePicture(f"{kind.upper()} with orientation {orientation}", data, upright)
     for orientation in (0, 9, 65535):
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = orientation
-        data = _encoded(sample(), "png", exif=exif)
+        data = encoded(sample(), "png", exif=exif)
         yield HostilePicture(f"PNG with orientation {orientation}", data, sample())
-    junk = _encoded(sample(), "png", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + bytes(99))
+    junk = encoded(sample(), "png", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + bytes(99))
     yield HostilePicture("PNG with junk EXIF", junk, sample())
 
 
@@ -166,18 +168,18 @@ def odd_modes() -> Iterator[HostilePicture]:
     yield HostilePicture("transparent grey PNG", png_bytes(clear.convert("LA")), white)
     black_or_white = grey.convert("1")
     yield HostilePicture("PNG of 1 bit", png_bytes(black_or_white), black_or_white.convert("RGB"))
-    yield HostilePicture("CMYK JPEG", _encoded(rgb.convert("CMYK"), "jpeg", quality=95), rgb)
+    yield HostilePicture("CMYK JPEG", encoded(rgb.convert("CMYK"), "jpeg", quality=95), rgb)
     yield HostilePicture("palette PNG", png_bytes(rgb.quantize(4)), rgb)
-    yield HostilePicture("TIFF of floats", _encoded(Image.new("F", (64, 64), 0.5), "tiff"))
+    yield HostilePicture("TIFF of floats", encoded(Image.new("F", (64, 64), 0.5), "tiff"))
     yield HostilePicture(
         "TIFF of floats that are no numbers",
-        _encoded(Image.fromarray(np.full((64, 64), np.nan, np.float32)), "tiff"),
+        encoded(Image.fromarray(np.full((64, 64), np.nan, np.float32)), "tiff"),
     )
     yield HostilePicture(
-        "TIFF of 32-bit integers", _encoded(Image.new("I", (64, 64), 2**30), "tiff")
+        "TIFF of 32-bit integers", encoded(Image.new("I", (64, 64), 2**30), "tiff")
     )
-    yield HostilePicture("CMYK TIFF", _encoded(rgb.convert("CMYK"), "tiff"))
-    yield HostilePicture("LAB TIFF", _encoded(Image.new("LAB", (64, 64)), "tiff"))
+    yield HostilePicture("CMYK TIFF", encoded(rgb.convert("CMYK"), "tiff"))
+    yield HostilePicture("LAB TIFF", encoded(Image.new("LAB", (64, 64)), "tiff"))
     yield HostilePicture("PNG of one pixel", png_bytes(Image.new("RGB", (1, 1))))
     yield HostilePicture("PNG of 3000 x 1", png_bytes(Image.new("RGB", (3000, 1))))
 
@@ -198,7 +200,7 @@ def other_formats() -> Iterator[HostilePicture]:
         "bmp",
     ):
         try:
-            yield HostilePicture(kind.upper(), _encoded(rgb, kind))
+            yield HostilePicture(kind.upper(), encoded(rgb, kind))
         except (OSError, KeyError):
             continue  # this Pillow cannot write it
     layers = b"8BPS\x00\x01" + bytes(6) + struct.pack(">HIIHH", 3, 30_000, 30_000, 8, 3)
@@ -218,6 +220,27 @@ def other_formats() -> Iterator[HostilePicture]:
     yield HostilePicture("noise", np.random.default_rng(0).bytes(5000))
     wmf = b"\xd7\xcd\xc6\x9a" + bytes(2) + struct.pack("<hhhhH", 0, 0, 30000, 30000, 1) + bytes(60)
     yield HostilePicture("WMF", wmf)
+
+
+def odd_masks() -> Iterator[HostilePicture]:
+    """Of `sample()`."""
+    black = Image.new("L", sample().size)
+    dot, clear = black.copy(), Image.new("RGBA", black.size, (255, 255, 255, 0))
+    dot.putpixel((48, 32), 255)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96), np.uint8))
+    for name, mask, is_taken in (
+        ("an empty mask", black, False),
+        ("a transparent mask", clear, False),
+        ("a grey mask", Image.new("L", black.size, 127), False),
+        ("a full mask", Image.new("L", black.size, 255), True),
+        ("a mask of one pixel", dot, True),
+        ("a mask of noise", noise, True),
+        ("a mask of ten times the size", noise.resize((960, 640)), True),
+        ("a mask of a tenth of the size", noise.resize((9, 6)), True),
+        ("a mask turned by 90 degrees", noise.transpose(Image.Transpose.ROTATE_90), False),
+        ("a square mask", noise.resize((64, 64)), False),
+    ):
+        yield HostilePicture(name, png_bytes(mask), is_taken=is_taken)
 
 
 def all_pictures() -> Iterator[HostilePicture]:

@@ -1,10 +1,13 @@
 """A picture server that does everything wrong, on loopback: one path for each misbehaviour.
 
+What is uploaded to it is read, and answered in the same ways.
+
 A misbehaviour is a generator of what is sent; a number is a pause in seconds.
 """
 
 import contextlib
 import gzip
+import re
 import select
 import socket
 import socketserver
@@ -191,6 +194,8 @@ class HostileServer:
         name = address.partition(b"?")[0].strip(b"/").decode("latin-1")
         if request.startswith(TLS_HANDSHAKE):
             name = "tls"
+        with contextlib.suppress(OSError):
+            self._read_body(connection, request)
         noted = Connection(name)
         self.connections.append(noted)
         behaviour = {**ENDLESS, **OTHERS, **GOOD, **TLS}.get(name, OTHERS["missing"])
@@ -207,6 +212,14 @@ class HostileServer:
                 reset = struct.pack("ii", 1, 0)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         noted.closed_at = time.monotonic()
+
+    def _read_body(self, connection: socket.socket, request: bytes) -> None:
+        """What is closed before all of it is read is taken for broken off."""
+        head, _, body = request.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+        left = int(length[1]) - len(body) if length else 0
+        while left > 0 and (received := connection.recv(65536)):
+            left -= len(received)
 
     def _send(self, connection: socket.socket, data: bytes) -> None:
         """As `sendall`, to a reader that may take its time."""

@@ -49,10 +49,22 @@ def attack_decoding(
         tally.add(hostile.name, _outcome(_drawn_on, decode, hostile))
 
 
+def attack_decoding_of_masks(
+    tally: Tally, decode_mask: Callable[[bytes], Image.Image], pictures: Iterable[HostilePicture]
+) -> None:
+    """Odd files: each becomes a mask in black and white, or one readable message."""
+    for hostile in pictures:
+        tally.add(f"{hostile.name}, as a mask", _outcome(_repainted, decode_mask, hostile))
+
+
 def attack_addresses(
     tally: Tally, fetch: Callable[[str], object], addresses: Iterable[str]
 ) -> None:
-    """Addresses that are not public: each is refused, and nothing is connected to."""
+    """Addresses that are not public: each is refused, and nothing is connected to.
+
+    Args:
+        fetch: or whatever else connects to an address.
+    """
     for address in addresses:
         with _no_connections() as attempts:
             complaint = _outcome(_fetched, fetch, address)
@@ -77,7 +89,7 @@ def _parsed(parse: Callable[[object], object], job_input: object) -> None:
 
 def _fetched(fetch: Callable[[str], object], address: str) -> str:
     fetch(address)
-    return "something was fetched"
+    return "something was connected to"
 
 
 def _drawn_on(decode: Callable[[bytes], Image.Image], hostile: HostilePicture) -> str | None:
@@ -91,6 +103,15 @@ def _drawn_on(decode: Callable[[bytes], Image.Image], hostile: HostilePicture) -
     one, other = (np.asarray(which, np.float32) for which in (picture, hostile.expected))
     difference = float(np.abs(one - other).mean())
     return f"another picture, by {difference:.0f}" if difference > DIFFERENCE_MAX else None
+
+
+def _repainted(decode_mask: Callable[[bytes], Image.Image], hostile: HostilePicture) -> str | None:
+    mask = decode_mask(hostile.data)
+    if mask.mode != "L" or not set(mask.tobytes()) <= {0, 255}:
+        return f"a mask of mode {mask.mode} with other values than black and white"
+    if hostile.expected is not None and mask.size != hostile.expected.size:
+        return f"a mask of {mask.size}"
+    return None
 
 
 @functools.cache

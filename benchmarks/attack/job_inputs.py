@@ -8,6 +8,7 @@ import string
 from collections.abc import Callable
 from typing import Any
 
+import jsonschema
 from PIL import Image
 
 from sdxl_worker.request import Request
@@ -23,7 +24,13 @@ CHEAP_MAX = {
     "num_images": 2,
     "num_inference_steps": 3,
     "refiner_inference_steps": 6,
+    "mask_padding": 64,
 }
+# How often valid jobs have a field. Many others go with these alone.
+OFTEN = {"image_url": 0.5, "mode": 0.4, "mask_url": 0.4}
+SELDOM = 0.2
+# Of uploads. No worker takes it for a public one, and nothing listens there.
+PRIVATE_ADDRESS = "http://127.0.0.1:9"
 # What valid jobs have unless they say otherwise, since the defaults are those of a large model.
 CHEAP: Fields = {
     "height": 64,
@@ -64,8 +71,35 @@ def picture_uri() -> str:
 
 
 @functools.cache
+def transparent_picture_uri() -> str:
+    """A small valid picture that can be its own mask."""
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    picture.putalpha(_mask())
+    return data_uri(png_bytes(picture))
+
+
+@functools.cache
+def mask_uri() -> str:
+    """A small valid mask: neither empty nor full, whichever way round and wherever it is cut."""
+    return data_uri(png_bytes(_mask()))
+
+
+def _mask() -> Image.Image:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (20, 24, 44, 40))
+    return mask
+
+
+@functools.cache
 def schemas() -> dict[str, Schema]:
     return field_schemas(Request)
+
+
+@functools.cache
+def ties() -> dict[str, jsonschema.Draft202012Validator]:
+    """Of some fields, what the whole input has to be if it has the field."""
+    rules = Request.model_json_schema()["dependentSchemas"]
+    return {name: jsonschema.Draft202012Validator(rule) for name, rule in rules.items()}
 
 
 def valid_value(random_: random.Random, schema: Schema, highest: int | None = None) -> Any:
@@ -105,18 +139,31 @@ def valid_value(random_: random.Random, schema: Schema, highest: int | None = No
         case "string":
             if "data:image" in schema.get("pattern", ""):
                 return picture_uri()
+            if "https?://" in schema.get("pattern", ""):
+                return f"{PRIVATE_ADDRESS}/picture"
             words = " ".join(random_.choices(WORDS, k=random_.randint(1, 5))).strip()
             return words[: schema.get("maxLength")] or "x"
     return None
 
 
-def valid(random_: random.Random, **fields: Any) -> Fields:
-    """A quick job with these fields and some others; rules that tie fields may refuse it."""
+def valid(random_: random.Random) -> Fields:
+    """A quick job with some of the fields, which `parse_request` takes."""
     job_input = {"prompt": valid_value(random_, {"type": "string"}), **CHEAP}
     for name, schema in schemas().items():
-        if name not in job_input and random_.random() < 0.2:
+        if name not in job_input and random_.random() < OFTEN.get(name, SELDOM):
             job_input[name] = valid_value(random_, schema, CHEAP_MAX.get(name))
-    return {**job_input, **fields}
+    while broken := [
+        name for name, rule in ties().items() if name in job_input and not rule.is_valid(job_input)
+    ]:
+        del job_input[broken[0]]
+    if "mask_url" in job_input:
+        job_input["mask_url"] = mask_uri()
+    if job_input.get("mask_from_alpha"):
+        job_input["image_url"] = transparent_picture_uri()
+    if "upload_urls" in job_input:
+        count = job_input.get("num_images", 1)
+        job_input["upload_urls"] = [f"{PRIVATE_ADDRESS}/{i}" for i in range(count)]
+    return job_input
 
 
 def junk(random_: random.Random, depth: int = 0) -> Any:

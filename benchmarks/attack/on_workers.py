@@ -10,9 +10,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks.attack.hostile_pictures import HostilePicture
+from benchmarks.attack.hostile_pictures import HostilePicture, sample
 from benchmarks.attack.hostile_server import ENDLESS, GOOD, OTHERS, TLS, HostileServer
-from benchmarks.attack.job_inputs import CHEAP, data_uri, fuzzed, valid
+from benchmarks.attack.job_inputs import CHEAP, Fields, data_uri, fuzzed, png_bytes, valid
 from benchmarks.attack.real_workers import (
     came_true,
     ended,
@@ -28,19 +28,23 @@ from local_endpoint.queue import Receipt
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.decoder_process import MAX_MEMORY_BYTES
 from sdxl_worker.inputs.fetch import FETCH_TIMEOUT_SECONDS
+from sdxl_worker.outputs.upload import UPLOAD_SECONDS
 from sdxl_worker.request import parse_request
 
 PLAIN = {"prompt": "a red circle on a blue background", "seed": 1, **CHEAP}
-# Of the refiner, since it begins with a picture.
-ON_PICTURE = {**CHEAP, "refiner_inference_steps": 4, "strength": 0.5}
+# Of the refiner, since it begins with a picture. Without a mode, that would keep its size.
+ON_PICTURE = {**CHEAP, "mode": "refine", "refiner_inference_steps": 4, "strength": 0.5}
+# Inpainting, of a picture that has the shape of most of the odd ones.
+UNDER_MASK = {**CHEAP, "image_url": data_uri(png_bytes(sample()))}
 JOB_SECONDS = 120.0
 PROMPT_SECONDS = 15.0
 # After the worker's own deadline: time to say so while other jobs run.
 SLACK_SECONDS = 10.0
 CLOSED_SECONDS = 3.0
 STOP_SECONDS = 8.0
-# Of slow servers at once.
+# Of slow servers at once. One that a picture goes to holds no place that jobs wait for.
 GROUP = 4
+STORAGE_GROUP = 16
 # What the decoder may take, and what the worker holds of the request beside it.
 PICTURE_MEMORY_MAX_BYTES = MAX_MEMORY_BYTES + 200 * 10**6
 
@@ -54,7 +58,8 @@ def attack_with_jobs(tally: Tally, *, count: int, seed: int) -> None:
             job_input = refused(random_) if number % 2 else valid(random_)
             jobs.append((endpoint.run(job_input), job_input))
         for job_id, job_input in jobs:
-            complaint = unreadable_answer(ended(endpoint, job_id, JOB_SECONDS))
+            answer = ended(endpoint, job_id, JOB_SECONDS)
+            complaint = unreadable_answer(answer, asked=job_input)
             if job_id in wants_to_be_replaced(endpoint):
                 complaint = "asked for the worker to be replaced"
             tally.add(f"{job_input!r:.200}", complaint)
@@ -72,15 +77,22 @@ def refused(random_: random.Random) -> Any:
             return job_input
 
 
-def attack_with_pictures(tally: Tally, pictures: Iterable[HostilePicture]) -> None:
+def attack_with_pictures(
+    tally: Tally,
+    pictures: Iterable[HostilePicture],
+    field: str = "image_url",
+    beside: Fields = ON_PICTURE,
+) -> None:
     """Pictures in the request: each is drawn on or refused, within a bound on the memory."""
     with real_workers() as endpoint:
         for hostile in pictures:
             [worker] = endpoint.workers
             before = _memory_bytes(worker.pid)
-            job_id = endpoint.run({**ON_PICTURE, "image_url": data_uri(hostile.data)})
+            job_input = {**beside, field: data_uri(hostile.data)}
+            job_id = endpoint.run(job_input)
             grown = _peak_bytes_until_ended(endpoint, job_id, worker.pid) - before
-            complaint = unreadable_answer(endpoint.status(job_id))
+            must_be = {None: (), True: ("COMPLETED",), False: ("FAILED",)}[hostile.is_taken]
+            complaint = unreadable_answer(endpoint.status(job_id), *must_be, asked=job_input)
             tally.raise_to("most_memory_mb", grown / 1e6)
             if grown > PICTURE_MEMORY_MAX_BYTES:
                 complaint = f"took {grown / 1e6:.0f} MB of memory"
@@ -125,20 +137,79 @@ def attack_with_a_picture_server(
         real_workers(stop_grace_seconds=STOP_SECONDS + 2, environment=environment) as endpoint,
     ):
 
+        def asked(name: str) -> Fields:
+            return {**ON_PICTURE, "image_url": _with_secrets(server, name, secret)}
+
         def send(name: str) -> str:
-            url = server.address(name, f"token={secret}").replace("://", f"://user:{secret}@")
-            return endpoint.run({**ON_PICTURE, "image_url": url})
+            return endpoint.run(asked(name))
+
+        def complaint(name: str, answer: dict[str, Any]) -> str | None:
+            allowed = ("COMPLETED",) if name in GOOD else ()
+            return unreadable_answer(answer, *allowed, asked=asked(name))
 
         for at in range(0, len(names), GROUP):
-            _answers_in_time(tally, endpoint, send, names[at : at + GROUP], secret)
+            some = names[at : at + GROUP]
+            _answers_in_time(tally, endpoint, send, some, FETCH_TIMEOUT_SECONDS, complaint, secret)
         tally.add("a plain job afterwards", _plain_job(endpoint))
         for name in [name for name in names if name in {**ENDLESS, **TLS}]:
             tally.add(f"{name}, cancelled", _cancel(endpoint, server, send, name))
         tally.add("a plain job after the cancelled ones", _plain_job(endpoint))
-        tally.add("the end of the worker amid drips", _end_amid_drips(endpoint, server, send))
-        told = [line for line in written(endpoint).splitlines() if secret in line]
-        complaint = f"told {len(told)} times, first in {told[0]:.200}" if told else None
-        tally.add("the secrets of addresses, in all that was posted and logged", complaint)
+        job_ids = [send("drip") for _ in range(3)]
+        tally.add("the end of the worker amid drips", _end_amid(endpoint, server, "drip", job_ids))
+        tally.add("the secrets of addresses, in all that was posted and logged",
+                  _secret_told(endpoint, secret))  # fmt: skip
+
+
+def attack_with_storage(
+    tally: Tally, names: Sequence[str] = (*GOOD, *OTHERS, *ENDLESS, *TLS)
+) -> None:
+    """Whatever presigned addresses do, each picture is a link or comes with a warning, in time."""
+    secret = f"CANARY-{secrets.token_hex(8)}"
+    environment = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true", "WORKER_CONCURRENCY": "8"}
+    with (
+        HostileServer() as server,
+        real_workers(stop_grace_seconds=STOP_SECONDS + 2, environment=environment) as endpoint,
+    ):
+
+        def asked(name: str) -> Fields:
+            return {**PLAIN, "upload_urls": [_with_secrets(server, name, secret)]}
+
+        def send(name: str) -> str:
+            return endpoint.run(asked(name))
+
+        def complaint(name: str, answer: dict[str, Any]) -> str | None:
+            told = unreadable_answer(answer, "COMPLETED", asked=asked(name))
+            if told is None and name in GOOD:
+                return answer["output"].get("warning")
+            return told
+
+        for at in range(0, len(names), STORAGE_GROUP):
+            some = names[at : at + STORAGE_GROUP]
+            _answers_in_time(tally, endpoint, send, some, UPLOAD_SECONDS, complaint, secret)
+        tries = sum(one.path == "redirect-loop" for one in server.connections)
+        followed = f"{tries} requests, of which one is the upload" if tries > 1 else None
+        tally.add("a redirect is not followed", followed)
+        for name in [name for name in names if name in {**ENDLESS, **TLS}]:
+            tally.add(f"{name}, cancelled", _cancel(endpoint, server, send, name))
+        job_ids = [send("silence") for _ in range(3)]
+        end = _end_amid(endpoint, server, "silence", job_ids)
+        for job_id in job_ids:
+            answer = ended(endpoint, job_id, PROMPT_SECONDS)
+            end = end or complaint("silence", answer)
+            if end is None and answer.get("retries"):
+                end = "what was drawn was not sent, and is drawn again"
+        tally.add("the end of the worker amid uploads", end)
+        tally.add("the secrets of addresses, in all that was posted and logged",
+                  _secret_told(endpoint, secret))  # fmt: skip
+
+
+def _with_secrets(server: HostileServer, name: str, secret: str) -> str:
+    return server.address(name, f"token={secret}").replace("://", f"://user:{secret}@")
+
+
+def _secret_told(endpoint: LocalEndpoint, secret: str) -> str | None:
+    told = [line for line in written(endpoint).splitlines() if secret in line]
+    return f"told {len(told)} times, first in {told[0]:.200}" if told else None
 
 
 def _answers_in_time(
@@ -146,17 +217,18 @@ def _answers_in_time(
     endpoint: LocalEndpoint,
     send: Callable[[str], str],
     names: Sequence[str],
+    seconds: float,
+    complain: Callable[[str, dict[str, Any]], str | None],
     secret: str,
 ) -> None:
-    deadline = time.monotonic() + FETCH_TIMEOUT_SECONDS + SLACK_SECONDS
+    deadline = time.monotonic() + seconds + SLACK_SECONDS
     job_ids = {name: send(name) for name in names}
     answers = {
         name: ended(endpoint, job_id, max(0, deadline - time.monotonic()))
         for name, job_id in job_ids.items()
     }
     for name, answer in answers.items():
-        allowed = ("COMPLETED",) if name in GOOD else ()
-        complaint = unreadable_answer(answer, *allowed)
+        complaint = complain(name, answer)
         if secret in f"{answer.get('output')} {answer.get('error')}":
             complaint = "the answer tells the secret of the address"
         tally.add(name, complaint)
@@ -182,14 +254,13 @@ def _plain_job(endpoint: LocalEndpoint) -> str | None:
     return unreadable_answer(ended(endpoint, endpoint.run(PLAIN), PROMPT_SECONDS), "COMPLETED")
 
 
-def _end_amid_drips(
-    endpoint: LocalEndpoint, server: HostileServer, send: Callable[[str], str]
+def _end_amid(
+    endpoint: LocalEndpoint, server: HostileServer, name: str, job_ids: Sequence[str]
 ) -> str | None:
+    """The end of the worker while these jobs wait for the server."""
     [worker] = endpoint.workers
-    for _ in range(3):
-        send("drip")
-    if not server.wait_for("drip", 3, 10):
-        return "no three pictures were fetched at once"
+    if not server.wait_for(name, len(job_ids), 10):
+        return f"{server.open_count(name)} of {len(job_ids)} connections were open at once"
     worker.terminate()
     if not came_true(lambda: worker.exit_status is not None, STOP_SECONDS):
         return f"still runs {STOP_SECONDS:.0f} s after SIGTERM"

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from PIL import Image
 from benchmarks.attack import __main__ as program
 from benchmarks.attack import hostile_pictures, in_process, job_inputs, on_workers, tally
 from benchmarks.attack.hostile_addresses import addresses
+from benchmarks.attack.hostile_pictures import HostilePicture
 from benchmarks.attack.hostile_server import ENDLESS, GOOD, OTHERS, PICTURE, TLS, HostileServer
 from benchmarks.attack.tally import Tally, unreadable, unreadable_answer
 from local_endpoint.local import LocalEndpoint
 from sdxl_worker.errors import RequestError
-from sdxl_worker.inputs.decode import decode
+from sdxl_worker.inputs.decode import decode, decode_mask
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.request import Request, parse_request
 
@@ -36,6 +38,11 @@ IN_SHORT = {
     "job-take hands out a path as id",
     "job-take hands out null as id",
 }
+
+
+PNG = job_inputs.picture_uri()
+JPEG = job_inputs.data_uri(hostile_pictures.encoded(hostile_pictures.sample(), "jpeg"), "jpeg")
+UPLOAD = {"upload_urls": ["http://a/b?c"]}
 
 
 @pytest.fixture
@@ -55,11 +62,33 @@ class TestTheWorkerHolds:
         assert result.tried > 80
         assert result.breaks == []
 
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")
+    def test_decoding_of_masks(self, result: Tally) -> None:
+        pictures = hostile_pictures.small_pictures()
+        in_process.attack_decoding_of_masks(result, lambda data: decode_mask(data, "x"), pictures)
+        assert result.tried > 80
+        assert result.breaks == []
+
     def test_addresses(self, result: Tally) -> None:
         in_process.attack_addresses(
             result, lambda url: asyncio.run(fetch(url, "image_url")), addresses()
         )
         assert result.tried > 150
+        assert result.breaks == []
+
+    def test_addresses_to_upload_to(self, result: Tally) -> None:
+        some = [*addresses()[::20], "http://:80/"]
+        in_process.attack_addresses(result, program.put, some)
+        assert (result.tried, result.breaks) == (len(some), [])
+
+    def test_masks(self, result: Tally) -> None:
+        masks = [*hostile_pictures.odd_masks(), HostilePicture("noise", b"noise")]
+        on_workers.attack_with_pictures(result, masks, "mask_url", on_workers.UNDER_MASK)
+        assert (result.tried, result.breaks) == (len(masks), [])
+
+    def test_a_hostile_storage(self, result: Tally) -> None:
+        on_workers.attack_with_storage(result, [*GOOD, *OTHERS, "drip"])
+        assert result.tried > 30
         assert result.breaks == []
 
     def test_real_workers(self, result: Tally) -> None:
@@ -110,6 +139,15 @@ class TestABreakIsTold:
         pictures = list(hostile_pictures.orientations())
         in_process.attack_decoding(result, decode_as_it_lies, pictures)
         assert len(result.breaks) == 3 * 7, "all orientations but the first, in three formats"
+
+    def test_of_decoding_masks(self, result: Tally) -> None:
+        def decode_as_it_lies(data: bytes) -> Image.Image:
+            return Image.open(io.BytesIO(data)).convert("L")
+
+        masks = list(hostile_pictures.orientations())[:1]
+        in_process.attack_decoding_of_masks(result, decode_as_it_lies, masks)
+        [told] = result.breaks
+        assert "other values than black and white" in told
 
     def test_of_addresses(self, result: Tally) -> None:
         def fetch_anything(address: str) -> object:
@@ -162,6 +200,56 @@ class TestABreakIsTold:
         told = unreadable_answer(answer)
         assert told is None if complaint is None else told is not None and complaint in told
 
+    @pytest.mark.parametrize(
+        ("asked", "output", "complaint"),
+        [
+            ({}, {"images": [PNG], "image_url": PNG}, None),
+            ({}, {"images": [PNG, PNG], "image_url": PNG}, "not 1 pictures"),
+            ({"num_images": 2}, {"images": [PNG], "image_url": PNG}, "not 2 pictures"),
+            ({}, {"images": [PNG]}, "image_url is None"),
+            ({"duplicate_first": False}, {"images": [PNG]}, None),
+            ({"duplicate_first": False}, {"images": [PNG], "image_url": PNG}, "image_url is"),
+            ({}, {"images": [JPEG], "image_url": JPEG}, "jpeg in place of png"),
+            ({"output_format": "jpeg"}, {"images": [JPEG], "image_url": JPEG}, None),
+            (
+                {"on_too_large": "jpeg"},
+                {"images": [JPEG], "image_url": JPEG, "warning": "it is JPEG"},
+                None,
+            ),
+            ({}, {"images": [PNG[:60]], "image_url": PNG[:60]}, "cannot be read"),
+            (
+                {},
+                {"images": [PNG.replace("png", "webp")], "image_url": PNG.replace("png", "webp")},
+                "png as data:image/webp",
+            ),
+            ({}, {"images": ["http://a/b"], "image_url": "http://a/b"}, "nobody asked for"),
+            (UPLOAD, {"images": ["http://a/b"], "image_url": "http://a/b"}, None),
+            (UPLOAD, {"images": ["http://a/b"]}, "image_url is None"),
+            (UPLOAD, {"images": [PNG], "image_url": PNG}, "without a warning"),
+            (UPLOAD, {"images": [PNG], "image_url": PNG, "warning": "not uploaded"}, None),
+            (
+                UPLOAD,
+                {"images": [PNG], "image_url": PNG, "warning": "Traceback"},
+                "the message tells of 'Traceback'",
+            ),
+        ],
+    )
+    def test_of_pictures(
+        self, asked: dict[str, Any], output: dict[str, Any], complaint: str | None
+    ) -> None:
+        told = unreadable_answer({"status": "COMPLETED", "output": output}, asked=asked)
+        assert told is None if complaint is None else told is not None and complaint in told
+
+    def test_of_a_mask(self, result: Tally) -> None:
+        """One that should be refused is taken, and one that should be taken is refused."""
+        right = {one.name: one for one in hostile_pictures.odd_masks()}
+        wrong = [
+            replace(right["an empty mask"], is_taken=True),
+            replace(right["a full mask"], is_taken=False),
+        ]
+        on_workers.attack_with_pictures(result, wrong, "mask_url", on_workers.UNDER_MASK)
+        assert len(result.breaks) == 2
+
     def test_of_a_message_about_this_machine(self) -> None:
         assert unreadable(f"no file {tally.REPOSITORY}/models") is not None
         assert unreadable("half a character: \ud800") is not None
@@ -210,6 +298,7 @@ class TestInputs:
         for _ in range(300):
             job_input = job_inputs.valid(random_)
             schema.validate(job_input)
+            parse_request(job_input)
             seen |= set(job_input)
         assert seen == set(Request.model_fields), "each field is tried"
 
@@ -228,6 +317,14 @@ class TestInputs:
 
 
 class TestHostileServer:
+    def test_an_upload_is_read_and_answered(self) -> None:
+        with HostileServer() as server:
+            request = urllib.request.Request(
+                server.address("good"), data=bytes(5_000_000), method="PUT"
+            )
+            with urllib.request.urlopen(request, timeout=5) as response:
+                assert response.status == 200
+
     def test_a_good_picture_can_be_had(self) -> None:
         with (
             HostileServer() as server,

@@ -31,10 +31,10 @@ def test_nothing_is_left_behind(result: Result) -> None:
 
 
 def test_the_worker_is_watched(result: Result, tmp_path: Path) -> None:
-    assert [one.jobs for one in result.samples] == [10, 20]
+    assert [one.jobs for one in result.samples] == [10, 20, 30]
     assert all(one.memory_mb > 100 and one.handles > 3 for one in result.samples)
     long_run.write(result, tmp_path / "long_run.json", seed=1)
-    assert len(json.loads((tmp_path / "long_run.json").read_text())["samples"]) == 2
+    assert len(json.loads((tmp_path / "long_run.json").read_text())["samples"]) == 3
     long_run.draw_chart(result, tmp_path / "chart.svg")
     assert "memory, MB" in (tmp_path / "chart.svg").read_text()
 

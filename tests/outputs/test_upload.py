@@ -399,7 +399,6 @@ class TestAddresses:
     def test_those_of_a_job_must_be_public(
         self, host: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(upload_module, "FIRST_PAUSE_SECONDS", 0)
         url = f"http://{host}:9/a?X-Amz-Signature=hunter2"
         config = {
             "accessId": ACCESS_KEY_ID,
@@ -418,7 +417,11 @@ class TestAddresses:
             assert where is not None
             told = cause(where)
             assert "public addresses only" in told
-            assert "tried" not in told, "it would be the same"
+            assert "tried" not in told, "it would be the same at the next try"
+
+    def test_what_cannot_be_used_is_tried_once(self) -> None:
+        told = cause(PutUrls(("http://:80/",), private_allowed=True))
+        assert told == "the storage: not an address that can be used: correct it"
 
     def test_the_owner_may_allow_private_ones(
         self, server: S3Server, monkeypatch: pytest.MonkeyPatch
