@@ -200,7 +200,7 @@ def _again(details: Any) -> InitErrorDetails:
 
 
 # Values with which clients leave a field out.
-NOT_GIVEN = (("image_url", ""), ("mask_url", ""), ("height", 0), ("width", 0))
+NOT_GIVEN = (("image_url", ""), ("height", 0), ("width", 0))
 MASKED: tuple[Mapping[str, Any], ...] = ({"mask_url": ...}, {"mask_from_alpha": ...})
 REDRAWN: tuple[Mapping[str, Any], ...] = ({"mode": "img2img"}, *MASKED)
 WITH_PICTURE: tuple[Mapping[str, Any], ...] = ({"image_url": ...},)
@@ -422,8 +422,8 @@ class Request(InputModel):
 
     @classmethod
     def as_given(cls, fields: Mapping[Any, Any]) -> dict[str, Any]:
-        """An empty `image_url` and sides of 0 mean none, as in 2.1.0, and so does an empty
-        `mask_url`. A check alone gets `CHECK_INPUT` too.
+        """An empty `image_url` and sides of 0 mean none, as in 2.1.0. A check alone gets
+        `CHECK_INPUT` too.
         """
         given = super().as_given(fields)
         for name, none in NOT_GIVEN:
@@ -478,6 +478,8 @@ def parse_request(job_input: object) -> Request:
     if not isinstance(job_input, Mapping):
         raise RequestError(f"input: must be an object with a prompt in it; got {shown(job_input)}")
     _check_extent(job_input)
+    if "s3Config" in job_input:
+        raise RequestError("s3Config: belongs beside input, not in it: {input: ..., s3Config: ...}")
     try:
         return Request.model_validate(job_input)
     except ValidationError as error:

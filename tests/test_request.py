@@ -387,6 +387,17 @@ def test_fields_that_go_together_are_accepted(job_input: dict[str, Any]) -> None
     parse_request(job_input)
 
 
+def test_what_belongs_beside_the_input_is_told_so() -> None:
+    assert refusal(s3Config={"accessSecret": "hunter2"}) == (
+        "s3Config: belongs beside input, not in it: {input: ..., s3Config: ...}"
+    )
+
+
+def test_an_empty_mask_address_is_a_mistake_not_none() -> None:
+    """Without a mask, what it was to protect would be redrawn."""
+    assert refusal(**{**PICTURE, "mask_url": ""}).startswith("mask_url: must be an http://")
+
+
 def test_broken_ties_are_told_all_at_once_beside_other_problems() -> None:
     with pytest.raises(RequestError) as caught:
         parse_request({"prompt": "a", "mode": "img2img", "fit": "cut", "mask_blur": 3, "seed": "1"})

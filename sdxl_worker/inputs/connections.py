@@ -12,7 +12,9 @@ import socket
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import sdxl_worker
 from sdxl_worker.inputs.addresses import is_public
@@ -25,6 +27,7 @@ T = TypeVar("T")
 
 # The SDK's name: whoever allows its downloads private addresses means all of a job's.
 ALLOW_PRIVATE = "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"
+PUBLIC_ONLY = "the worker connects to public addresses only: use one"
 
 
 class NotPublicError(OSError):
@@ -68,6 +71,16 @@ def session(*, private_allowed: bool) -> "ClientSession":
     )
 
 
+def is_private(address: str) -> bool:
+    """Whether an address can be told to be no public one without a look at the network."""
+    host = urlsplit(address).hostname or ""
+    try:
+        ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost"
+    return not is_public(host)
+
+
 def troubles() -> tuple[type[Exception], ...]:
     """What a connection may fail with; `cause` words it."""
     import aiohttp
@@ -85,7 +98,7 @@ def cause(error: Exception) -> str:
         return "its host cannot be found: correct the address"
     if isinstance(error, aiohttp.ClientConnectorError):
         if isinstance(error.os_error, NotPublicError):
-            return "the worker connects to public addresses only: use one"
+            return PUBLIC_ONLY
         return "its server cannot be reached: correct the address"
     if isinstance(error, ValueError):
         return "not an address that can be used: correct it"

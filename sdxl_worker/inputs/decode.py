@@ -123,9 +123,15 @@ def decode(data: bytes, field: str) -> Image.Image:
         return _in_srgb(_opened(data, field))
 
 
-def decode_with_alpha(data: bytes, field: str) -> tuple[Image.Image, Image.Image]:
+def decode_with_alpha(
+    data: bytes, field: str, *, on_white: bool
+) -> tuple[Image.Image, Image.Image]:
     """What `decode` makes of the picture, and a mask: white where the picture is transparent by
     half and more, otherwise black.
+
+    Args:
+        on_white: as `decode` does it. Otherwise each pixel has the colour that the file gives it,
+            however opaque: the soft edge of a hole would be a light one on white.
 
     Raises:
         RequestError: as `decode`; or the picture has no transparency.
@@ -143,7 +149,7 @@ def decode_with_alpha(data: bytes, field: str) -> tuple[Image.Image, Image.Image
             _, alpha = _without_alpha(band)
             if alpha is not None:
                 mask.paste(alpha.point(lambda value: 255 * (value < HALF)), place)
-        return _in_srgb(picture), mask
+        return _in_srgb(picture, on_white=on_white), mask
 
 
 def decode_mask(data: bytes, field: str) -> Image.Image:
@@ -198,14 +204,14 @@ def _opened(data: bytes, field: str) -> Image.Image:
     return _upright(picture)
 
 
-def _in_srgb(picture: Image.Image) -> Image.Image:
+def _in_srgb(picture: Image.Image, *, on_white: bool = True) -> Image.Image:
     profile = picture.info.get("icc_profile")
     to_srgb = _to_srgb(profile, picture.mode) if profile else None
     if picture.mode == "RGB" and not picture.has_transparency_data and to_srgb is None:
         return picture
     result = Image.new("RGB", picture.size)
     for band, place in _bands(picture):
-        result.paste(_plain(band, to_srgb), place)
+        result.paste(_plain(band, to_srgb, on_white=on_white), place)
     return result
 
 
@@ -224,10 +230,10 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def _plain(band: Image.Image, to_srgb: ToSrgb | None) -> Image.Image:
+def _plain(band: Image.Image, to_srgb: ToSrgb | None, *, on_white: bool) -> Image.Image:
     band, alpha = _without_alpha(band)
     colours = to_srgb(band) if to_srgb else band.convert("RGB")
-    if alpha is not None:
+    if alpha is not None and on_white:
         colours.putalpha(alpha)
         white = Image.new("RGBA", colours.size, "white")
         colours = Image.alpha_composite(white, colours).convert("RGB")
@@ -311,7 +317,7 @@ def picture_of(
     """How it was fitted; the pixels, and those of the mask, one byte each, if there is one."""
     alpha = None
     if mask_from_alpha:
-        picture, alpha = decode_with_alpha(data, field)
+        picture, alpha = decode_with_alpha(data, field, on_white=mask_invert)
     else:
         picture = decode(data, field)
     fit = choose_fit(
@@ -330,7 +336,7 @@ def picture_of(
             fit,
             invert=mask_invert,
             nothing=(
-                "nothing in the picture is transparent, so nothing would be repainted; erase in "
+                "nothing in the picture is transparent by half, so nothing would be repainted; erase in "
                 "it what is to change, or set mask_invert to repaint what is opaque"
             ),
             nothing_inverted=(
@@ -362,9 +368,11 @@ def mask_of(
     difference = abs(width * sent_height - height * sent_width)
     # One in a hundred, or one pixel of the mask: who scales it has to round.
     if difference > max(width * sent_height / 100, sent_width, sent_height):
+        turned = (width > height) != (sent_width > sent_height)
         raise RequestError(
             f"{field}: a mask of {width} x {height} pixels does not fit a picture of "
             f"{sent_width} x {sent_height}; send one of the same shape"
+            + (" (a photograph may be turned by its EXIF orientation)" if turned else "")
         )
     pixels = _fitted_mask(
         mask,
@@ -372,7 +380,7 @@ def mask_of(
         Fit((sent_width, sent_height), (size[0], size[1]), how),
         invert=mask_invert,
         nothing=(
-            "nothing in it is white, so nothing would be repainted; paint white what is to "
+            "nothing in it is half white or more, so nothing would be repainted; paint white what is to "
             "change, or set mask_invert if that is black"
         ),
         nothing_inverted=(

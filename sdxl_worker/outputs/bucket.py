@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 from pydantic import TypeAdapter
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs import connections
 from sdxl_worker.settings import MAX_URL_EXPIRY_SECONDS, HttpUrl, Settings
 
 DEFAULT_REGION = "us-east-1"
@@ -137,6 +138,8 @@ def bucket_of_job(config: object, *, private_allowed: bool) -> Bucket:
         raise RequestError(
             "s3Config.endpointUrl: must be an http:// or https:// address, without a query"
         ) from None
+    if not private_allowed and connections.is_private(given["endpointUrl"]):
+        raise RequestError(f"s3Config.endpointUrl: {connections.PUBLIC_ONLY}")
     url, region, _ = locate(given["endpointUrl"], given["bucketName"], region)
     return Bucket(
         url,

@@ -78,7 +78,7 @@ def check_expected_size(
         remedies = ['output_format or on_too_large "jpeg"']
         if request.duplicate_first and one * request.num_images <= limit:
             remedies.append("duplicate_first false")
-        raise _too_large("would be at least", size, limit, remedies)
+        raise _too_large("would be at least", size, limit, remedies, request)
 
 
 def fit(
@@ -167,7 +167,7 @@ def fit(
         single_bytes = gain * result_bytes(files, alone, output_format)
         if single_bytes <= limit:
             remedies.append(f"duplicate_first false ({single_bytes / 1e6:.1f} MB)")
-    raise _too_large("is", size, limit, remedies)
+    raise _too_large("is", size, limit, remedies, request)
 
 
 def result_bytes(
@@ -184,11 +184,16 @@ def result_bytes(
     return len(json.dumps({"output": empty}, allow_nan=False)) + sum(lengths) + twice
 
 
-def _too_large(how: str, size: int, limit: int, remedies: list[str]) -> RequestError:
+def _too_large(
+    how: str, size: int, limit: int, remedies: list[str], request: Request
+) -> RequestError:
     remedies = [
         *remedies,
+        *(["/runsync"] if limit < size <= RUNSYNC_LIMIT_BYTES and limit <= RUN_LIMIT_BYTES else []),
         "links in place of pictures, by upload_urls or the worker's BUCKET_ENDPOINT_URL",
-        "fewer pictures (num_images) or smaller ones (height, width)",
+        *(["fewer pictures (num_images)"] if request.num_images > 1 else []),
+        # Without a mode, a picture keeps its size.
+        *(["smaller ones (height, width)"] if request.mode or not request.image_url else []),
     ]
     return RequestError(
         f"the result {how} {size / 1e6:.1f} MB, and the platform takes {limit / 1e6:.0f} MB "

@@ -41,7 +41,7 @@ PASSING = (408, 425, 429)
 MAX_ANSWER_BYTES = 16 * 1024
 # What is told of the codes of https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
 ADVICE = {
-    "NoSuchBucket": "there is no such bucket: correct its name (BUCKET_NAME)",
+    "NoSuchBucket": "there is no such bucket: correct its name (BUCKET_NAME, bucketName)",
     "InvalidAccessKeyId": "correct the access key's id",
     "SignatureDoesNotMatch": "correct the secret access key, or the region (BUCKET_REGION, region)",
     "AuthorizationHeaderMalformed": "correct the region (BUCKET_REGION, region)",
@@ -91,6 +91,8 @@ def destination(job: Mapping[str, Any], request: Request, settings: Settings) ->
                 raise RequestError(
                     f"upload_urls[{i}]: not an address that can be used: correct it"
                 ) from None
+            if not private_allowed and connections.is_private(url):
+                raise RequestError(f"upload_urls[{i}]: {connections.PUBLIC_ONLY}")
         return PutUrls(tuple(request.upload_urls), private_allowed)
     if job.get("s3Config"):
         return bucket_of_job(job["s3Config"], private_allowed=private_allowed)

@@ -66,16 +66,18 @@ def saving(handler: Handler) -> Handler:
 
     async def handle_and_save(job: dict[str, Any]) -> dict[str, Any]:
         output = await handler(job)
-        if "images" not in output:
-            return output
         try:
             paths = _save(output)
         except OSError as error:
+            if "error" in output:
+                return output
             return {
                 "error": f"the pictures cannot be saved in {OUTPUT_DIR.resolve()}: "
                 f"{error.strerror}; see that it is a folder which can be written to and has room, "
                 "or run the worker in another folder"
             }
+        if "images" not in output:
+            return output
         for path in paths:
             print(f"Saved {path}")
         first = {"image_url": paths[0]} if "image_url" in output else {}
@@ -85,7 +87,7 @@ def saving(handler: Handler) -> Handler:
 
 
 def _save(output: dict[str, Any]) -> list[str]:
-    """Write the answer and its pictures, all of them or none.
+    """Write the answer and its pictures, if there are any: all of it or nothing.
 
     Returns:
         The paths of the pictures. Those that were uploaded stay links.
@@ -95,7 +97,7 @@ def _save(output: dict[str, Any]) -> list[str]:
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     places, pictures = [], {}
-    for i, image in enumerate(output["images"]):
+    for i, image in enumerate(output.get("images", ())):
         header, _, payload = image.partition(",")
         if not header.startswith("data:image/"):
             places.append(image)
@@ -105,7 +107,7 @@ def _save(output: dict[str, Any]) -> list[str]:
         pictures[name] = base64.b64decode(payload)
         places.append(str(OUTPUT_DIR / name))
     # The whole answer, as the platform's status route gives it.
-    answer = json.dumps({"output": output}).encode()
+    answer = json.dumps(output if "error" in output else {"output": output}).encode()
     files = {**pictures, "output.json": answer}
     OUTPUT_DIR.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=OUTPUT_DIR) as folder:
