@@ -413,11 +413,15 @@ class Request(InputModel):
         description="The answer holds the first picture twice, in `images` and as `image_url`, "
         "as that of 2.1.0. `false`: no `image_url`, unless it is a link.",
     )
-    upload_urls: Annotated[list[UploadUrl], Field(min_length=1, max_length=MAX_IMAGES)] | None = (
-        Field(
-            default=None,
-            description="One presigned PUT address for each picture, which is uploaded there.",
-        )
+    upload_urls: (
+        Annotated[
+            list[UploadUrl],
+            Field(min_length=1, max_length=MAX_IMAGES, json_schema_extra={"uniqueItems": True}),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="One presigned PUT address for each picture, which is uploaded there.",
     )
 
     @classmethod

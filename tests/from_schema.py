@@ -67,7 +67,10 @@ def valid(schema: Schema, root: Schema) -> Values:
         case "array":
             items = valid(schema["items"], root)
             return st.lists(
-                items, min_size=schema.get("minItems", 0), max_size=schema.get("maxItems", 5)
+                items,
+                min_size=schema.get("minItems", 0),
+                max_size=schema.get("maxItems", 5),
+                unique=schema.get("uniqueItems", False),
             )
         case "object":
             # An object's own `anyOf` ties its fields together.

@@ -10,6 +10,7 @@ import ctypes
 import io
 import itertools
 import json
+import math
 import re
 import resource
 import signal
@@ -37,6 +38,9 @@ WHAT_TO_SEND = "send PNG, JPEG, WebP, GIF, BMP or AVIF"
 MAX_INPUT_PIXELS = 64 * 1024**2
 # libwebp holds two more canvases: at 16 bytes a pixel, this is what the limit of memory leaves it.
 MAX_WEBP_PIXELS = 48 * 1024**2
+
+# Of a picture that is scaled with a hole in it, which takes two more copies.
+MAX_PIXELS_WITH_HOLE = 24 * 1024**2
 
 # A progressive JPEG has some ten, and takes as much time for each: one of 630 kB can take minutes.
 MAX_JPEG_SCANS = 100
@@ -336,15 +340,18 @@ def picture_of(
             fit,
             invert=mask_invert,
             nothing=(
-                "nothing in the picture is transparent by half, so nothing would be repainted; erase in "
-                "it what is to change, or set mask_invert to repaint what is opaque"
+                "nothing in the picture is half transparent, so nothing would be repainted; erase "
+                "in it what is to change, or set mask_invert to repaint what is opaque"
             ),
             nothing_inverted=(
                 "nothing in the picture is opaque, so with mask_invert nothing would be "
                 "repainted; leave mask_invert out"
             ),
         )
-    pixels = fit.of_picture(picture).tobytes()
+    if alpha is not None and not mask_invert and math.prod(picture.size) <= MAX_PIXELS_WITH_HOLE:
+        # Scaled with its hole, so that no colour comes out of that into what is kept.
+        picture.putalpha(ImageChops.invert(alpha))
+    pixels = fit.of_picture(picture).convert("RGB").tobytes()
     return {"sent_size": fit.sent_size, "size": fit.size, "how": fit.how}, pixels, mask
 
 
@@ -380,8 +387,8 @@ def mask_of(
         Fit((sent_width, sent_height), (size[0], size[1]), how),
         invert=mask_invert,
         nothing=(
-            "nothing in it is half white or more, so nothing would be repainted; paint white what is to "
-            "change, or set mask_invert if that is black"
+            "nothing in it is at least half white, so nothing would be repainted; paint white what "
+            "is to change, or set mask_invert if that is black"
         ),
         nothing_inverted=(
             "nothing in it is black, so with mask_invert nothing would be repainted; paint black "

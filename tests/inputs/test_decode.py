@@ -1,5 +1,6 @@
 """An input picture: what its bytes are made into."""
 
+import functools
 import io
 import struct
 import zlib
@@ -482,14 +483,18 @@ def test_transparency_from_half_on_is_a_mask(mode: str) -> None:
         picture.putpalette([10] * 12)
     options: dict[str, Any] = {"transparency": alpha.tobytes()} if mode == "P" else {}
     data = file(picture.convert(mode) if mode == "LA" else picture, **options)
-    decoded, mask = decode_with_alpha(data, "image_url")
+    decoded, mask = decode_with_alpha(data, "image_url", on_white=True)
     assert list(mask.tobytes()) == [255, 255, 0, 0]
     assert decoded.tobytes() == decode(data, "image_url").tobytes(), "and it lies on white"
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif"])
 def test_a_picture_without_transparency_gives_no_mask(kind: str) -> None:
-    message = refused(decode_with_alpha, file(Image.new("RGB", (64, 64)), kind), "image_url")
+    message = refused(
+        functools.partial(decode_with_alpha, on_white=True),
+        file(Image.new("RGB", (64, 64)), kind),
+        "image_url",
+    )
     assert message == (
         "mask_from_alpha: the picture has no transparency; send one that has, or mask_url"
     )
@@ -550,13 +555,17 @@ def test_a_mask_has_the_shape_of_its_picture(size: tuple[int, int], fits: bool) 
         assert refused(fitted_mask, data) == (
             f"mask_url: a mask of {size[0]} x {size[1]} pixels does not fit a picture of 128 x 64; "
             "send one of the same shape"
+            + " (a photograph may be turned by its EXIF orientation)"
+            * (size[0] <= size[1])
         )
 
 
 @pytest.mark.parametrize(("invert", "empty"), [(False, 0), (True, 255)])
 def test_an_empty_mask_is_refused_by_name(invert: bool, empty: int) -> None:
     message = refused(fitted_mask, file(Image.new("L", (128, 64), empty)), mask_invert=invert)
-    assert message.startswith(f"mask_url: nothing in it is {'black' if invert else 'white'}, so ")
+    assert message.startswith(
+        f"mask_url: nothing in it is {'black' if invert else 'at least half white'}, so "
+    )
     assert "nothing would be repainted" in message
     assert "mask_invert" in message
     assert fitted_mask(file(Image.new("L", (128, 64), 255 - empty)), mask_invert=invert).all()
@@ -584,15 +593,30 @@ def test_a_mask_from_transparency_is_fitted_with_its_picture() -> None:
     assert answer == {"sent_size": (200, 100), "size": (64, 64), "how": "crop"}
     assert np.frombuffer(mask, bool).reshape(64, 64)[5].tolist() == [True] * 32 + [False] * 32
     colours = np.frombuffer(pixels, np.uint8).reshape(64, 64, 3)
-    assert (colours[:, :28] == 255).all()
-    assert (colours[:, 36:] == (0, 0, 255)).all()
+    assert (colours[:, 32:] == (0, 0, 255)).all(), "nothing of the hole's red"
 
 
 @pytest.mark.parametrize(("invert", "alpha"), [(False, 255), (True, 0)])
 def test_transparency_that_makes_an_empty_mask_is_refused(invert: bool, alpha: int) -> None:
     data = file(Image.new("RGBA", (64, 64), (0, 0, 0, alpha)))
     message = refused(from_alpha, data, mask_invert=invert)
-    what = "opaque" if invert else "transparent"
+    what = "opaque" if invert else "half transparent"
     assert message.startswith(f"mask_from_alpha: nothing in the picture is {what}, so ")
     assert "mask_invert" in message
     assert from_alpha(data, mask_invert=not invert)[2] == b"\1" * 64 * 64
+
+
+def test_the_soft_edge_of_a_hole_keeps_its_colours() -> None:
+    """On white, it would be a light ring around whatever is drawn into the hole."""
+    picture = Image.new("RGBA", (64, 8), (35, 70, 215, 255))
+    for x in range(64):
+        for y in range(8):
+            picture.putpixel((x, y), (35, 70, 215, 4 * x))
+    data = file(picture)
+    kept, mask = decode_with_alpha(data, "image_url", on_white=False)
+    assert kept.getcolors() == [(64 * 8, (35, 70, 215))]
+    assert mask.getpixel((31, 0)) == 255
+    assert mask.getpixel((32, 0)) == 0
+    on_white, same = decode_with_alpha(data, "image_url", on_white=True)
+    assert on_white.getpixel((40, 0)) != (35, 70, 215)
+    assert same.tobytes() == mask.tobytes()

@@ -247,7 +247,7 @@ def test_no_jpeg_is_made_that_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RequestError) as caught:
         fitted(request, "png", limit, monkeypatch)
     assert "jpeg" not in str(caught.value)
-    assert "fewer pictures (num_images) or smaller ones" in str(caught.value)
+    assert "smaller ones" in str(caught.value)
 
 
 @pytest.mark.parametrize("spare_bytes", [10, -10])
@@ -264,9 +264,9 @@ def test_a_result_over_the_limit_is_an_error_with_its_size_and_what_helps(
         f"the result is {answer_bytes(request, 'png') / 1e6:.1f} MB, and the platform takes "
         f"{limit / 1e6:.0f} MB (10 for /run, 20 for /runsync); each of these helps: "
         f'on_too_large "jpeg" (quality 95, {answer_bytes(request, "jpeg") / 1e6:.1f} MB); '
-        f"{without if spare_bytes > 0 else ''}"
+        f"{without if spare_bytes > 0 else ''}/runsync; "
         "links in place of pictures, by upload_urls or the worker's BUCKET_ENDPOINT_URL; "
-        "fewer pictures (num_images) or smaller ones (height, width)"
+        "smaller ones (height, width)"
     )
 
 

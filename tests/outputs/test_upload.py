@@ -114,7 +114,7 @@ class TestBucket:
         told = cause(replace(bucket, url=bucket.url.replace("pics", "none")))
         assert told == (
             "the storage answered 404 Not Found (NoSuchBucket): there is no such bucket: correct "
-            "its name (BUCKET_NAME)"
+            "its name (BUCKET_NAME, bucketName)"
         )
 
     def test_nothing_secret_is_logged(
@@ -264,7 +264,7 @@ class TestFaults:
                 "access key needs the right to do this in this bucket"),
             ([(403, "hunter2 <b>")], 1, "the storage answered 403 Forbidden"),
             ([(404, "NoSuchBucket")], 1, "the storage answered 404 Not Found (NoSuchBucket): there "
-                "is no such bucket: correct its name (BUCKET_NAME)"),
+                "is no such bucket: correct its name (BUCKET_NAME, bucketName)"),
             ([307], 1, "the storage answered 307 Temporary Redirect, a redirect, which is not "
                 "followed: use the address, or the region, that it redirects to"),
             ([301], 1, "the storage answered 301 Moved Permanently, a redirect, which is not "
@@ -413,9 +413,12 @@ class TestAddresses:
         monkeypatch.setattr(connections._loop(), "sock_connect", connected)
         for job in ({"s3Config": config}, {}):
             given = parse_request({"prompt": "a", **({} if job else {"upload_urls": [url]})})
-            where = destination(job, given, Settings())
-            assert where is not None
-            told = cause(where)
+            name = "s3Config.endpointUrl" if job else r"upload_urls\[0\]"
+            with pytest.raises(RequestError, match=f"^{name}: the worker connects to public"):
+                destination(job, given, Settings())
+        bucket = Bucket(url.partition("?")[0], "x", ACCESS_KEY_ID, "hunter2")
+        for where in (bucket, PutUrls((url,), private_allowed=False)):
+            told = cause(where)  # as where a name leads there
             assert "public addresses only" in told
             assert "tried" not in told, "it would be the same at the next try"
 

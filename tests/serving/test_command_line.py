@@ -111,7 +111,14 @@ def test_a_job_that_fails_exits_with_its_reason(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "height: must be an integer from 64 to 4096, a multiple of 8; got 65" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    assert not (tmp_path / "output").exists()
+    answer = json.loads((tmp_path / "output" / "output.json").read_text())
+    assert answer["error"].startswith("height: "), "not the one of an earlier job"
+
+
+def test_a_check_s_report_is_saved(tmp_path: Path) -> None:
+    done = handler_process("--test_input", '{"input": {"check": true}}', folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert json.loads((tmp_path / "output" / "output.json").read_text())["output"]["steps"] == 3
 
 
 def assert_not_saved(done: subprocess.CompletedProcess[str], folder: Path, reason: str) -> None:
