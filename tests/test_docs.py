@@ -8,7 +8,6 @@ import sys
 import textwrap
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -70,13 +69,14 @@ def test_the_guides_scripts_make_jobs_that_are_accepted(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("output").mkdir()
-    Image.new("RGB", (128, 128)).save("output/picture.png")
-    for name in ("inpainting", "storage"):
-        [script] = _blocks(REPOSITORY / "docs" / f"{name}.md", "python")
-        made: dict[str, Any] = {}
-        exec(script, made)  # noqa: S102
-        parse_request(made["job"]["input"])
-    assert json.loads(Path("my_job.json").read_text())["input"]["mask_from_alpha"]
+    Image.new("RGB", (128, 128)).save("output/20261101-120000-seed7.png")
+    for name, field in (("inpainting", "mask_from_alpha"), ("storage", "upload_urls")):
+        # inpainting.md has a second one, which the tests of the platform send to a worker.
+        script = _blocks(REPOSITORY / "docs" / f"{name}.md", "python")[0]
+        exec(script, {})  # noqa: S102
+        job = json.loads(Path("my_job.json").read_text())
+        assert job["input"][field]
+        parse_request(job["input"])
 
 
 def test_the_errors_in_the_readme_are_the_worker_s() -> None:

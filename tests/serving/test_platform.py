@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,23 @@ def test_the_tutorial_works_command_for_command(endpoint: LocalEndpoint, tmp_pat
     script = REPOSITORY / "tests" / "decode_image.py"
     subprocess.run([sys.executable, script], cwd=tmp_path, check=True)
     assert Image.open(tmp_path / "generated_image.png").size == (128, 128)
+
+
+@tutorial.needs_curl
+@pytest.mark.parametrize("language", ["python", "sh"])
+def test_the_guide_s_way_to_redraw_a_picture_of_one_s_own_works(
+    language: str, endpoint: LocalEndpoint, tmp_path: Path
+) -> None:
+    if language == "sh" and shutil.which("jq") is None:
+        pytest.skip("the command needs jq")
+    guide = (REPOSITORY / "docs" / "inpainting.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    [block] = [block for block in blocks if "https://api.runpod.ai/v2" in block]
+    block = block.replace("https://api.runpod.ai/v2", endpoint.url_base)
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    command = [sys.executable, "-c", block] if language == "python" else ["sh", "-c", block]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert Image.open(tmp_path / "redrawn.png").size == (64, 64)
 
 
 class TestOfficialClient:
