@@ -136,15 +136,18 @@ def main() -> int:
         os.environ.pop(name, None)
         os.environ.pop(name.upper(), None)
 
-    # Of what is attacked in this process, whose warnings are what should come.
-    logging.disable(logging.WARNING)
     chosen = kinds(quick=arguments.quick, seed=arguments.seed)
     tallies: list[Tally] = []
     for name in arguments.kinds:
         words, attack = chosen[name]
         with tqdm(desc=words, unit=" inputs", dynamic_ncols=True) as bar:
             tallies.append(tally := Tally(words, tick=bar.update))
-            attack(tally)
+            # Of what is attacked in this process, whose warnings are what should come.
+            logging.disable(logging.WARNING)
+            try:
+                attack(tally)
+            finally:
+                logging.disable(logging.NOTSET)
         for line in tally.breaks[:5]:
             print(f"  broke: {line}")
     is_whole = arguments.kinds == names and not arguments.quick

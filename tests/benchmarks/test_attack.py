@@ -4,6 +4,7 @@ import asyncio
 import io
 import itertools
 import json
+import logging
 import random
 import socket
 import sys
@@ -287,6 +288,7 @@ class TestTheProgram:
         monkeypatch.setattr(program.common, "RESULTS_DIR", tmp_path)
         monkeypatch.setattr(sys, "argv", ["attack", "--quick", "--kinds", "validation"])
         assert program.main() == 0
+        assert logging.root.manager.disable == logging.NOTSET, "for whatever comes after"
         assert list(tmp_path.iterdir()) == []
 
 
