@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 UPLOAD_SECONDS = 60.0
 TRIES = 3
 TRY_SECONDS = 20.0
+# Where the storage may never ask for what is to be sent.
+ASKED_TRY_SECONDS = 8.0
 FIRST_PAUSE_SECONDS = 1.0
 # More at once would share the same uplink, and keep one another from ending in time.
 SIDE_BY_SIDE = 4
@@ -229,9 +231,10 @@ async def _send(
     Raises:
         _PassingError, _FinalError: with the cause.
     """
+    seconds = min(ASKED_TRY_SECONDS, TRY_SECONDS) if asked_for else TRY_SECONDS
     try:
         async with (
-            asyncio.timeout(TRY_SECONDS),
+            asyncio.timeout(seconds),
             session.request(
                 method,
                 connections.url(url),
@@ -246,7 +249,7 @@ async def _send(
             status = response.status
             answer = await response.content.read(MAX_ANSWER_BYTES)
     except TimeoutError:
-        raise _PassingError(f"the storage took longer than {TRY_SECONDS:g} seconds") from None
+        raise _PassingError(f"the storage took longer than {seconds:g} seconds") from None
     except connections.troubles() as error:
         kind = _PassingError if connections.may_pass(error) else _FinalError
         raise kind(f"the storage: {connections.cause(error)}") from None
