@@ -111,9 +111,9 @@ def convert(checkpoint: Path, role: str, folder: Path, what: str) -> None:
             network.save_pretrained(  # type: ignore[operator]
                 folder / name, variant="fp16", max_shard_size="100GB"
             )
+    # Nothing is left open in this code. It is torch's error for a cast of a tensor without memory,
+    # and those that the file does not have stay without, on the meta device.
     except NotImplementedError as error:
-        # Nothing is left open here: it is what torch raises where a tensor without memory is to be
-        # cast, and those that the file does not have stay so, on the meta device.
         raise DownloadError(f"{what}: lacks tensors that an SDXL {role} has") from error
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         # Whatever the library raises for tensors of another shape.
