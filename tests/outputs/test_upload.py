@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,25 +28,17 @@ from sdxl_worker.outputs.upload import (
 )
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import Settings
-from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server, s3_server
+from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
 
 PICTURES = [np.random.default_rng(i).bytes(300_000 + i) for i in range(5)]
 OTHER_SECRET = "other-hunter2"  # noqa: S105
 SECRETS = ("hunter2", "Signature=", ACCESS_KEY_ID)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    folder = tmp_path_factory.mktemp("s3")
-    (folder / "pics").mkdir()
-    with s3_server(folder) as running:
-        yield running
-
-
 @pytest.fixture
-def bucket(server: S3Server) -> Bucket:
+def bucket(s3: S3Server) -> Bucket:
     return Bucket(
-        f"{server.url}/pics",
+        f"{s3.url}/pics",
         "us-east-1",
         ACCESS_KEY_ID,
         SECRET_ACCESS_KEY,
@@ -79,21 +71,19 @@ class TestBucket:
         assert [got(link) for link in links] == [(data, "image/png") for data in PICTURES]
         assert len(set(links)) == 5
 
-    def test_objects_are_below_the_prefix_and_the_job(
-        self, bucket: Bucket, server: S3Server
-    ) -> None:
+    def test_objects_are_below_the_prefix_and_the_job(self, bucket: Bucket, s3: S3Server) -> None:
         [link] = uploaded(bucket, "sync-1-e1")
-        path = link.partition("?")[0].removeprefix(f"{server.url}/pics/")
+        path = link.partition("?")[0].removeprefix(f"{s3.url}/pics/")
         assert path.startswith("made%20here/%C3%A4/sync-1-e1/")
         assert path.endswith(".png")
 
     @pytest.mark.parametrize("job_id", ["../../x", "a/b?c#d %41", "..", "\n", "ä", "x" * 500])
     def test_an_odd_id_is_a_folder_in_its_place(
-        self, job_id: str, bucket: Bucket, server: S3Server
+        self, job_id: str, bucket: Bucket, s3: S3Server
     ) -> None:
         [link] = uploaded(bucket, job_id)
         assert got(link)[0] == PICTURES[0]
-        [folder, _] = link.partition("?")[0].removeprefix(f"{server.url}/pics/").split("/")[2:]
+        [folder, _] = link.partition("?")[0].removeprefix(f"{s3.url}/pics/").split("/")[2:]
         assert len(folder) <= 100
         assert set(folder) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.-"), folder
 
@@ -131,10 +121,10 @@ class TestBucket:
         assert "hunter2" not in link
 
 
-def presigned(server: S3Server, key: str, **more: str) -> str:
+def presigned(s3: S3Server, key: str, **more: str) -> str:
     client = boto3.client(
         "s3",
-        endpoint_url=server.url,
+        endpoint_url=s3.url,
         region_name="us-east-1",
         aws_access_key_id=ACCESS_KEY_ID,
         aws_secret_access_key=SECRET_ACCESS_KEY,
@@ -147,16 +137,16 @@ def presigned(server: S3Server, key: str, **more: str) -> str:
 class TestPresignedAddresses:
     @pytest.mark.parametrize("signed", [{}, {"ContentType": "image/png"}])
     def test_each_picture_goes_to_its_address_and_the_link_has_no_query(
-        self, signed: dict[str, str], server: S3Server
+        self, signed: dict[str, str], s3: S3Server
     ) -> None:
-        urls = tuple(presigned(server, f"put/{i} ~ä.png", **signed) for i in range(5))
+        urls = tuple(presigned(s3, f"put/{i} ~ä.png", **signed) for i in range(5))
         links = uploaded(PutUrls(urls, private_allowed=True), count=5)
         assert links == [url.partition("?")[0] for url in urls]
         for i, picture in enumerate(PICTURES):
-            assert (server.folder / "pics" / "put" / f"{i} ~ä.png").read_bytes() == picture
+            assert (s3.folder / "pics" / "put" / f"{i} ~ä.png").read_bytes() == picture
 
-    def test_another_type_than_the_signed_one_is_told(self, server: S3Server) -> None:
-        url = presigned(server, "typed.webp", ContentType="image/webp")
+    def test_another_type_than_the_signed_one_is_told(self, s3: S3Server) -> None:
+        url = presigned(s3, "typed.webp", ContentType="image/webp")
         assert "SignatureDoesNotMatch" in cause(PutUrls((url,), private_allowed=True))
 
     @pytest.mark.parametrize(
@@ -427,14 +417,14 @@ class TestAddresses:
         assert told == "the storage: not an address that can be used: correct it"
 
     def test_the_owner_may_allow_private_ones(
-        self, server: S3Server, monkeypatch: pytest.MonkeyPatch
+        self, s3: S3Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
         config = {
             "accessId": ACCESS_KEY_ID,
             "accessSecret": SECRET_ACCESS_KEY,
             "bucketName": "pics",
-            "endpointUrl": server.url,
+            "endpointUrl": s3.url,
         }
         where = destination({"s3Config": config}, parse_request({"prompt": "a"}), Settings())
         assert where is not None
@@ -501,11 +491,11 @@ class TestDestination:
 
 class TestCheck:
     def test_a_storage_that_works_is_ok_and_left_as_it_was(
-        self, bucket: Bucket, server: S3Server
+        self, bucket: Bucket, s3: S3Server
     ) -> None:
         where = replace(bucket, prefix="checked")
         assert asyncio.run(check_storage(where)) == "ok"
-        left = [path for path in Path(server.folder).rglob("checked/**/*") if path.is_file()]
+        left = [path for path in Path(s3.folder).rglob("checked/**/*") if path.is_file()]
         assert left == []
 
     def test_what_fails_is_told(self, bucket: Bucket) -> None:

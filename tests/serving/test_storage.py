@@ -6,7 +6,6 @@ import io
 import json
 import threading
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import boto3
@@ -20,7 +19,7 @@ from sdxl_worker.outputs import upload as upload_module
 from sdxl_worker.outputs.bucket import Bucket
 from sdxl_worker.serving import ending, job
 from sdxl_worker.serving.ending import hurry
-from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server, s3_server
+from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
 from tests.support import decoded, run
 
 QUICK = {
@@ -31,17 +30,9 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    folder = tmp_path_factory.mktemp("s3")
-    (folder / "pics").mkdir()
-    with s3_server(folder) as running:
-        yield running
-
-
 @pytest.fixture
-def _owner_s_bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BUCKET_ENDPOINT_URL", server.url)
+def _owner_s_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUCKET_ENDPOINT_URL", s3.url)
     monkeypatch.setenv("BUCKET_NAME", "pics")
     monkeypatch.setenv("BUCKET_ACCESS_KEY_ID", ACCESS_KEY_ID)
     monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY)
@@ -63,10 +54,10 @@ def _on_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://127.0.0.1:9/job-take/$ID?gpu=TEST")
 
 
-def presigned(server: S3Server, key: str) -> str:
+def presigned(s3: S3Server, key: str) -> str:
     client = boto3.client(
         "s3",
-        endpoint_url=server.url,
+        endpoint_url=s3.url,
         aws_access_key_id=ACCESS_KEY_ID,
         aws_secret_access_key=SECRET_ACCESS_KEY,
         region_name="us-east-1",
@@ -113,18 +104,18 @@ def test_what_is_uploaded_may_be_of_any_size(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("_no_such_bucket")
 def test_a_job_s_own_bucket_wins_over_the_owner_s(
-    server: S3Server, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
     config = {
         "accessId": ACCESS_KEY_ID,
         "accessSecret": SECRET_ACCESS_KEY,
         "bucketName": "pics",
-        "endpointUrl": server.url,
+        "endpointUrl": s3.url,
     }
     own = {"id": "own", "input": QUICK, "s3Config": config}
     output = asyncio.run(handler.handler(own))
-    assert len(list((server.folder / "pics" / "own").iterdir())) == 1
+    assert len(list((s3.folder / "pics" / "own").iterdir())) == 1
     assert "warning" not in output
     for value in (3, "", "\ud800"):
         wrong = {**own, "s3Config": {**config, "bucketName": value}}
@@ -132,27 +123,25 @@ def test_a_job_s_own_bucket_wins_over_the_owner_s(
 
 
 @pytest.mark.usefixtures("_no_such_bucket")
-def test_presigned_addresses_win_over_both(
-    server: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_presigned_addresses_win_over_both(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
-    urls = [presigned(server, f"presigned/{i}.png") for i in range(2)]
+    urls = [presigned(s3, f"presigned/{i}.png") for i in range(2)]
     job_input = {**QUICK, "num_images": 2, "upload_urls": urls}
     output = asyncio.run(handler.handler({"id": "x", "input": job_input, "s3Config": {"a": 1}}))
     assert output["images"] == [url.partition("?")[0] for url in urls]
     for i in range(2):
-        assert Image.open(server.folder / "pics" / "presigned" / f"{i}.png").size == (128, 128)
+        assert Image.open(s3.folder / "pics" / "presigned" / f"{i}.png").size == (128, 128)
 
 
-def test_private_addresses_are_not_uploaded_to(server: S3Server) -> None:
-    url = presigned(server, "private.png")
+def test_private_addresses_are_not_uploaded_to(s3: S3Server) -> None:
+    url = presigned(s3, "private.png")
     message = "upload_urls[0]: the worker connects to public addresses only: use one"
     assert run({**QUICK, "upload_urls": [url]}) == {"error": message}, "before any work"
     # A name tells nothing before it is looked up.
     output = run({**QUICK, "upload_urls": [url.replace("127.0.0.1", "127.0.0.1.nip.io")]})
     assert decoded(output["images"][0]).size == (128, 128)
     assert output["warning"].startswith("1 of 1 pictures not uploaded: the storage: ")
-    assert not (server.folder / "pics" / "private.png").exists()
+    assert not (s3.folder / "pics" / "private.png").exists()
 
 
 @pytest.mark.usefixtures("_no_such_bucket")
@@ -175,11 +164,11 @@ def test_where_it_does_not_fit_the_error_gives_the_cause(monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("_on_the_platform")
 def test_of_several_the_uploaded_ones_stay_links(
-    server: S3Server, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
     monkeypatch.setattr(upload_module, "FIRST_PAUSE_SECONDS", 0.01)
-    urls = [presigned(server, f"some/{i}.png") for i in range(3)]
+    urls = [presigned(s3, f"some/{i}.png") for i in range(3)]
     urls[1] = urls[1].replace("X-Amz-Signature=", "X-Amz-Signature=0")
     job_input = {**QUICK, "num_images": 3, "upload_urls": urls}
     output = run({**job_input, "output_format": "jpeg"})
@@ -200,10 +189,10 @@ def test_of_several_the_uploaded_ones_stay_links(
 
 @pytest.mark.usefixtures("_on_the_platform")
 def test_a_first_picture_that_is_a_link_leaves_its_room_to_the_others(
-    server: S3Server, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
-    urls = [presigned(server, f"room/{i}.png") for i in range(2)]
+    urls = [presigned(s3, f"room/{i}.png") for i in range(2)]
     urls[1] = urls[1].replace("X-Amz-Signature=", "X-Amz-Signature=0")
     job_input = {**QUICK, "num_images": 2, "upload_urls": urls}
     answer_bytes = len(json.dumps({"output": run(job_input)}))
@@ -272,11 +261,9 @@ def test_at_the_end_of_the_worker_a_check_does_not_wait_for_storage(
 
 
 @pytest.mark.usefixtures("_owner_s_bucket")
-def test_a_check_tells_whether_storage_works(
-    server: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_tells_whether_storage_works(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run({"check": True})["storage"] == "ok"
-    assert not list((server.folder / "pics").glob("**/check/*")), "nothing is left"
+    assert not list((s3.folder / "pics").glob("**/check/*")), "nothing is left"
     monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", "wrong-hunter3")
     told = run({"check": True})["storage"]
     assert told.startswith("put: the storage answered 403")
