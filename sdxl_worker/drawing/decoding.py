@@ -13,6 +13,7 @@ from PIL import Image
 
 from sdxl_worker.drawing import second_tries
 from sdxl_worker.drawing.batches import Plan, decoder_dtype
+from sdxl_worker.drawing.encoding import own_scale
 from sdxl_worker.errors import let_go
 from sdxl_worker.gpu import free_memory, is_out_of_memory
 
@@ -73,11 +74,8 @@ def _decoded(latents: torch.Tensor, vae: Any) -> torch.Tensor:
     config, dtype = vae.config, vae.dtype
     vae.to(dtype=decoder_dtype(vae))
     latents = latents.to(vae.dtype)
-    if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
-        mean, std = (
-            torch.tensor(numbers).view(1, -1, 1, 1).to(latents.device, latents.dtype)
-            for numbers in (config.latents_mean, config.latents_std)
-        )
+    if own := own_scale(config, latents):
+        mean, std = own
         latents = latents * std / config.scaling_factor + mean
     else:
         latents = latents / config.scaling_factor

@@ -75,13 +75,22 @@ def latents_of(
     drawn = [distribution.sample(generator) for generator in generators]
     latents = torch.cat(drawn).to(vae.dtype)
     config = vae.config
-    if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
-        mean, std = (
-            torch.tensor(numbers).view(1, -1, 1, 1).to(latents.device, latents.dtype)
-            for numbers in (config.latents_mean, config.latents_std)
-        )
+    if own := own_scale(config, latents):
+        mean, std = own
         return (latents - mean) * config.scaling_factor / std
     return config.scaling_factor * latents
+
+
+def own_scale(config: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Mean and standard deviation of a VAE's latents by channel, where its configuration has them,
+    as that of Playground 2.5; ready to be used with `latents`."""
+    if not (getattr(config, "latents_mean", None) and getattr(config, "latents_std", None)):
+        return None
+    mean, std = (
+        torch.tensor(numbers).view(1, -1, 1, 1).to(latents.device, latents.dtype)
+        for numbers in (config.latents_mean, config.latents_std)
+    )
+    return mean, std
 
 
 def _encoded(pixels: np.ndarray, vae: Any, device: torch.device) -> DiagonalGaussianDistribution:

@@ -12,7 +12,8 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaint
 from PIL import Image, ImageDraw
 
 from sdxl_worker.drawing import inpainting
-from sdxl_worker.drawing.encoding import encode_canvas
+from sdxl_worker.drawing.decoding import decode
+from sdxl_worker.drawing.encoding import encode_canvas, latents_of
 from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.drawing.stages import as_drawn, plan_stages, total_steps
 from sdxl_worker.drawing.steps import Step
@@ -220,6 +221,26 @@ def test_a_thin_line_is_not_lost_on_the_way_to_latents(rows: slice) -> None:
     repainted = encoded.repainted[0, 0]
     assert repainted[1].all()
     assert repainted.sum() == 12, "one row of latents, and nothing beside it"
+
+
+def test_latents_with_a_scale_of_their_own_come_back_as_the_picture() -> None:
+    vae = fresh_models().vae
+    plain_latents = encode_canvas(canvas_of(PICTURE), PICTURE.size, vae, CPU, sees_mask=False)
+    vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.4], latents_std=[2.0, 3.0, 0.5, 1.5])
+    assert plain_latents.picture is not None
+    latents = latents_of(plain_latents.picture, generators(), vae)
+    unscaled = plain_latents.picture.sample(generators()[0])
+    mean, std = (
+        torch.tensor(numbers).view(1, 4, 1, 1)
+        for numbers in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    assert torch.allclose(latents, (unscaled - mean) / std * vae.config.scaling_factor)
+    with torch.no_grad():
+        decoded = decode(latents, vae, may_be_black=False)
+        expected = vae.decode(unscaled, return_dict=False)[0]
+    assert decoded is not None
+    levels = ((expected[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
+    assert np.abs(np.asarray(decoded[0], np.int16) - levels).max() <= 1
 
 
 def test_what_is_repainted_wholly_owes_nothing_to_what_was_there() -> None:
