@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -56,45 +57,65 @@ class Entry:
 
 
 class Part:
-    """A file that is being written."""
+    """A file that is being written, by threads: whoever is cancelled discards it meanwhile."""
 
     def __init__(self, folder: Path, header: SafetensorsHeader) -> None:
         self.header = header
         self.written_bytes = 0
         self._sha256 = hashlib.sha256()
+        self._lock = threading.Lock()
         self._descriptor, path = tempfile.mkstemp(PART, dir=folder)
         self._path = Path(path)
         self._is_open = True
-        _lock(self._descriptor, fcntl.LOCK_EX)
         try:
+            _lock(self._descriptor, fcntl.LOCK_EX)
             # Its size tells the others what room it will take.
             os.ftruncate(self._descriptor, header.file_bytes)
         except OSError:
             self.discard()
             raise
 
-    def write(self, data: bytes | bytearray) -> None:
-        view = memoryview(data)
-        while view:
-            written = os.write(self._descriptor, view)
-            self._sha256.update(view[:written])
-            self.written_bytes += written
-            view = view[written:]
-
-    def discard(self) -> None:
-        """If it was not kept."""
-        if self._is_open:
-            self._is_open = False
-            os.close(self._descriptor)
-            self._path.unlink(missing_ok=True)
+    def write(self, data: bytes) -> None:
+        with self._open():
+            view = memoryview(data)
+            while view:
+                written = os.write(self._descriptor, view)
+                self._sha256.update(view[:written])
+                self.written_bytes += written
+                view = view[written:]
 
     def keep(self, name: str) -> AdapterFile:
         """From now on it is in the cache, under its hash."""
-        sha256 = self._sha256.hexdigest()
-        path = self._path.rename(self._path.with_name(sha256 + SUFFIX))
+        with self._open():
+            sha256 = self._sha256.hexdigest()
+            path = self._path.with_name(sha256 + SUFFIX)
+            there = _leased(path)
+            if there is not None and os.fstat(there).st_size == self.written_bytes:
+                # Whoever uses it must not lose it to a copy that others may remove.
+                self._close()
+                return _held(AdapterFile(path, sha256, name, self.header), there)
+            self._path.rename(path)
+            self._is_open = False
+            _lock(self._descriptor, fcntl.LOCK_SH)
+            return _held(AdapterFile(path, sha256, name, self.header), self._descriptor)
+
+    def discard(self) -> None:
+        """If it was not kept."""
+        with self._lock:
+            if self._is_open:
+                self._close()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        with self._lock:
+            if not self._is_open:
+                raise InterruptedError
+            yield
+
+    def _close(self) -> None:
         self._is_open = False
-        _lock(self._descriptor, fcntl.LOCK_SH)
-        return _held(AdapterFile(path, sha256, name, self.header), self._descriptor)
+        os.close(self._descriptor)
+        self._path.unlink(missing_ok=True)
 
 
 class Cache:
@@ -107,15 +128,14 @@ class Cache:
         try:
             entry = Entry(**json.loads(self._entry(key).read_bytes()))
             path = self.folder / f"{entry.sha256}{SUFFIX}"
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = _leased(path)
         except (OSError, ValueError, TypeError):
             return None
+        if descriptor is None:
+            return None
         try:
-            is_there = _lock(descriptor, fcntl.LOCK_SH) and os.fstat(descriptor).st_nlink > 0
-            header = read_header(path) if is_there else None
+            header = read_header(path)
         except (OSError, NotSafetensorsError):
-            header = None
-        if header is None:
             os.close(descriptor)
             return None
         for used in (path, self._entry(key)):
@@ -210,6 +230,18 @@ def _sha256_in(path: Path) -> str | None:
         return None
 
 
+def _leased(path: Path) -> int | None:
+    """A descriptor whose lock keeps the others from removing the file, if it is there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    if _lock(descriptor, fcntl.LOCK_SH) and os.fstat(descriptor).st_nlink:
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
 def _held(file: AdapterFile, descriptor: int) -> AdapterFile:
     """The lock ends with the object."""
     weakref.finalize(file, os.close, descriptor)
@@ -219,7 +251,7 @@ def _held(file: AdapterFile, descriptor: int) -> AdapterFile:
 def _removed(path: Path) -> bool:
     """Whether it could be: not if anybody uses it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:

@@ -215,16 +215,12 @@ async def _at_least(size: int, first: bytes, response: "ClientResponse") -> byte
 
 
 async def _on_disk(function: Callable[..., T], *args: Any) -> T:
-    """In a thread, which it waits for even when cancelled: what that uses can be closed then.
+    """In a thread.
 
     Raises:
         SourceError: in place of errors of the disk.
     """
-    running = asyncio.ensure_future(asyncio.to_thread(function, *args))
     try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
+        return await asyncio.to_thread(function, *args)
     except OSError as error:
         raise disk_trouble(error) from None

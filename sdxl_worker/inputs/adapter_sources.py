@@ -217,7 +217,7 @@ def hub_origin(settings: Settings) -> str:
 
 
 def may_be_asked(address: str, settings: Settings) -> bool:
-    """Over http only where private addresses may be, as it is with the owner's mirror of the Hub."""
+    """Over http only where private addresses may be: the owner's mirror of the Hub is one."""
     scheme = urlsplit(address).scheme.lower()
     return scheme == "https" or (scheme == "http" and may_be_private(address, settings))
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gzip
 import hashlib
 import logging
 import os
@@ -363,6 +364,7 @@ def test_a_wrong_redirect_is_told(play: Play, location: str, reason: str) -> Non
         (A[:-1], "cut off"),
         (A + b"x", "damaged"),
     ],
+    ids=["page", "empty", "pickle", "json", "long header", "cut header", "cut", "longer"],
 )
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_another_file_is_named_and_not_kept(
@@ -372,9 +374,9 @@ def test_another_file_is_named_and_not_kept(
         place.storage.files["/a"] = content
         place.storage.faults["/a"] = [Fault(is_chunked=is_chunked)] * 2
         told = await place.refusal(f"{place.storage.url}/a")
-        if is_chunked and content == A[:20]:
-            what = "damaged"  # nobody knows how much should have come
-        assert f"the file is {what}" in told
+        # Where no length is told, nobody knows how long the header should have been.
+        unknown = is_chunked and content == A[:20]
+        assert f"the file is {'damaged' if unknown else what}" in told
         assert place.left("") == []
 
     play(scene)
@@ -416,6 +418,16 @@ def test_a_file_over_the_limit_is_told_by_its_header(play: Play) -> None:
         told = await place.refusal(f"{place.storage.url}/a", settings)
         assert "it has 0.01 GB, and this worker takes at most 0.00 GB" in told
         assert place.left("") == []
+
+    play(scene)
+
+
+def test_a_compressed_body_is_taken_though_it_was_not_asked_for(play: Play) -> None:
+    async def scene(place: Place) -> None:
+        place.storage.files["/x"] = gzip.compress(A)
+        place.storage.faults["/x"] = [Fault(headers={"Content-Encoding": "gzip"})]
+        assert (await place.fetch(f"{place.storage.url}/x")).path.read_bytes() == A
+        assert place.storage.seen[0].headers["Accept-Encoding"] == "identity"
 
     play(scene)
 
@@ -965,6 +977,19 @@ def test_what_a_killed_worker_left_is_removed(play: Play, monkeypatch: pytest.Mo
         await one.wait()
         await place.fetch(f"{place.storage.url}/b")
         assert place.left(".part") == []
+
+    play(scene)
+
+
+def test_a_copy_of_a_file_in_use_does_not_take_its_place(play: Play) -> None:
+    async def scene(place: Place) -> None:
+        place.storage.files |= {"/x": A, "/y": A, "/z": B}
+        used = await place.fetch(f"{place.storage.url}/x")
+        await place.fetch(f"{place.storage.url}/y")
+        settings = place.with_settings(lora_cache_gb=len(A) / 1e9)
+        await place.fetch(f"{place.storage.url}/z", settings)
+        assert used.path.read_bytes() == A
+        assert len(place.left(".safetensors")) == 2
 
     play(scene)
 

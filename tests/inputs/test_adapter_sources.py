@@ -139,7 +139,7 @@ def test_any_other_address_is_taken_as_it_is() -> None:
     [
         ("http://host.org/a.safetensors?key=hunter2", "must begin with https://"),
         ("ftp://host.org/a.safetensors", "must begin with https://"),
-        ("file:///etc/passwd", "not an address"),
+        ("file:///etc/passwd", "must begin with https://"),
         ("https://]a[@/", "not an address"),
         (f"{CIVITAI}/models/3?modelVersionId=x", "modelVersionId must be a number"),
         ("/etc/passwd", "no absolute path"),
