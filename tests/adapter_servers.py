@@ -49,7 +49,7 @@ class Server:
     refusals: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
     faults: dict[str, list[Fault]] = field(default_factory=lambda: defaultdict(list))
     etags: bool = True
-    seen: list[web.Request] = field(default_factory=list)
+    seen: list[web.BaseRequest] = field(default_factory=list)
     open: int = 0
 
     def paths(self) -> list[str]:
@@ -58,7 +58,7 @@ class Server:
     def tokens(self) -> list[str | None]:
         return [request.headers.get("Authorization") for request in self.seen]
 
-    async def answer(self, request: web.Request) -> web.StreamResponse:
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         self.seen.append(request)
         self.open += 1
         try:
@@ -66,7 +66,7 @@ class Server:
         finally:
             self.open -= 1
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.path
         fault = self.faults[path].pop(0) if self.faults[path] else Fault()
         if fault.status is not None:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -26,8 +27,10 @@ from sdxl_worker.inputs.adapter_sources import SUFFIX, SourceError
 from sdxl_worker.safetensors_header import NotSafetensorsError, SafetensorsHeader, read_header
 from sdxl_worker.settings import Settings
 
-PART = ".part"
-ENTRY = ".json"
+# Nothing else in the folder is touched: it may be one that its owner keeps files in, too.
+FILE = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
+ENTRY = re.compile(r"[0-9a-f]{64}\.json")
+PART = re.compile(r"adapter-.*\.part")
 # Addresses that change with each job, signed ones for example, would gather.
 MAX_ENTRIES = 1000
 # Between a file's making and its locking.
@@ -64,11 +67,11 @@ class Part:
         self.written_bytes = 0
         self._sha256 = hashlib.sha256()
         self._lock = threading.Lock()
-        self._descriptor, path = tempfile.mkstemp(PART, dir=folder)
+        self._descriptor, path = tempfile.mkstemp(".part", "adapter-", folder)
         self._path = Path(path)
         self._is_open = True
         try:
-            _lock(self._descriptor, fcntl.LOCK_EX)
+            _locked(self._descriptor, fcntl.LOCK_EX)
             # Its size tells the others what room it will take.
             os.ftruncate(self._descriptor, header.file_bytes)
         except OSError:
@@ -90,13 +93,15 @@ class Part:
             sha256 = self._sha256.hexdigest()
             path = self._path.with_name(sha256 + SUFFIX)
             there = _leased(path)
-            if there is not None and os.fstat(there).st_size == self.written_bytes:
-                # Whoever uses it must not lose it to a copy that others may remove.
-                self._close()
-                return _held(AdapterFile(path, sha256, name, self.header), there)
+            if there is not None:
+                if os.fstat(there).st_size == self.written_bytes:
+                    # Whoever uses it must not lose it to a copy that others may remove.
+                    self._close()
+                    return _held(AdapterFile(path, sha256, name, self.header), there)
+                os.close(there)
             self._path.rename(path)
             self._is_open = False
-            _lock(self._descriptor, fcntl.LOCK_SH)
+            _locked(self._descriptor, fcntl.LOCK_SH)
             return _held(AdapterFile(path, sha256, name, self.header), self._descriptor)
 
     def discard(self) -> None:
@@ -144,7 +149,7 @@ class Cache:
         return _held(AdapterFile(path, entry.sha256, entry.name, header), descriptor), entry
 
     def note(self, key: str, entry: Entry) -> None:
-        descriptor, path = tempfile.mkstemp(PART, dir=self.folder)
+        descriptor, path = tempfile.mkstemp(".part", "adapter-", self.folder)
         with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123
             json.dump(asdict(entry), file)
         Path(path).rename(self._entry(key))
@@ -156,7 +161,7 @@ class Cache:
             SourceError: the disk has no room.
         """
         self._clean()
-        files = sorted(self._files(SUFFIX), key=lambda file: file[1].st_mtime_ns)
+        files = sorted(self._files(FILE), key=lambda file: file[1].st_mtime_ns)
         taken = sum(about.st_size for _, about in [*files, *self._files(PART)])
         free = shutil.disk_usage(self.folder).free
         for path, about in files:
@@ -173,20 +178,21 @@ class Cache:
         for path, about in self._files(PART):
             if time.time() - about.st_mtime > LEFTOVER_SECONDS:
                 _removed(path)
-        there = {path.stem for path, _ in self._files(SUFFIX)}
+        there = {path.stem for path, _ in self._files(FILE)}
         entries = sorted(self._files(ENTRY), key=lambda file: -file[1].st_mtime_ns)
         for i, (path, _) in enumerate(entries):
             with contextlib.suppress(OSError):
                 if i >= MAX_ENTRIES or _sha256_in(path) not in there:
                     path.unlink()
 
-    def _files(self, suffix: str) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in list(self.folder.glob(f"*{suffix}")):
-            with contextlib.suppress(OSError):  # another worker has removed it
-                yield path, path.stat()
+    def _files(self, names: re.Pattern[str]) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in list(self.folder.iterdir()):
+            if names.fullmatch(path.name):
+                with contextlib.suppress(OSError):  # another worker has removed it
+                    yield path, path.stat()
 
     def _entry(self, key: str) -> Path:
-        return self.folder / f"{key}{ENTRY}"
+        return self.folder / f"{key}.json"
 
 
 def open_cache(settings: Settings) -> Cache:
@@ -236,7 +242,7 @@ def _leased(path: Path) -> int | None:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return None
-    if _lock(descriptor, fcntl.LOCK_SH) and os.fstat(descriptor).st_nlink:
+    if _locked(descriptor, fcntl.LOCK_SH) and os.fstat(descriptor).st_nlink:
         return descriptor
     os.close(descriptor)
     return None
@@ -255,7 +261,7 @@ def _removed(path: Path) -> bool:
     except OSError:
         return False
     try:
-        if not _lock(descriptor, fcntl.LOCK_EX) or not os.fstat(descriptor).st_nlink:
+        if not _locked(descriptor, fcntl.LOCK_EX) or not os.fstat(descriptor).st_nlink:
             return False
         path.unlink()
     except OSError:
@@ -265,7 +271,7 @@ def _removed(path: Path) -> bool:
     return True
 
 
-def _lock(descriptor: int, kind: int) -> bool:
+def _locked(descriptor: int, kind: int) -> bool:
     """Whether nobody holds a lock against it."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)

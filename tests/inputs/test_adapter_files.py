@@ -994,6 +994,24 @@ def test_a_copy_of_a_file_in_use_does_not_take_its_place(play: Play) -> None:
     play(scene)
 
 
+def test_what_the_owner_keeps_in_the_folder_is_not_touched(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_cache, "LEFTOVER_SECONDS", -1)
+
+    async def scene(place: Place) -> None:
+        place.storage.files["/x"] = A
+        names = ["mine.safetensors", "mine.json", "mine.part"]
+        place.cache.mkdir()
+        for name in names:
+            (place.cache / name).write_bytes(B)
+        settings = place.with_settings(lora_cache_gb=len(A) / 1e9)
+        await place.fetch(f"{place.storage.url}/x", settings)
+        assert all((place.cache / name).read_bytes() == B for name in names)
+
+    play(scene)
+
+
 def test_entries_do_not_gather(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_cache, "MAX_ENTRIES", 5)
 
