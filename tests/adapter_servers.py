@@ -85,7 +85,7 @@ class Server:
             return web.Response(status=304, headers=headers)
         status, body = 200, content
         match = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
-        if match and request.headers.get("If-Range") == etag:
+        if match and request.headers.get("If-Range", etag) == etag:
             start, end = int(match[1]), len(content)
             status, body = 206, content[start:]
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{end}"

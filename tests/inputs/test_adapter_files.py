@@ -448,11 +448,12 @@ def test_a_broken_connection_is_taken_up_where_it_broke(play: Play) -> None:
     play(scene)
 
 
-def test_without_an_etag_a_file_is_fetched_anew(play: Play) -> None:
+@pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"1"'}], ids=["none", "weak"])
+def test_without_a_strong_etag_a_file_is_fetched_anew(play: Play, headers: dict[str, str]) -> None:
     async def scene(place: Place) -> None:
         place.storage.etags = False
         place.storage.files["/x"] = LARGE
-        place.storage.faults["/x"] = [Fault(drop_after=3_000_000)]
+        place.storage.faults["/x"] = [Fault(drop_after=3_000_000, headers=headers)]
         file = await place.fetch(f"{place.storage.url}/x")
         assert file.path.read_bytes() == LARGE
         assert [request.headers.get("Range") for request in place.storage.seen] == [None, None]
@@ -564,6 +565,21 @@ def test_files_of_a_job_come_side_by_side_and_progress_counts_all(play: Play) ->
         fetched = await fetching
         assert {path: file.path.read_bytes() for path, file in fetched.items()} == files
         assert place.told[-1] == (total, total)
+
+    play(scene)
+
+
+def test_the_sum_is_not_told_before_it_is_known(play: Play) -> None:
+    async def scene(place: Place) -> None:
+        place.storage.files |= {"/a": A, "/b": B}
+        place.storage.faults["/b"] = [Fault(stall_after=10)]
+        job = asyncio.create_task(
+            place.fetch_all({path: f"{place.storage.url}/{path}" for path in ("a", "b")})
+        )
+        await until(lambda: (len(A), None) in place.told)
+        job.cancel()
+        await asyncio.wait([job])
+        assert {total for _, total in place.told} == {None}
 
     play(scene)
 
