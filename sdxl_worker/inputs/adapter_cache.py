@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import threading
 import time
@@ -207,8 +206,8 @@ def open_cache(settings: Settings) -> Cache:
         folder = Path(tempfile.gettempdir()) / f"sdxl-worker-loras-{os.geteuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         about = folder.lstat()
-        is_private = stat.S_ISDIR(about.st_mode) and not about.st_mode & 0o077
-        if not is_private or about.st_uid != os.geteuid():
+        # A link, with which somebody else would choose the folder, is open to all.
+        if about.st_mode & 0o077 or about.st_uid != os.geteuid():
             raise SourceError(
                 "the worker's folder for downloads is open to others; its owner has to set "
                 "LORA_CACHE_DIR"
