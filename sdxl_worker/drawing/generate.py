@@ -13,7 +13,7 @@ from sdxl_worker.drawing import batches, second_tries
 from sdxl_worker.drawing.decoding import decode, decoding_as_planned
 from sdxl_worker.drawing.encoding import EncodedCanvas, encode_canvas, latents_of
 from sdxl_worker.drawing.inpainting import Keeper, seeing, takes_mask
-from sdxl_worker.drawing.prompts import Encoding, encode_pair
+from sdxl_worker.drawing.prompts import Encoding, Texts, encode_pair
 from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.drawing.stages import Stage, output_size_px, total_steps
 from sdxl_worker.drawing.steps import Step, StepCounter
@@ -108,15 +108,16 @@ class _Work:
 
 
 def _encode(request: Request, models: Models) -> tuple[Encoding, Encoding]:
+    texts = Texts(request.prompt, request.negative_prompt)
     try:
-        return encode_pair(request.prompt, request.negative_prompt, models)
+        return encode_pair(texts, models)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         let_go(error)
         _make_room(models)
         second_tries.note("texts encoded again")
-        return encode_pair(request.prompt, request.negative_prompt, models)
+        return encode_pair(texts, models)
 
 
 def _encode_canvas(
