@@ -97,6 +97,21 @@ UploadUrl = Annotated[
 MAX_IMAGES = 16
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+Schedule = Literal["normal", "karras", "exponential", "beta", "trailing", "ays"]
+MAX_ADAPTERS = 8
+AdapterPath = Annotated[
+    str,
+    Field(
+        pattern=r"^(https://[^/\s]\S*|[^/\\:\s][^\\:\r\n]*)$",
+        min_length=1,
+        max_length=2000,
+        json_schema_extra={
+            ALIASES: ["url", "lora", "file", "name"],
+            RULE: "an https:// address, org/repo or org/repo/file of the hub (with @revision), or "
+            "a file name in the worker's LORA_DIR",
+        },
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,8 @@ class Tie:
     field: str
     words: str
     needs: tuple[Mapping[str, Any], ...] = ()
-    """One of these has to hold, if there are any: fields and their values, `...` for any."""
+    """One of these has to hold, if there are any: fields and their values, `...` for any, None for
+    none."""
     clashes: tuple[Mapping[str, Any], ...] = ()
     """None of these may hold."""
 
@@ -131,7 +147,9 @@ def _is_used(name: str, given: Mapping[str, Any]) -> bool:
 
 def _hold(others: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     return all(
-        _is_used(name, given) if value is ... else given.get(name) == value
+        _is_used(name, given) == (value is not None)
+        if value in (..., None)
+        else given.get(name) == value
         for name, value in others.items()
     )
 
@@ -143,8 +161,11 @@ def _held(others: Mapping[str, Any]) -> dict[str, Any]:
         if value is ...
         else {"const": value}
         for name, value in others.items()
+        if value is not None
     }
-    return {"required": list(others), "properties": values}
+    unused = [{"not": _held({name: ...})} for name, value in others.items() if value is None]
+    held: dict[str, Any] = {"required": list(values), "properties": values}
+    return {**held, "allOf": unused} if unused else held
 
 
 class InputModel(BaseModel):
@@ -200,7 +221,16 @@ def _again(details: Any) -> InitErrorDetails:
 
 
 # Values with which clients leave a field out.
-NOT_GIVEN = (("image_url", ""), ("height", 0), ("width", 0))
+NOT_GIVEN: tuple[tuple[str, Any], ...] = (
+    ("image_url", ""),
+    ("height", 0),
+    ("width", 0),
+    ("prompt_2", ""),
+    ("negative_prompt_2", ""),
+    ("model", ""),
+    ("loras", []),
+    ("embeddings", []),
+)
 MASKED: tuple[Mapping[str, Any], ...] = ({"mask_url": ...}, {"mask_from_alpha": ...})
 REDRAWN: tuple[Mapping[str, Any], ...] = ({"mode": "img2img"}, *MASKED)
 WITH_PICTURE: tuple[Mapping[str, Any], ...] = ({"image_url": ...},)
@@ -233,11 +263,42 @@ TIES = (
         REDRAWN,
     ),
     Tie(
+        "loras",
+        "are for the base, and image_url alone is for the refiner: add mode img2img",
+        ({"image_url": None}, *REDRAWN),
+    ),
+    Tie(
         "fit",
         "needs image_url and mode: without mode, a picture keeps its size",
         ({"mode": ...}, *MASKED),
     ),
 )
+
+
+class LoraField(InputModel):
+    """One LoRA of `loras`."""
+
+    path: AdapterPath
+    scale: Annotated[float, Field(ge=-5, le=5)] = Field(
+        default=1.0, json_schema_extra={ALIASES: ["weight", "strength", "lora_scale"]}
+    )
+
+
+class EmbeddingField(InputModel):
+    """One textual inversion of `embeddings`."""
+
+    path: AdapterPath
+    token: Annotated[
+        str,
+        Field(
+            pattern=r"^[!-~]{1,50}$",
+            json_schema_extra={
+                ALIASES: ["tokens", "trigger"],
+                RULE: "what stands for it in the prompt: 1 to 50 letters, digits and signs, "
+                "without spaces",
+            },
+        ),
+    ]
 
 
 class Request(InputModel):
@@ -278,6 +339,24 @@ class Request(InputModel):
     negative_prompt: Prompt = Field(
         default="", description="What to keep out. Needs a `guidance_scale` above 1."
     )
+    prompt_2: Prompt | None = Field(
+        default=None,
+        description="What the second text encoder reads, and the refiner with it, where that is "
+        "not `prompt`.",
+    )
+    negative_prompt_2: Prompt | None = Field(
+        default=None, description="As `prompt_2`, of `negative_prompt`."
+    )
+    prompt_weighting: bool = Field(
+        default=False,
+        description="The prompts are in A1111's syntax: `(word:1.2)` weighs a word, `BREAK` begins "
+        "a new chunk. Otherwise parentheses are parentheses.",
+    )
+    clip_skip: Annotated[int, Field(ge=0, le=12), FromIntegralFloat] | None = Field(
+        default=None,
+        description="Which layer of the text encoders is taken, counted from the last as in A1111: "
+        "2 is SDXL's own and the default, and 0 and 1 are the same; 3 is the one before it.",
+    )
     height: Side | None = Field(
         default=None,
         description="Pixels. Not given, or 0: the model's native size (1024 for SDXL), or that "
@@ -297,6 +376,11 @@ class Request(InputModel):
         json_schema_extra={ALIASES: ["sampler", "sampler_name"]},
         description="The sampler of both the base and the refiner.",
     )
+    schedule: Schedule | None = Field(
+        default=None,
+        json_schema_extra={ALIASES: ["scheduler_type", "schedule_type", "noise_schedule"]},
+        description="How the steps are spaced. Not given: as the model is configured.",
+    )
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS), FromIntegralFloat] = Field(
         default=25, json_schema_extra={ALIASES: ["steps"]}, description="Steps of the base."
     )
@@ -314,6 +398,32 @@ class Request(InputModel):
         },
         description="How closely the base and the refiner follow the prompt. 1 and below: no "
         "guidance, and half the work.",
+    )
+    guidance_rescale: Share | None = Field(
+        default=None,
+        description="How much of guidance's excess contrast is taken back. Not given: 0, or 0.7 "
+        "for models of v-prediction with zero terminal SNR.",
+    )
+    loras: Annotated[list[LoraField], Field(max_length=MAX_ADAPTERS)] | None = Field(
+        default=None,
+        json_schema_extra={ALIASES: ["lora", "lora_weights", "lora_url"]},
+        description="LoRAs for the base and its text encoders, each with a `path` and a `scale` "
+        "from -5 to 5, by default 1. [docs/lora.md](docs/lora.md) has the forms of `path`.",
+    )
+    embeddings: Annotated[list[EmbeddingField], Field(max_length=MAX_ADAPTERS)] | None = Field(
+        default=None,
+        json_schema_extra={ALIASES: ["textual_inversion", "textual_inversions"]},
+        description="Textual inversions, each with a `path` and the `token` that stands for it in "
+        "the prompt.",
+    )
+    model: Annotated[str, Field(max_length=200)] | None = Field(
+        default=None,
+        json_schema_extra={
+            ALIASES: ["model_name", "checkpoint", "sd_model_checkpoint"],
+            RULE: "a model's name, of at most 200 characters",
+        },
+        description="One of the worker's models in `MODELS_DIR`, by its name. Not given: that of "
+        "`MODEL_DIR`.",
     )
     strength: Share = Field(
         default=0.3,
@@ -426,8 +536,8 @@ class Request(InputModel):
 
     @classmethod
     def as_given(cls, fields: Mapping[Any, Any]) -> dict[str, Any]:
-        """An empty `image_url` and sides of 0 mean none, as in 2.1.0. A check alone gets
-        `CHECK_INPUT` too.
+        """An empty `image_url` and sides of 0 mean none, as in 2.1.0, and so do other empty
+        values. A check alone gets `CHECK_INPUT` too.
         """
         given = super().as_given(fields)
         for name, none in NOT_GIVEN:
@@ -442,6 +552,11 @@ class Request(InputModel):
         for tie in TIES:
             if tie.is_broken(given):
                 yield tie.field, tie.words
+        embeddings = given.get("embeddings")
+        if isinstance(embeddings, list):
+            tokens = [str(one.get("token")) for one in embeddings if isinstance(one, Mapping)]
+            if len(set(tokens)) < len(tokens):
+                yield "embeddings", "each needs a token of its own"
         urls, num_images = given.get("upload_urls"), given.get("num_images", 1)
         if isinstance(urls, list) and any(urls.count(url) > 1 for url in urls[: MAX_IMAGES + 1]):
             yield "upload_urls", "must all differ, or one picture would overwrite another"

@@ -26,6 +26,7 @@ EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes
 
 CompileMode = Literal["graphs", "blocks", "full"]
 Quantization = Literal["int8", "fp8"]
+PredictionType = Literal["epsilon", "v_prediction"]
 MetadataLevel = Literal["all", "no_prompts", "none"]
 # The values of PNG_METADATA, a switch, which METADATA was called before.
 SWITCH: dict[str, MetadataLevel] = {
@@ -78,6 +79,62 @@ class Settings(BaseSettings):
             "diffusers layout; a folder as diffusers or the hub's cache has it; or the `org/name` "
             "of the endpoint's cached model. Not set: the first one found."
         ),
+    ] = None
+    models_dir: Annotated[
+        Path | None,
+        Field(
+            description="More models, for example on a network volume, among which a request may "
+            "choose by `model`: single files, and folders as `MODEL_DIR` takes them. Not set: none."
+        ),
+    ] = None
+    vae_dir: Annotated[
+        Path | None,
+        Field(
+            description="A VAE that takes the place of the model's own: a folder in diffusers "
+            "layout, or a single file. Not set: the model's own."
+        ),
+    ] = None
+    prediction_type: Annotated[
+        PredictionType | None,
+        Field(
+            description="What the model of `MODEL_DIR` predicts, `epsilon` (noise) or "
+            "`v_prediction`. Not set: what its file or its scheduler's configuration tells."
+        ),
+    ] = None
+    lora_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder, for example on a network volume, of LoRAs and embeddings that "
+            "requests may name by their file names. Not set: none."
+        ),
+    ] = None
+    lora_cache_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder that keeps downloaded LoRAs and embeddings; workers may share it. "
+            "Not set: one in the system's folder of temporary files."
+        ),
+    ] = None
+    lora_cache_gb: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=10_000,
+            allow_inf_nan=False,
+            description="The most that downloaded LoRAs and embeddings may take, in GB of 10^9 "
+            "bytes. Those that were not used for longest go first.",
+        ),
+    ] = 10.0
+    hf_token: Annotated[
+        SecretStr | None,
+        Field(description="For LoRAs from private and gated repositories of the hub."),
+    ] = None
+    hf_endpoint: Annotated[
+        HttpUrl,
+        Field(description="The Hugging Face hub, or a mirror of it."),
+    ] = "https://huggingface.co"
+    civitai_token: Annotated[
+        SecretStr | None, Field(description="For LoRAs from Civitai, most of which need one.")
     ] = None
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32"] | None,

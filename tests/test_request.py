@@ -55,6 +55,15 @@ def test_names_and_defaults_are_those_of_2_1_0() -> None:
         "num_images": 1,
         "high_noise_frac": None,
         # Fields that 2.1.0 did not have.
+        "prompt_2": None,
+        "negative_prompt_2": None,
+        "prompt_weighting": False,
+        "clip_skip": None,
+        "schedule": None,
+        "guidance_rescale": None,
+        "loras": None,
+        "embeddings": None,
+        "model": None,
         "preview": False,
         "check": False,
         "mode": None,
@@ -253,7 +262,7 @@ def test_an_unknown_scheduler_is_answered_with_the_choices_and_the_near_match() 
 def test_an_unknown_field_is_answered_with_the_fields_and_the_near_match() -> None:
     message = refusal(guidence_scale=3)
     assert message.startswith('"guidence_scale": no such field (did you mean guidance_scale?)')
-    assert "the fields are prompt, negative_prompt, height" in message
+    assert "the fields are prompt, negative_prompt, prompt_2" in message
     assert "(did you mean" not in refusal(colour=3)
     for name in ("quality", "image_format", "outputformat"):
         assert "(did you mean output_" in refusal(**{name: 3})
