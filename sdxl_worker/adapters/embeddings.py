@@ -8,17 +8,14 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.adapter_files import AdapterFile
 from sdxl_worker.loading.models import Models
-
-if TYPE_CHECKING:
-    from sdxl_worker.inputs.adapter_files import AdapterFile
 
 # A word of more would not fit into one chunk of the prompt.
 MAX_VECTORS = 75
@@ -48,7 +45,7 @@ class TextualInversion:
     """For each of the two encoders. None: for this one, the token is text as any other."""
 
 
-def read_embedding(file: "AdapterFile", token: str, field: str, models: Models) -> TextualInversion:
+def read_embedding(file: AdapterFile, token: str, field: str, models: Models) -> TextualInversion:
     """
     Args:
         token: the word in the prompts that the vectors stand for.
@@ -150,7 +147,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "no tensors"
 
 
-def _read(file: "AdapterFile", name: str) -> torch.Tensor:
+def _read(file: AdapterFile, name: str) -> torch.Tensor:
     try:
         with safe_open(file.path, framework="pt") as tensors:
             vectors = tensors.get_tensor(name)

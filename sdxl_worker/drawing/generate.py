@@ -108,16 +108,16 @@ class _Work:
 
 
 def _encode(request: Request, models: Models) -> tuple[Encoding, Encoding]:
-    texts = Texts(request.prompt, request.negative_prompt)
+    texts = Texts.of(request)
     try:
-        return encode_pair(texts, models)
+        return encode_pair(texts, models, clip_skip=request.clip_skip)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         let_go(error)
         _make_room(models)
         second_tries.note("texts encoded again")
-        return encode_pair(texts, models)
+        return encode_pair(texts, models, clip_skip=request.clip_skip)
 
 
 def _encode_canvas(

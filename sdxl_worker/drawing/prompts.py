@@ -7,17 +7,20 @@ of one chunk is encoded as `StableDiffusionXLPipeline.encode_prompt` does it.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdxl_worker.adapters.embeddings import TextualInversion
+from sdxl_worker.adapters.embeddings import TextualInversion, pattern
 from sdxl_worker.drawing.chunks import Chunk, chunks_of
 from sdxl_worker.drawing.text_passes import run_pass
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
-from sdxl_worker.prompt_weights import Piece, parse
+from sdxl_worker.prompt_weights import Piece, names_networks, parse
+from sdxl_worker.request import Request
 
+TEXT_FIELDS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 
 # SDXL was trained with the hidden states of the last layer but one.
@@ -35,6 +38,16 @@ class Texts:
     negative_prompt_2: str | None = None
     weighted: bool = False
     """Whether brackets are weights, as `prompt_weights` reads them."""
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        return cls(
+            request.prompt,
+            request.negative_prompt,
+            request.prompt_2,
+            request.negative_prompt_2,
+            weighted=request.prompt_weighting,
+        )
 
     @property
     def has_negative(self) -> bool:
@@ -71,7 +84,7 @@ def encode_pair(
 
     Args:
         texts: their weights are within bounds.
-        clip_skip: as `check_clip_skip` takes it.
+        clip_skip: a layer that `check_clip_skip` lets pass.
         state: tells what was done to the encoders' weights; equal if the weights are.
     """
     firsts = (texts.prompt, texts.negative_prompt)
@@ -103,7 +116,7 @@ def encode_pair(
     return prompt, negative_prompt
 
 
-def check_clip_skip(clip_skip: int | None, models: Models) -> None:
+def check_clip_skip(request: Request, models: Models) -> None:
     """Whether the models have the layer. 1 and 2 are SDXL's normal one, the last but one, as in
     A1111, which counts the same; 3 is the layer before it, and so on.
 
@@ -112,11 +125,30 @@ def check_clip_skip(clip_skip: int | None, models: Models) -> None:
     """
     encoders = (models.text_encoder, models.text_encoder_2)
     layers = min(encoder.config.num_hidden_layers for encoder in encoders)
-    if clip_skip is not None and clip_skip > layers:
+    if (request.clip_skip or 0) > layers:
         raise RequestError(
             f"clip_skip: the text encoders of {models.name} have no more than {layers} layers in "
             f"common; give 1 to {layers} (1 and 2 are what SDXL was trained with)"
         )
+
+
+def warnings_of(texts: Texts, embeddings: Sequence[TextualInversion] = ()) -> list[str]:
+    """What stands in the texts, or does not, without having the effect that was meant."""
+    fields = {name: getattr(texts, name) or "" for name in TEXT_FIELDS}
+    warnings = [
+        f"{name}: <lora:...> and the like do nothing in a prompt"
+        f"{' and were taken out' if texts.weighted else ''}; give LoRAs in loras"
+        for name, text in fields.items()
+        if names_networks(text)
+    ]
+    seen = " ".join(
+        piece.text for text in fields.values() for part in texts.parts(text) for piece in part
+    )
+    return warnings + [
+        f"embeddings[{index}].token: stands in none of the prompts, so it had no effect"
+        for index, embedding in enumerate(embeddings)
+        if not pattern([embedding.token]).search(seen)
+    ]
 
 
 def _weighted(hidden: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor:
