@@ -17,7 +17,7 @@ from sdxl_worker.drawing import batches, second_tries
 from sdxl_worker.drawing.decoding import decode, decoding_as_planned
 from sdxl_worker.drawing.encoding import EncodedCanvas, encode_canvas, latents_of
 from sdxl_worker.drawing.inpainting import Keeper, seeing, takes_mask
-from sdxl_worker.drawing.prompts import Encoding, encode_pair, texts_of
+from sdxl_worker.drawing.prompts import Encoding, Texts, encode_pair
 from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.drawing.stages import Stage, output_size_px, total_steps
 from sdxl_worker.drawing.steps import Step, StepCounter
@@ -158,7 +158,7 @@ def _encode(
     patches = patches_of(models)
     encode = functools.partial(
         encode_pair,
-        texts_of(request),
+        Texts.of(request),
         models,
         embeddings=embeddings,
         clip_skip=request.clip_skip,
@@ -233,7 +233,7 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
     # base's generator: from a fresh one it would add the same noise that the base began with.
     generators = [torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in batch]
     work.counter.begin(batch.start, len(batch))
-    has_negative = bool(request.negative_prompt or request.negative_prompt_2)
+    has_negative = Texts.of(request).has_negative
     latents: Any = None
     keeper = None
     if canvas.picture is not None:
