@@ -18,9 +18,8 @@ from sdxl_worker.drawing.text_passes import run_pass
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.prompt_weights import Piece, names_networks, parse
-from sdxl_worker.request import Request
+from sdxl_worker.request import TEXT_FIELDS, Request
 
-TEXT_FIELDS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 
 # SDXL was trained with the hidden states of the last layer but one.

@@ -85,6 +85,7 @@ async def _answered(
 ) -> dict[str, Any]:
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
     from sdxl_worker.adapters.of_request import read_adapters
+    from sdxl_worker.drawing.prompts import Texts, warnings_of
     from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
     from sdxl_worker.serving.report import build_report
 
@@ -104,6 +105,7 @@ async def _answered(
         check_expected_size(request, width * height, output_format, job_id)
 
     told = warnings(request, adapters.few_step)
+    told += warnings_of(Texts.of(request), adapters.embeddings)
     pictures, generate_ms = await on_gpu_thread(
         _draw,
         job_id,
