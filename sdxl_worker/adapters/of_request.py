@@ -32,6 +32,10 @@ def read_adapters(request: Request, files: Mapping[str, AdapterFile], models: Mo
         RequestError: one is not for these models, or is something else.
     """
     few_step = recognise(models.name, models.sha256, models.metadata)
+    embeddings = []
+    for i, one in enumerate(request.embeddings or ()):
+        place = f"embeddings[{i}].path"
+        embeddings.append(read_embedding(files[place], one.token, place, models))
     loras = []
     for i, asked in enumerate(request.loras or ()):
         place = f"loras[{i}].path"
@@ -39,8 +43,4 @@ def read_adapters(request: Request, files: Mapping[str, AdapterFile], models: Mo
         loras.append(read_lora(file, asked.scale, place, models))
         if few_step is None and asked.scale > 0:
             few_step = recognise(file.name, file.sha256, file.header.metadata)
-    embeddings = []
-    for i, one in enumerate(request.embeddings or ()):
-        place = f"embeddings[{i}].path"
-        embeddings.append(read_embedding(files[place], one.token, place, models))
     return Adapters(tuple(loras), tuple(embeddings), few_step)

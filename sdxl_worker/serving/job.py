@@ -30,7 +30,7 @@ from sdxl_worker.outputs.upload import (
     destination,
     upload,
 )
-from sdxl_worker.request import MAX_SIDE_PX, OutputFormat, Request, parse_request
+from sdxl_worker.request import MAX_SIDE_PX, TEXT_FIELDS, OutputFormat, Request, parse_request
 from sdxl_worker.serving.ending import not_holding_the_end
 from sdxl_worker.serving.logs import timed
 from sdxl_worker.serving.progress import Progress
@@ -61,7 +61,7 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     job_id = str(job.get("id"))
     request = parse_request(job.get("input"))
     settled = request.model_dump(
-        exclude={"prompt", "negative_prompt", "image_url", "mask_url", "upload_urls"}
+        exclude={*TEXT_FIELDS, "image_url", "mask_url", "upload_urls", "loras", "embeddings"}
     )
     log.debug("request: %s", settled, extra={"job_id": job_id})
 
