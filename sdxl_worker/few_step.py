@@ -5,13 +5,19 @@ name its own.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from sdxl_worker.request import Request
-from sdxl_worker.samplers import SAMPLERS, SCHEDULES, SamplerName, ScheduleName
+from sdxl_worker.samplers import (
+    SAMPLERS,
+    SCHEDULES,
+    SamplerName,
+    ScheduleName,
+    default_sampler,
+)
 
 # Of `guidance_scale`. The authors write 0; to other programs that would mean the negative prompt
 # alone, 1 means none to all.
@@ -37,6 +43,9 @@ class FewStep:
     """Where it is not that of SDXL."""
     config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """What replaces values of the model's scheduler configuration."""
+
+    def __str__(self) -> str:
+        return self.family
 
 
 LIGHTNING = FewStep("SDXL-Lightning", "K_EULER", "trailing", 4, (4, 4))
@@ -170,42 +179,41 @@ def _from_metadata(metadata: Mapping[str, str]) -> FewStep | None:
         return None
     if not (1 <= steps <= 1000 and 0 <= guidance_scale <= 100):
         return None
-    return FewStep(told["family"], scheduler, schedule, steps, (steps, steps), guidance_scale)
-
-
-def in_use(loras: Iterable[tuple[FewStep | None, float]], model: FewStep | None) -> FewStep | None:
-    """Whose settings a request takes: of its LoRAs, the first that is on, otherwise the model's.
-
-    Args:
-        loras: what each was recognised as, and its scale.
-    """
-    return next((one for one, scale in loras if one is not None and scale > 0), model)
+    return FewStep(told["family"][:100], scheduler, schedule, steps, (steps, steps), guidance_scale)
 
 
 REFINER_FIELDS = frozenset({"refiner_inference_steps", "refiner_strength", "high_noise_frac"})
 
 
-def with_settings_of(request: Request, few_step: FewStep) -> Request:
-    """The request with the authors' settings where it does not name its own.
+def with_settings_of(
+    request: Request, few_step: FewStep | None, scheduler_config: Mapping[str, Any] | None = None
+) -> Request:
+    """The request with the settings that its models need, where it does not name its own.
 
-    The refiner, which was trained to go on with pictures of another model, is off unless the
-    request names something of it.
+    The refiner, which was trained to go on with pictures of another model, is off beside a few-step
+    model unless the request names something of it.
+
+    Args:
+        few_step: None: the models are no such ones.
+        scheduler_config: of the model.
     """
-    settings: dict[str, Any] = {
-        "scheduler": few_step.scheduler,
-        "num_inference_steps": few_step.steps,
-        "guidance_scale": few_step.guidance_scale,
-    }
-    # The spacing belongs to the sampler.
-    if request.model_fields_set.isdisjoint({"scheduler", "schedule"}):
-        settings["schedule"] = few_step.schedule
-    refines_alone = request.image_url is not None and request.mode != "img2img"
-    if request.model_fields_set.isdisjoint(REFINER_FIELDS) and not refines_alone:
-        settings["refiner_inference_steps"] = 0
-    update = {
-        name: value for name, value in settings.items() if name not in request.model_fields_set
-    }
-    return request.model_copy(update=update)
+    settings: dict[str, Any] = {}
+    named = request.model_fields_set
+    of_model = default_sampler(scheduler_config or {})
+    if of_model is not None:
+        settings["scheduler"] = of_model
+    if few_step is not None:
+        settings["scheduler"] = few_step.scheduler
+        settings["num_inference_steps"] = few_step.steps
+        settings["guidance_scale"] = few_step.guidance_scale
+        if "scheduler" not in named:  # the spacing belongs to the sampler
+            settings["schedule"] = few_step.schedule
+        refiner_alone = request.image_url is not None and request.mode != "img2img"
+        if named.isdisjoint(REFINER_FIELDS) and not refiner_alone:
+            settings["refiner_inference_steps"] = 0
+    return request.model_copy(
+        update={name: value for name, value in settings.items() if name not in named}
+    )
 
 
 def warnings(request: Request, few_step: FewStep | None) -> list[str]:
@@ -219,9 +227,11 @@ def warnings(request: Request, few_step: FewStep | None) -> list[str]:
                 f"num_inference_steps: this {few_step.family} was made for {made_for} steps; got "
                 f"{request.num_inference_steps}"
             )
-    if request.negative_prompt and request.guidance_scale <= 1:
-        told.append(
-            "negative_prompt: has no effect with a guidance_scale of 1 or below; got "
+    if request.guidance_scale <= 1:
+        told += [
+            f"{name}: has no effect with a guidance_scale of 1 or below; got "
             f"{request.guidance_scale:g}"
-        )
+            for name in ("negative_prompt", "negative_prompt_2")
+            if getattr(request, name)
+        ]
     return told

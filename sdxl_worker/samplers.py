@@ -369,15 +369,6 @@ SCHEDULE_SPELLINGS: Mapping[str, ScheduleName] = MappingProxyType(
 )
 
 
-def canonical(name: str) -> tuple[SamplerName, ScheduleName | None]:
-    """The sampler, and the schedule if the name gives one.
-
-    Raises:
-        KeyError: no sampler has this name. `why_not` may know more.
-    """
-    return SPELLINGS[name]
-
-
 def why_not(name: str) -> str | None:
     """Of a sampler's name elsewhere that nothing here can do: the reason, in words."""
     bare = name

@@ -9,7 +9,6 @@ from typing import Any
 import jsonschema
 import pytest
 
-from sdxl_worker.drawing.schedulers import SAMPLERS
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import (
     MAX_NESTING,
@@ -19,6 +18,7 @@ from sdxl_worker.request import (
     Request,
     parse_request,
 )
+from sdxl_worker.samplers import SAMPLERS
 from sdxl_worker.wording import field_schemas, rule
 from tests.support import SCHEDULERS
 
