@@ -17,12 +17,12 @@ from benchmarks.ways import psnr_db
 from sdxl_worker.drawing import batches
 from sdxl_worker.drawing.batches import Plan
 from sdxl_worker.drawing.generate import generate
-from sdxl_worker.drawing.schedulers import SAMPLERS
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
+from sdxl_worker.samplers import SAMPLERS
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
 PROMPT = "a red circle on a blue background"

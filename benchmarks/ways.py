@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -21,12 +22,12 @@ from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdxl_worker.drawing.generate import generate
-from sdxl_worker.drawing.schedulers import SAMPLERS
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.loading.models import Models
 from sdxl_worker.outputs.answer import data_uri, encode_pictures
 from sdxl_worker.outputs.metadata import About
-from sdxl_worker.request import Request, SchedulerName
+from sdxl_worker.request import Request
+from sdxl_worker.samplers import SAMPLERS, SamplerName
 from sdxl_worker.speed.compiling import for_one_size
 from sdxl_worker.speed.optimize import optimize
 
@@ -157,8 +158,8 @@ class Diffusers(Way):
                 texts.append(base64.b64encode(path.read_bytes()).decode())
         return texts
 
-    def _scheduler(self, name: SchedulerName) -> Any:
-        return SAMPLERS[name].load_class().from_config(self._config)
+    def _scheduler(self, name: SamplerName) -> Any:
+        return getattr(diffusers, SAMPLERS[name].class_name).from_config(self._config)
 
     def _shared(self, networks: dict[str, Any]) -> dict[str, Any]:
         """What the refiner takes of the base's networks."""

@@ -25,17 +25,16 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sdxl_worker.errors import RequestError
 from sdxl_worker.prompt_weights import problem
+from sdxl_worker.samplers import (
+    SAMPLERS,
+    SCHEDULE_SPELLINGS,
+    SCHEDULES,
+    SPELLINGS,
+    SamplerName,
+    ScheduleName,
+    why_not,
+)
 from sdxl_worker.wording import ALIASES, IN_WORDS, MAX_SHOWN_CHARACTERS, RULE, problems, shown
-
-SchedulerName = Literal[
-    "PNDM",
-    "KLMS",
-    "DDIM",
-    "K_EULER",
-    "K_EULER_ANCESTRAL",
-    "DPMSolverMultistep",
-    "DPMSolverSinglestep",
-]
 
 TEXT_FIELDS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 # Some 5,000 tokens: far more than a model can follow, and few enough to encode quickly.
@@ -99,7 +98,15 @@ UploadUrl = Annotated[
 MAX_IMAGES = 16
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-Schedule = Literal["normal", "karras", "exponential", "beta", "trailing", "ays"]
+Schedule = Annotated[
+    ScheduleName,
+    Field(
+        json_schema_extra={
+            "enum": list(SCHEDULE_SPELLINGS),
+            RULE: "one of " + ", ".join(SCHEDULES) + ", or a name of these in docs/samplers.md",
+        }
+    ),
+]
 MAX_ADAPTERS = 8
 AdapterPath = Annotated[
     str,
@@ -151,7 +158,7 @@ def _hold(others: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     return all(
         _is_used(name, given) == (value is not None)
         if value in (..., None)
-        else given.get(name) == value
+        else given.get(name) in (value if isinstance(value, tuple) else (value,))
         for name, value in others.items()
     )
 
@@ -161,6 +168,8 @@ def _held(others: Mapping[str, Any]) -> dict[str, Any]:
     values = {
         name: {"not": {"const": Request.model_fields[name].default}}
         if value is ...
+        else {"enum": list(value)}
+        if isinstance(value, tuple)
         else {"const": value}
         for name, value in others.items()
         if value is not None
@@ -237,6 +246,16 @@ MASKED: tuple[Mapping[str, Any], ...] = ({"mask_url": ...}, {"mask_from_alpha": 
 REDRAWN: tuple[Mapping[str, Any], ...] = ({"mode": "img2img"}, *MASKED)
 WITH_PICTURE: tuple[Mapping[str, Any], ...] = ({"image_url": ...},)
 
+# What a sampler's name that gives a schedule does not go with: the names of the others.
+OTHER_SCHEDULES: tuple[Mapping[str, Any], ...] = tuple(
+    {
+        "scheduler": tuple(name for name, (_, given) in SPELLINGS.items() if given == schedule),
+        "schedule": tuple(name for name, one in SCHEDULE_SPELLINGS.items() if one != schedule),
+    }
+    for schedule in SCHEDULES
+    if any(given == schedule for _, given in SPELLINGS.values())
+)
+
 # Which fields go with which. Of a field's broken ties, the first is told.
 TIES = (
     Tie("mode", "needs image_url, the picture to start from", WITH_PICTURE),
@@ -268,6 +287,11 @@ TIES = (
         "loras",
         "are for the base, and image_url alone is for the refiner: add mode img2img",
         ({"image_url": None}, *REDRAWN),
+    ),
+    Tie(
+        "schedule",
+        "is another than the one that the scheduler's name gives; leave this out",
+        clashes=OTHER_SCHEDULES,
     ),
     Tie(
         "fit",
@@ -373,10 +397,15 @@ class Request(InputModel):
             "bits, which the output tells.",
         )
     )
-    scheduler: SchedulerName = Field(
+    scheduler: SamplerName = Field(
         default="DDIM",
-        json_schema_extra={ALIASES: ["sampler", "sampler_name"]},
-        description="The sampler of both the base and the refiner.",
+        json_schema_extra={
+            "enum": list(SPELLINGS),
+            ALIASES: ["sampler", "sampler_name"],
+            RULE: "one of " + ", ".join(SAMPLERS) + ", or a name of these in docs/samplers.md",
+        },
+        description="The sampler of both the base and the refiner. Names of A1111, ComfyUI and "
+        'diffusers are taken too; "DPM++ 2M Karras" and the like give the `schedule` as well.',
     )
     schedule: Schedule | None = Field(
         default=None,
@@ -561,6 +590,10 @@ class Request(InputModel):
                     wrong = problem(text)
                     if wrong is not None:
                         yield name, wrong
+        scheduler = given.get("scheduler")
+        no_sampler = why_not(scheduler) if isinstance(scheduler, str) else None
+        if no_sampler is not None:
+            yield "scheduler", no_sampler
         embeddings = given.get("embeddings")
         if isinstance(embeddings, list):
             tokens = [str(one.get("token")) for one in embeddings if isinstance(one, Mapping)]
@@ -577,7 +610,17 @@ class Request(InputModel):
 
     @classmethod
     def with_implied(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """A mask makes it image to image, which has its own default of `strength`."""
+        """A mask makes it image to image, which has its own default of `strength`. Samplers and
+        schedules get their own names.
+        """
+        scheduler, schedule = given.get("scheduler"), given.get("schedule")
+        if isinstance(schedule, str) and schedule in SCHEDULE_SPELLINGS:
+            given = {**given, "schedule": SCHEDULE_SPELLINGS[schedule]}
+        if isinstance(scheduler, str) and scheduler in SPELLINGS:
+            name, of_name = SPELLINGS[scheduler]
+            given = {**given, "scheduler": name}
+            if of_name is not None:
+                given["schedule"] = of_name
         if any(_hold(mask, given) for mask in MASKED):
             given = {"mode": "img2img", **given}
         return {"strength": REDRAW_STRENGTH, **given} if given.get("mode") == "img2img" else given

@@ -369,15 +369,6 @@ SCHEDULE_SPELLINGS: Mapping[str, ScheduleName] = MappingProxyType(
 )
 
 
-def canonical(name: str) -> tuple[SamplerName, ScheduleName | None]:
-    """The sampler, and the schedule if the name gives one.
-
-    Raises:
-        KeyError: no sampler has this name. `why_not` may know more.
-    """
-    return SPELLINGS[name]
-
-
 def why_not(name: str) -> str | None:
     """Of a sampler's name elsewhere that nothing here can do: the reason, in words."""
     bare = name
@@ -388,11 +379,37 @@ def why_not(name: str) -> str | None:
     return f"{bare} is not done by diffusers; the nearest is {NEAREST[bare]}"
 
 
-def unet_calls(name: SamplerName, steps: int, *, to_the_end: bool = True) -> int:
-    """How often so many steps of a schedule run the UNet.
+# Of models that were trained with continuous noise levels (https://arxiv.org/abs/2206.00364). What
+# is "normal" to them are sigmas of Karras et al.
+EDM_SCHEDULES: tuple[ScheduleName, ...] = ("normal", "karras", "exponential")
+EDM_SAMPLERS: Mapping[SamplerName, Sampler] = MappingProxyType(
+    {
+        "K_EULER": Sampler("scheduling_edm_euler", "EDMEulerScheduler", "Euler", EDM_SCHEDULES, ()),
+        "DPMSolverMultistep": Sampler(
+            "scheduling_edm_dpmsolver_multistep",
+            "EDMDPMSolverMultistepScheduler",
+            "DPM++ 2M",
+            EDM_SCHEDULES,
+            (),
+        ),
+    }
+)
+
+
+def is_edm(config: Mapping[str, Any]) -> bool:
+    """
+    Args:
+        config: of a model's scheduler.
+    """
+    return str(config.get("_class_name", "")).startswith("EDM")
+
+
+def default_sampler(config: Mapping[str, Any]) -> SamplerName | None:
+    """That of a model which cannot be drawn with the default of a request.
 
     Args:
-        to_the_end: whether they are the last ones of the schedule.
+        config: of the model's scheduler.
     """
-    calls = SAMPLERS[name].calls_per_step * steps
-    return calls - (SAMPLERS[name].calls_per_step - 1) if to_the_end and steps else calls
+    class_name = config.get("_class_name")
+    of_class = (name for name, one in EDM_SAMPLERS.items() if one.class_name == class_name)
+    return next(of_class, "DPMSolverMultistep") if is_edm(config) else None

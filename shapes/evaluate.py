@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from sdxl_worker.drawing.generate import generate
-from sdxl_worker.drawing.schedulers import SAMPLERS
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
+from sdxl_worker.samplers import SAMPLERS
 from sdxl_worker.settings import Settings
 from shapes import captions
 from shapes.captions import Meaning

