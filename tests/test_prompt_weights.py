@@ -72,7 +72,7 @@ def test_weights(text: str, expected: list[tuple[str, float]]) -> None:
 
 
 def test_text_outside_all_brackets_weighs_exactly_one() -> None:
-    [pieces] = parse("a (((word:0.3):1.7)[other]) and more")
+    [pieces] = parse("a (((word:0.3):1.7)[[other]]) and more")
     assert pieces[0] == Piece("a ", 1.0)
     assert pieces[-1] == Piece(" and more", 1.0)
 

@@ -97,14 +97,14 @@ def encode_pair(
 
     def encode(
         chunks: list[Chunk], tokenizer: CLIPTokenizer, encoder: TextEncoder
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         chunks = chunks + chunks_of([], tokenizer) * (count - len(chunks))
         # One chunk a pass: a batch would round differently from a single prompt.
         passes = [
             run_pass(encoder, chunk, models.device, layer=layer, state=state) for chunk in chunks
         ]
         hidden = torch.cat([one.hidden for one in passes], dim=1)
-        return _weighted(hidden, chunks), passes[0].pooled
+        return _weighted(hidden, chunks), passes[0].pooled.clone()
 
     def encoding(of_first: list[Chunk], of_second: list[Chunk]) -> Encoding:
         hidden_1, _ = encode(of_first, models.tokenizer, models.text_encoder)

@@ -22,12 +22,12 @@ class Pass:
 
     hidden: torch.Tensor
     """Hidden states, [1, 77, width]."""
-    pooled: torch.Tensor | None
-    """Pooled and projected, [1, projection]. None: this encoder has no projection."""
+    pooled: torch.Tensor
+    """Of the end of the text, [1, width], or projected, [1, projection]."""
 
     @property
     def size_bytes(self) -> int:
-        return self.hidden.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+        return self.hidden.nbytes + self.pooled.nbytes
 
 
 def run_pass(
@@ -38,7 +38,8 @@ def run_pass(
     layer: int,
     state: Hashable,
 ) -> Pass:
-    """
+    """The result is shared: not to be changed.
+
     Args:
         layer: whose hidden states, counted from the last one, which is 1.
         state: tells apart what the encoder's weights may be at different times.
@@ -49,7 +50,8 @@ def run_pass(
     if found is None:
         with standing_in(encoder, chunk.words):
             output = encoder(torch.tensor([chunk.ids], device=device), output_hidden_states=True)
-        found = Pass(output.hidden_states[-layer], output.get("text_embeds"))
+        pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
+        found = Pass(output.hidden_states[-layer], pooled)
         kept.add(key, found)
     return found
 
