@@ -71,6 +71,8 @@ NETWORKS = (
 
 def foreign_kind(header: SafetensorsHeader) -> str | None:
     """To be put after "FILE is "; None if nothing shows that it is not for SDXL."""
+    if not header.shapes:
+        return "a file without tensors, not a LoRA"
     keys = "\n".join(header.shapes)
 
     def first(patterns: tuple[tuple[str, str], ...]) -> str | None:
@@ -86,13 +88,13 @@ def foreign_kind(header: SafetensorsHeader) -> str | None:
 
 
 def of_text_width(width: int, own: int) -> str:
-    """What a file is whose UNet attends to texts of another width."""
-    if width in TEXT_WIDTHS and own in TEXT_WIDTHS:
-        return f"for {TEXT_WIDTHS[width]}, not for SDXL"
-    made_for = f"{TEXT_WIDTHS[width]}: " if width in TEXT_WIDTHS else ""
+    """What a file is whose UNet attends to texts of another width, as above."""
+    model = TEXT_WIDTHS.get(width)
+    if model and own in TEXT_WIDTHS:
+        return f"for {model}, not for SDXL; {ADVICE}"
     return (
-        f"for a model of other sizes ({made_for}its text is {width} numbers wide, "
-        f"that of this worker's model {own})"
+        f"for a model of other sizes{f' ({model})' if model else ''}: its text is {width} numbers "
+        f"wide, that of this worker's model {own}; use a LoRA that was made for this model"
     )
 
 

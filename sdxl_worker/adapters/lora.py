@@ -56,7 +56,7 @@ class Lora:
         """
         change = self.changes[parameter]
         parts = {part: self._read(key, value.device) for part, key in change.keys.items()}
-        difference = change.format.difference(parts, value).view(value.shape)
+        difference = change.format.difference(parts, value).reshape(value.shape)
         if change.magnitude is None:
             return value.add_(difference, alpha=self.scale * change.factor)
         key, axis = change.magnitude

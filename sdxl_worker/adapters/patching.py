@@ -164,8 +164,10 @@ class Patches:
             errors.append(torch.linalg.vector_norm(rounded.float() - value))
         if not wanted:
             return
-        if not torch.stack(finite).all():
-            self._refuse(wanted, finite)
+        is_finite = torch.stack(finite).tolist()
+        if not all(is_finite):
+            bad = next(name for name, fine in zip(wanted, is_finite, strict=True) if not fine)
+            raise _not_finite(bad, wanted[bad])
         difference = _norm(differences)
         self._lost = _norm(errors) / difference if difference else 0.0
         log.info(
@@ -195,19 +197,6 @@ class Patches:
             "on the GPU" if on_gpu else "on the host",
         )
 
-    def _refuse(self, wanted, finite):
-        name = next(n for n, ok in zip(wanted, finite, strict=True) if not ok)
-        for lora in wanted[name]:
-            if key := lora.not_finite(name):
-                raise RequestError(
-                    f"{lora.field}: {lora.name} has numbers that are not finite, in {key}; use "
-                    "a file that is whole"
-                )
-        raise RequestError(
-            f"{wanted[name][-1].field}: with these scales the weight {name[1]} is too large for "
-            "its number format; use smaller scales"
-        )
-
     @torch.no_grad()
     def _swap(self, name: ParameterName) -> None:
         parameter, original = self._parameter(name), self._originals[name]
@@ -220,6 +209,19 @@ class Patches:
         if network is None:
             raise ReferenceError("these models are gone")
         return network.get_parameter(name[1])
+
+
+def _not_finite(name: ParameterName, loras: Sequence[Lora]) -> RequestError:
+    for lora in loras:
+        if key := lora.not_finite(name):
+            return RequestError(
+                f"{lora.field}: {lora.name} has numbers that are not finite, in {key}; use a file "
+                "that is whole"
+            )
+    return RequestError(
+        f"{loras[-1].field}: with these scales, numbers of {name[1]} are too large for the "
+        "weights' number format; use smaller scales"
+    )
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ class _Reader:
             every = "all " if len(misfits) == len(modules) else ""
             raise _RefusedError(
                 f"is for a model of other sizes, in {every}{len(misfits)} modules: "
-                f"{_shown(misfits)}; {ADVICE}"
+                f"{_shown(misfits)}; use a LoRA that was made for this model"
             )
         return changes
 
@@ -162,7 +162,7 @@ class _Reader:
                 format_ = WEIGHT_FORMATS.get(frozenset(keys) & WEIGHT_PARTS)
                 shape = _shape(format_, self._shapes_of(keys)) if format_ else ()
                 if len(shape) > 1 and shape[1] not in (own, -1):
-                    raise _RefusedError(f"is {of_text_width(shape[1], own)}; {ADVICE}")
+                    raise _RefusedError(f"is {of_text_width(shape[1], own)}")
 
     def _changes_of(self, target: Target, keys: Mapping[str, str]) -> dict[ParameterName, Change]:
         keys = dict(keys)
