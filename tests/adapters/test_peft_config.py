@@ -24,7 +24,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "r": 4,
         "lora_alpha": 6,
         "rank_pattern": {"attn2.to_k": 2, "out_proj": 3},
-        "alpha_pattern": {"attn2.to_k": 5, "layers.1.self_attn.out_proj": 1, "^mid_block.resnets.0.conv1": 9},
+        "alpha_pattern": {
+            "attn2.to_k": 5,
+            "layers.1.self_attn.out_proj": 1,
+            "^mid_block.resnets.0.conv1": 9,
+        },
     },
     "rsLoRA": {"r": 4, "lora_alpha": 6, "use_rslora": True},
     "DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
