@@ -36,7 +36,9 @@ def patches_of(models: Models) -> "Patches":
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of a GPU's memory, with what torch holds there and does not use."""
+    """Of a GPU's memory, with what torch holds there and does not use. 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reusable
 
@@ -56,7 +58,7 @@ class Patches:
     ) -> None:
         # The dictionary above must not keep the networks that it is a property of.
         self._networks = {name: ref(getattr(models, name)) for name in NETWORKS}
-        self._device = models.device
+        self._placement = models.placement
         self._fits = fits
         self._free_bytes = free_bytes
         self._originals: dict[ParameterName, torch.Tensor] = {}
@@ -152,7 +154,7 @@ class Patches:
         for name, its_loras in wanted.items():
             check()
             parameter = self._parameter(name)
-            original = self._originals[name].to(self._device, torch.float32)
+            original = self._originals[name].to(self._placement.device, torch.float32)
             value = original.clone()
             for lora in its_loras:
                 value = lora.changed(name, value)
@@ -181,20 +183,20 @@ class Patches:
     def _keep_originals(self, names: Sequence[ParameterName], check: Callable[[], None]) -> None:
         if not names:
             return
-        parameters = [self._parameter(name) for name in names]
-        size = sum(parameter.nbytes for parameter in parameters if parameter.is_cuda)
-        on_gpu = size > 0 and self._fits(size, self._free_bytes(self._device))
-        for name, parameter in zip(names, parameters, strict=True):
+        size = sum(self._parameter(name).nbytes for name in names)
+        # Where networks take turns on the GPU, there is no room for what stays there.
+        beside = self._placement.resident and self._fits(
+            size, self._free_bytes(self._placement.device)
+        )
+        for name in names:
             check()
-            original = parameter.detach()
-            self._originals[name] = (
-                original.clone() if on_gpu and original.is_cuda else _on_host(original)
-            )
+            original = self._parameter(name).detach()
+            self._originals[name] = original.clone() if beside else _on_host(original)
         log.info(
-            "kept the originals of %d weights, %.2f GB, %s",
+            "keeping the originals of %d weights, %.2f GB, on %s",
             len(names),
-            sum(parameter.nbytes for parameter in parameters) / 1e9,
-            "on the GPU" if on_gpu else "on the host",
+            size / 1e9,
+            self._placement.device if beside else "the host",
         )
 
     @torch.no_grad()

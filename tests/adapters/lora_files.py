@@ -68,6 +68,7 @@ def changed_weights(models: Models, before: Tensors) -> dict[str, torch.Tensor]:
 
 def low_rank(weight: torch.Tensor, rank: int = 4) -> dict[str, torch.Tensor]:
     """A LoRA for a weight, in kohya's parts, about a tenth of it in size."""
+    weight = weight.detach()
     down = torch.randn(rank, *weight.shape[1:]) * weight.std() * 0.1
     up = torch.randn(weight.shape[0], rank, *[1] * (weight.ndim - 2))
     return {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(rank / 2)}

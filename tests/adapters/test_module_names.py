@@ -102,7 +102,8 @@ def test_the_text_encoders_modules_are_found_by_each_spelling(
     spelling: str, models: Models, tmp_path: Path
 ) -> None:
     before = weights(models)
-    tensors, expected = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
     encoders = (models.text_encoder, models.text_encoder_2)
     for encoder, network, pattern in zip(
         encoders, ("text_encoder", "text_encoder_2"), TEXT[spelling], strict=True
