@@ -7,11 +7,10 @@ from sdxl_worker.safetensors_header import SafetensorsHeader
 ADVICE = "use a LoRA that was made for SDXL"
 # Where trainers note the model that they started from.
 BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version")
-# By what they note; the first that is found. None is SDXL. Spellings:
+# By what they note; the first that is found. Spellings:
 # https://github.com/Stability-AI/ModelSpec, https://github.com/kohya-ss/sd-scripts
 BASE_MODELS = (
     (r"(xl|sdxl).*refiner", "the refiner of SDXL"),
-    (r"stable-diffusion-xl|sdxl", None),
     (r"stable-diffusion-v1|sd_?v?1", "Stable Diffusion 1.x"),
     (r"stable-diffusion-v2|sd_?v?2", "Stable Diffusion 2.x"),
     (r"stable-diffusion-v?3|sd_?v?3", "Stable Diffusion 3"),
@@ -99,9 +98,6 @@ def of_text_width(width: int, own: int) -> str:
 
 
 def _noted(header: SafetensorsHeader) -> str | None:
-    for key in BASE_MODEL_KEYS:
-        noted = header.metadata.get(key, "")
-        for pattern, model in BASE_MODELS:
-            if re.search(pattern, noted, re.I):
-                return model
-    return None
+    noted = "
+".join(header.metadata.get(key, "") for key in BASE_MODEL_KEYS)
+    return next((model for it, model in BASE_MODELS if re.search(it, noted, re.M | re.I)), None)

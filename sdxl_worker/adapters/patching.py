@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
-from sdxl_worker.adapters.lora import Lora, ParameterName
+from sdxl_worker.adapters.changes import Lora, ParameterName
 from sdxl_worker.adapters.module_names import NETWORKS
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models

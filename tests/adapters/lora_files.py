@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sdxl_worker.adapters.lora import Lora
-from sdxl_worker.adapters.lora_reader import read_lora
+from sdxl_worker.adapters.lora import Lora, read_lora
 from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.inputs.adapter_files import AdapterFile
 from sdxl_worker.loading.models import Models

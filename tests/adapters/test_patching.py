@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sdxl_worker.adapters.lora import Lora
-from sdxl_worker.adapters.lora_reader import read_lora
+from sdxl_worker.adapters.lora import Lora, read_lora
 from sdxl_worker.adapters.patching import Patches, patches_of
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models

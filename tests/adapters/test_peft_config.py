@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
-from sdxl_worker.adapters.lora_reader import read_lora
+from sdxl_worker.adapters.lora import read_lora
 from sdxl_worker.adapters.peft_config import peft_configs
 from sdxl_worker.loading.models import Models
 from tests.adapters.lora_files import FIELD, apply, lora_of, saved

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdxl_worker.adapters.lora_reader import read_lora
+from sdxl_worker.adapters.lora import read_lora
 from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
@@ -340,6 +341,15 @@ def test_a_file_that_is_gone_is_refused(models: Models, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(RequestError, match=r"gone\.safetensors could not be read \(No such file"):
         read_lora(file, 1, FIELD, models)
+
+
+def test_a_file_that_is_refused_is_closed(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as refused:
+        lora_of(tmp_path, models, zeros(lora(TO_Q, 64, 80)))
+    # Its traceback holds what was made.
+    assert refused.tb is not None
+    path = str(tmp_path / "style.safetensors")
+    assert path not in [file.path for file in psutil.Process().open_files()]
 
 
 def test_a_linear_may_be_written_as_a_convolution_of_one_pixel(
