@@ -98,6 +98,5 @@ def of_text_width(width: int, own: int) -> str:
 
 
 def _noted(header: SafetensorsHeader) -> str | None:
-    noted = "
-".join(header.metadata.get(key, "") for key in BASE_MODEL_KEYS)
+    noted = "\n".join(header.metadata.get(key, "") for key in BASE_MODEL_KEYS)
     return next((model for it, model in BASE_MODELS if re.search(it, noted, re.M | re.I)), None)

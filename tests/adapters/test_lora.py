@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sdxl_worker.adapters.foreign_files import of_text_width
 from sdxl_worker.adapters.lora import read_lora
 from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.errors import RequestError
@@ -232,6 +233,12 @@ def test_a_file_is_refused_by_what_it_is_or_by_the_keys_that_are_wrong(
         RequestError, match=rf"(?s)^loras\[0\]\.path: style\.safetensors .*{message}"
     ):
         lora_of(tmp_path, models, zeros(shapes))
+
+
+def test_full_size_models_are_told_apart_by_the_width_of_their_text() -> None:
+    assert of_text_width(768, 2048) == (
+        "for Stable Diffusion 1.x, not for SDXL; use a LoRA that was made for SDXL"
+    )
 
 
 @pytest.mark.parametrize(
