@@ -150,7 +150,7 @@ class Patches:
             self._parameter(name).copy_(self._originals[name])
             del self._originals[name]
         self._keep_originals([name for name in wanted if name not in self._originals], check)
-        errors, differences, finite = [], [], []
+        errors, differences = [], []
         for name, its_loras in wanted.items():
             check()
             parameter = self._parameter(name)
@@ -161,12 +161,12 @@ class Patches:
             rounded = value.to(parameter.dtype)
             parameter.copy_(rounded)
             # Looked at when all is done, for each look waits for the GPU.
-            finite.append(rounded.isfinite().all())
             differences.append(torch.linalg.vector_norm(value - original))
-            errors.append(torch.linalg.vector_norm(rounded.float() - value))
+            errors.append(torch.linalg.vector_norm(value.sub_(rounded)))
         if not wanted:
             return
-        is_finite = torch.stack(finite).tolist()
+        # Where a number is not finite, neither is the error.
+        is_finite = torch.stack(errors).isfinite().tolist()
         if not all(is_finite):
             bad = next(name for name, fine in zip(wanted, is_finite, strict=True) if not fine)
             raise _not_finite(bad, wanted[bad])
