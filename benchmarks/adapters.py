@@ -57,7 +57,7 @@ def lora(models: Models, folder: Path, rank: int, seed: int = 0) -> Lora:
     return read_lora(file, 1.0, "loras[0].path", models)
 
 
-def attention_weights(models: Models) -> dict[str, torch.nn.Parameter]:
+def attention_weights(models: Models) -> dict[str, torch.Tensor]:
     """Of all linears in the attention blocks, by name."""
     return {
         f"{name}.weight": module.weight
