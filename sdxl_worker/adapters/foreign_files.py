@@ -7,11 +7,10 @@ from sdxl_worker.safetensors_header import SafetensorsHeader
 ADVICE = "use a LoRA that was made for SDXL"
 # Where trainers note the model that they started from.
 BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version")
-# By what they note; the first that is found. None is SDXL. Spellings:
+# By what they note; the first that is found. Spellings:
 # https://github.com/Stability-AI/ModelSpec, https://github.com/kohya-ss/sd-scripts
 BASE_MODELS = (
     (r"(xl|sdxl).*refiner", "the refiner of SDXL"),
-    (r"stable-diffusion-xl|sdxl", None),
     (r"stable-diffusion-v1|sd_?v?1", "Stable Diffusion 1.x"),
     (r"stable-diffusion-v2|sd_?v?2", "Stable Diffusion 2.x"),
     (r"stable-diffusion-v?3|sd_?v?3", "Stable Diffusion 3"),
@@ -71,6 +70,8 @@ NETWORKS = (
 
 def foreign_kind(header: SafetensorsHeader) -> str | None:
     """To be put after "FILE is "; None if nothing shows that it is not for SDXL."""
+    if not header.shapes:
+        return "a file without tensors, not a LoRA"
     keys = "\n".join(header.shapes)
 
     def first(patterns: tuple[tuple[str, str], ...]) -> str | None:
@@ -86,20 +87,16 @@ def foreign_kind(header: SafetensorsHeader) -> str | None:
 
 
 def of_text_width(width: int, own: int) -> str:
-    """What a file is whose UNet attends to texts of another width."""
-    if width in TEXT_WIDTHS and own in TEXT_WIDTHS:
-        return f"for {TEXT_WIDTHS[width]}, not for SDXL"
-    made_for = f"{TEXT_WIDTHS[width]}: " if width in TEXT_WIDTHS else ""
+    """What a file is whose UNet attends to texts of another width, as above."""
+    model = TEXT_WIDTHS.get(width)
+    if model and own in TEXT_WIDTHS:
+        return f"for {model}, not for SDXL; {ADVICE}"
     return (
-        f"for a model of other sizes ({made_for}its text is {width} numbers wide, "
-        f"that of this worker's model {own})"
+        f"for a model of other sizes{f' ({model})' if model else ''}: its text is {width} numbers "
+        f"wide, that of this worker's model {own}; use a LoRA that was made for this model"
     )
 
 
 def _noted(header: SafetensorsHeader) -> str | None:
-    for key in BASE_MODEL_KEYS:
-        noted = header.metadata.get(key, "")
-        for pattern, model in BASE_MODELS:
-            if re.search(pattern, noted, re.I):
-                return model
-    return None
+    noted = "\n".join(header.metadata.get(key, "") for key in BASE_MODEL_KEYS)
+    return next((model for it, model in BASE_MODELS if re.search(it, noted, re.M | re.I)), None)

@@ -128,8 +128,8 @@ def original_names(unet: Any) -> dict[str, str]:
         for layer in range(len(block.resnets)):
             places[f"{up}.resnets.{layer}"] = f"output_blocks.{layers * level + layer}.0"
             places[f"{up}.attentions.{layer}"] = f"output_blocks.{layers * level + layer}.1"
-        last = 2 if hasattr(block, "attentions") else 1
-        places[f"{up}.upsamplers.0.conv"] = f"output_blocks.{layers * (level + 1) - 1}.{last}.conv"
+        # All that enlarge have attention: it is the third there.
+        places[f"{up}.upsamplers.0.conv"] = f"output_blocks.{layers * (level + 1) - 1}.2.conv"
     return {module: _original_name(module, places) for module in _modules(unet)}
 
 

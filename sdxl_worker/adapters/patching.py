@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
-from sdxl_worker.adapters.lora import Lora, ParameterName
+from sdxl_worker.adapters.changes import Lora, ParameterName
 from sdxl_worker.adapters.module_names import NETWORKS
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
@@ -36,7 +36,9 @@ def patches_of(models: Models) -> "Patches":
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of a GPU's memory, with what torch holds there and does not use."""
+    """Of a GPU's memory, with what torch holds there and does not use. 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reusable
 
@@ -56,7 +58,7 @@ class Patches:
     ) -> None:
         # The dictionary above must not keep the networks that it is a property of.
         self._networks = {name: ref(getattr(models, name)) for name in NETWORKS}
-        self._device = models.device
+        self._placement = models.placement
         self._fits = fits
         self._free_bytes = free_bytes
         self._originals: dict[ParameterName, torch.Tensor] = {}
@@ -148,24 +150,26 @@ class Patches:
             self._parameter(name).copy_(self._originals[name])
             del self._originals[name]
         self._keep_originals([name for name in wanted if name not in self._originals], check)
-        errors, differences, finite = [], [], []
+        errors, differences = [], []
         for name, its_loras in wanted.items():
             check()
             parameter = self._parameter(name)
-            original = self._originals[name].to(self._device, torch.float32)
+            original = self._originals[name].to(self._placement.device, torch.float32)
             value = original.clone()
             for lora in its_loras:
                 value = lora.changed(name, value)
             rounded = value.to(parameter.dtype)
             parameter.copy_(rounded)
             # Looked at when all is done, for each look waits for the GPU.
-            finite.append(rounded.isfinite().all())
             differences.append(torch.linalg.vector_norm(value - original))
-            errors.append(torch.linalg.vector_norm(rounded.float() - value))
+            errors.append(torch.linalg.vector_norm(value.sub_(rounded)))
         if not wanted:
             return
-        if not torch.stack(finite).all():
-            self._refuse(wanted, finite)
+        # Where a number is not finite, neither is the error.
+        is_finite = torch.stack(errors).isfinite().tolist()
+        if not all(is_finite):
+            bad = next(name for name, fine in zip(wanted, is_finite, strict=True) if not fine)
+            raise _not_finite(bad, wanted[bad])
         difference = _norm(differences)
         self._lost = _norm(errors) / difference if difference else 0.0
         log.info(
@@ -179,33 +183,20 @@ class Patches:
     def _keep_originals(self, names: Sequence[ParameterName], check: Callable[[], None]) -> None:
         if not names:
             return
-        parameters = [self._parameter(name) for name in names]
-        size = sum(parameter.nbytes for parameter in parameters if parameter.is_cuda)
-        on_gpu = size > 0 and self._fits(size, self._free_bytes(self._device))
-        for name, parameter in zip(names, parameters, strict=True):
-            check()
-            original = parameter.detach()
-            self._originals[name] = (
-                original.clone() if on_gpu and original.is_cuda else _on_host(original)
-            )
-        log.info(
-            "kept the originals of %d weights, %.2f GB, %s",
-            len(names),
-            sum(parameter.nbytes for parameter in parameters) / 1e9,
-            "on the GPU" if on_gpu else "on the host",
+        size = sum(self._parameter(name).nbytes for name in names)
+        # Where networks take turns on the GPU, there is no room for what stays there.
+        beside = self._placement.resident and self._fits(
+            size, self._free_bytes(self._placement.device)
         )
-
-    def _refuse(self, wanted, finite):
-        name = next(n for n, ok in zip(wanted, finite, strict=True) if not ok)
-        for lora in wanted[name]:
-            if key := lora.not_finite(name):
-                raise RequestError(
-                    f"{lora.field}: {lora.name} has numbers that are not finite, in {key}; use "
-                    "a file that is whole"
-                )
-        raise RequestError(
-            f"{wanted[name][-1].field}: with these scales the weight {name[1]} is too large for "
-            "its number format; use smaller scales"
+        for name in names:
+            check()
+            original = self._parameter(name).detach()
+            self._originals[name] = original.clone() if beside else _on_host(original)
+        log.info(
+            "keeping the originals of %d weights, %.2f GB, on %s",
+            len(names),
+            size / 1e9,
+            self._placement.device if beside else "the host",
         )
 
     @torch.no_grad()
@@ -220,6 +211,19 @@ class Patches:
         if network is None:
             raise ReferenceError("these models are gone")
         return network.get_parameter(name[1])
+
+
+def _not_finite(name: ParameterName, loras: Sequence[Lora]) -> RequestError:
+    for lora in loras:
+        if key := lora.not_finite(name):
+            return RequestError(
+                f"{lora.field}: {lora.name} has numbers that are not finite, in {key}; use a file "
+                "that is whole"
+            )
+    return RequestError(
+        f"{loras[-1].field}: with these scales, numbers of {name[1]} are too large for the "
+        "weights' number format; use smaller scales"
+    )
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

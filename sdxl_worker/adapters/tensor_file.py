@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,8 +42,8 @@ class TensorFile:
             OSError: the file cannot be read, or not to the tensor's end.
         """
         begin, end = self._header.offsets[key]
-        data = torch.empty(end - begin, dtype=torch.uint8)
-        buffer, at = memoryview(data.numpy()), 0
+        data: Any = torch.empty(end - begin, dtype=torch.uint8)
+        buffer, at = data.numpy(), 0
         while at < len(buffer):
             count = os.preadv(self._file.fileno(), [buffer[at:]], begin + at)
             if count == 0:
