@@ -77,7 +77,8 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
         model_dir = find_model_dir(settings)
         files = model_dir.weight_files(settings.dtype)
         configs = model_dir.configs()
-        read_ahead(path for paths in files.values() for path in paths)
+        # A file that several networks share is read once.
+        read_ahead(dict.fromkeys(path for paths in files.values() for path in paths))
 
         from sdxl_worker.loading.weights import choose_placement, start_reading
 
@@ -107,7 +108,7 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
         compiling.for_one_size(optimizations),
     ):
         with _timed("loaded the base"):
-            models = load_base(weights)
+            models = load_base(weights, settings.prediction_type)
             optimize(optimizations, models.unet, models.vae)
         before_drawing()
         _draw_first_picture(models, settings)
