@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.prompt_weights import problem
 from sdxl_worker.wording import ALIASES, IN_WORDS, MAX_SHOWN_CHARACTERS, RULE, problems, shown
 
 SchedulerName = Literal[
@@ -36,6 +37,7 @@ SchedulerName = Literal[
     "DPMSolverSinglestep",
 ]
 
+TEXT_FIELDS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 # Some 5,000 tokens: far more than a model can follow, and few enough to encode quickly.
 MAX_PROMPT_CHARACTERS = 20_000
 # The largest that torch's generators take. JavaScript and others keep numbers up to 2**53 exactly.
@@ -552,6 +554,13 @@ class Request(InputModel):
         for tie in TIES:
             if tie.is_broken(given):
                 yield tie.field, tie.words
+        if given.get("prompt_weighting") is True:
+            for name in TEXT_FIELDS:
+                text = given.get(name)
+                if isinstance(text, str) and len(text) <= MAX_PROMPT_CHARACTERS:
+                    wrong = problem(text)
+                    if wrong is not None:
+                        yield name, wrong
         embeddings = given.get("embeddings")
         if isinstance(embeddings, list):
             tokens = [str(one.get("token")) for one in embeddings if isinstance(one, Mapping)]

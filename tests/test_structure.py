@@ -13,7 +13,7 @@ import pytest
 from tests.support import REPOSITORY
 
 # From the ground up: a room imports rooms that stand before it, and itself.
-FLOORS = ("", "inputs", "speed", "loading", "drawing", "outputs", "serving")
+FLOORS = ("", "inputs", "speed", "loading", "adapters", "drawing", "outputs", "serving")
 WORKER = "sdxl_worker"
 PACKAGES = ("benchmarks", "builder", "local_endpoint", "shapes", "tests", "tools")
 

@@ -1,7 +1,8 @@
 """Drawing pictures: the stages of a request, batch after batch."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -9,15 +10,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sdxl_worker.adapters.embeddings import TextualInversion
+from sdxl_worker.adapters.of_request import NO_ADAPTERS, Adapters
+from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.drawing import batches, second_tries
 from sdxl_worker.drawing.decoding import decode, decoding_as_planned
 from sdxl_worker.drawing.encoding import EncodedCanvas, encode_canvas, latents_of
 from sdxl_worker.drawing.inpainting import Keeper, seeing, takes_mask
-from sdxl_worker.drawing.prompts import Encoding, encode_pair
+from sdxl_worker.drawing.prompts import Encoding, Texts, encode_pair
 from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.drawing.stages import Stage, output_size_px, total_steps
 from sdxl_worker.drawing.steps import Step, StepCounter
 from sdxl_worker.errors import PictureError, let_go
+from sdxl_worker.few_step import FewStep
 from sdxl_worker.gpu import free_memory, is_out_of_memory
 from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.loading.models import Models
@@ -38,11 +43,13 @@ def generate(
     canvas: Canvas | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
     *,
+    adapters: Adapters = NO_ADAPTERS,
     step_cache_interval: int | None = None,
 ) -> list[Image.Image]:
     """Make `request.num_images` RGB pictures.
 
-    It uses no environment variable, Internet or disk, and leaves the networks as they were. How
+    It uses no environment variable or Internet, and leaves the networks as they were, but for
+    LoRAs: they stay until a call for others, because the next one is often for the same. How
     many pictures are drawn at once, and whether they are decoded in tiles, follows from the free
     memory of the GPU. Both change the rounding; tiles also change the pixels at their seams.
 
@@ -50,6 +57,7 @@ def generate(
         stages: as `plan_stages` returns them for the request and the models.
         canvas: of the picture of `image_url`. The pictures come in the size of its `working`.
         on_step: called after each denoising step. If it raises, drawing ends at once.
+        adapters: what `request.loras` and `request.embeddings` name.
         step_cache_interval: as `STEP_CACHE`.
 
     Raises:
@@ -63,20 +71,52 @@ def generate(
 
     width, height = canvas.working.size if canvas else output_size_px(stages, None)
     batches.check_fits(models, request, width_px=width, height_px=height)
-    encodes = canvas is not None or takes_mask(models.unet)
-    plan = batches.plan(models, num_images=count, pixels=width * height, encodes=encodes)
-    with decoding_as_planned(models.vae, replace(plan, tiling=plan.encoding_tiled)):
-        encoded = _encode_canvas(canvas, (width, height), models)
-    work = _Work(
-        request=request,
-        stages=stages,
-        models=models,
-        texts=_encode(request, models),
-        canvas=encoded,
-        may_be_black=canvas is not None and int(np.asarray(canvas.working).max()) < DARK,
-        counter=StepCounter(on_step, total_steps(stages), count, models.device),
-        step_cache_interval=step_cache_interval,
-    )
+    with _patched(models, adapters):
+        plan = batches.plan(
+            models,
+            num_images=count,
+            pixels=width * height,
+            encodes=canvas is not None or takes_mask(models.unet),
+        )
+        with decoding_as_planned(models.vae, replace(plan, tiling=plan.encoding_tiled)):
+            encoded = _encode_canvas(canvas, (width, height), models)
+        work = _Work(
+            request=request,
+            stages=stages,
+            models=models,
+            few_step=adapters.few_step,
+            texts=_encode(request, stages, models, adapters.embeddings),
+            canvas=encoded,
+            may_be_black=canvas is not None and int(np.asarray(canvas.working).max()) < DARK,
+            counter=StepCounter(on_step, total_steps(stages), count, models.device),
+            step_cache_interval=step_cache_interval,
+        )
+        return _draw_all(plan, work)
+
+
+@contextlib.contextmanager
+def _patched(models: Models, adapters: Adapters) -> Iterator[None]:
+    """With the LoRAs in the weights, which are as they were if anything fails."""
+    patches = patches_of(models)
+    try:
+        patches.apply(adapters.loras)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        let_go(error)
+        _make_room(models)
+        second_tries.note("LoRAs applied again")
+        patches.apply(adapters.loras)
+    try:
+        yield
+    except BaseException as error:
+        let_go(error)
+        patches.restore()
+        raise
+
+
+def _draw_all(plan: batches.Plan, work: "_Work") -> list[Image.Image]:
+    count, models = work.request.num_images, work.models
     pictures: list[Image.Image] = []
     while len(pictures) < count:
         batch = range(len(pictures), min(len(pictures) + plan.batch_size, count))
@@ -100,23 +140,47 @@ class _Work:
     request: Request
     stages: Sequence[Stage]
     models: Models
-    texts: tuple[Encoding, Encoding]
+    few_step: FewStep | None
+    texts: Mapping[str, tuple[Encoding, Encoding]]
+    """Prompt and negative prompt, by the name of the stage."""
     canvas: EncodedCanvas
     may_be_black: bool
     counter: StepCounter
     step_cache_interval: int | None
 
 
-def _encode(request: Request, models: Models) -> tuple[Encoding, Encoding]:
+def _encode(
+    request: Request,
+    stages: Sequence[Stage],
+    models: Models,
+    embeddings: Sequence[TextualInversion],
+) -> dict[str, tuple[Encoding, Encoding]]:
+    patches = patches_of(models)
+    encode = functools.partial(
+        encode_pair,
+        Texts.of(request),
+        models,
+        embeddings=embeddings,
+        clip_skip=request.clip_skip,
+    )
+
+    def of_stages() -> dict[str, tuple[Encoding, Encoding]]:
+        base = encode(state=patches.key if patches.touches_text_encoders else ())
+        if not patches.touches_text_encoders or all(stage.name == "base" for stage in stages):
+            return {"base": base, "refiner": base}
+        # The refiner shares the second encoder, and was not trained with LoRAs of the base.
+        with patches.text_encoders_unpatched():
+            return {"base": base, "refiner": encode()}
+
     try:
-        return encode_pair(request.prompt, request.negative_prompt, models)
+        return of_stages()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         let_go(error)
         _make_room(models)
         second_tries.note("texts encoded again")
-        return encode_pair(request.prompt, request.negative_prompt, models)
+        return of_stages()
 
 
 def _encode_canvas(
@@ -137,6 +201,7 @@ def _encode_canvas(
 
 def _make_room(models: Models) -> None:
     forget_recordings(models.unets())
+    patches_of(models).move_originals_to_host()
     free_memory()
 
 
@@ -168,6 +233,7 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
     # base's generator: from a fresh one it would add the same noise that the base began with.
     generators = [torch.Generator("cpu").manual_seed(request.seed_of(i)) for i in batch]
     work.counter.begin(batch.start, len(batch))
+    has_negative = Texts.of(request).has_negative
     latents: Any = None
     keeper = None
     if canvas.picture is not None:
@@ -180,6 +246,8 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
             request.scheduler,
             models.scheduler_config,
             begins_in_mid_schedule=stage.begins_in_mid_schedule,
+            schedule=request.schedule,
+            few_step=work.few_step,
         )
         after_step = work.counter.callback(stage.name)
         # What the pipeline is about to draw, where it adds noise.
@@ -205,8 +273,9 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
             latents = pipeline(
                 **stage.options,
                 **start,
-                **_embeddings(*work.texts, pipeline, zeros_for_empty=not request.negative_prompt),
+                **_embeddings(*work.texts[stage.name], pipeline, zeros_for_empty=not has_negative),
                 guidance_scale=request.guidance_scale,
+                guidance_rescale=request.guidance_rescale or 0,
                 num_images_per_prompt=len(batch),
                 generator=generators,
                 callback_on_step_end=after_step,

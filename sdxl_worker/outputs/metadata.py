@@ -3,12 +3,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import sdxl_worker
+from sdxl_worker.inputs.adapter_files import AdapterFile
+from sdxl_worker.inputs.adapter_sources import shareable
 from sdxl_worker.outputs.exif import INFOTEXT, SOFTWARE
-from sdxl_worker.request import TIES, Request, SchedulerName
+from sdxl_worker.request import TIES, Request
+from sdxl_worker.samplers import SAMPLERS, SCHEDULES
 from sdxl_worker.settings import MetadataLevel
 from sdxl_worker.versions import library_versions
 from sdxl_worker.wording import without_secrets
@@ -18,18 +22,8 @@ MAX_ADDRESS_CHARACTERS = 2000
 PROMPTS = {"prompt", "negative_prompt"}
 # They say how a picture is delivered, not how it is made.
 OF_THE_DELIVERY = {"preview", "check", "on_too_large", "duplicate_first", "upload_urls"}
-# What A1111 calls them. PNDM as Stable Diffusion has it, without Runge-Kutta steps, is PLMS. Of
-# the single-step DPM-Solver++ of second order, which here adds no noise, A1111 has only the
-# ancestral form; its "DPM++ SDE", to which diffusers' own table leads, is another solver.
-SAMPLER_NAMES: Mapping[SchedulerName, str] = {
-    "PNDM": "PLMS",
-    "KLMS": "LMS",
-    "DDIM": "DDIM",
-    "K_EULER": "Euler",
-    "K_EULER_ANCESTRAL": "Euler a",
-    "DPMSolverMultistep": "DPM++ 2M",
-    "DPMSolverSinglestep": "DPM++ 2S a",
-}
+# As many digits of a file's SHA-256 as Civitai finds it by.
+HASH_DIGITS = 10
 
 
 @dataclass(frozen=True)
@@ -42,6 +36,10 @@ class About:
     """`ModelDir.hash`."""
     lossy: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """`Settings.lossy`."""
+    adapters: Mapping[str, AdapterFile] = field(default_factory=lambda: MappingProxyType({}))
+    """By the place of their path in the request, such as "loras[0].path"."""
+    few_step: str | None = None
+    """The few-step model whose authors' settings were taken where the request had none."""
 
 
 def describe(
@@ -65,12 +63,15 @@ def describe(
     if level == "none":
         return {}
     with_prompts = level == "all"
+    hashes = {file.name: file.sha256 for file in about.adapters.values()}
     return {
         SOFTWARE: f"sdxl-worker {sdxl_worker.__version__}",
         "model": about.model_name,
         "request": json.dumps(_again(request, index, with_prompts), ensure_ascii=False),
         "versions": json.dumps(library_versions(quantized="QUANTIZE" in about.lossy)),
         **({"settings": json.dumps(dict(about.lossy))} if about.lossy else {}),
+        **({"adapters": json.dumps(hashes, ensure_ascii=False)} if hashes else {}),
+        **({"few_step": about.few_step} if about.few_step else {}),
         INFOTEXT: _infotext(request, index, size_px, about, with_prompts),
     }
 
@@ -87,6 +88,8 @@ def _again(request: Request, index: int, with_prompts: bool) -> dict[str, Any]:
     for name in ("image_url", "mask_url"):
         if name in job_input:
             job_input[name] = _without_picture(job_input[name])
+    for one in (*job_input.get("loras", ()), *job_input.get("embeddings", ())):
+        one["path"] = shareable(one["path"])[:MAX_ADDRESS_CHARACTERS]
     return job_input
 
 
@@ -102,16 +105,22 @@ def _infotext(
 ) -> str:
     """https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/master/modules/infotext_utils.py
 
-    Without a "Schedule type": the model's own configuration spaces the timesteps, and none of
+    Without a "Schedule type" where the model's own configuration spaces the timesteps: none of
     A1111's names stands for that.
     """
+    loras = [
+        (Path(about.adapters[place].name).stem, about.adapters[place].sha256, lora.scale)
+        for i, lora in enumerate(request.loras or ())
+        if (place := f"loras[{i}].path") in about.adapters
+    ]
     width, height = size_px
     is_refined_only = request.image_url is not None and request.mode != "img2img"
     values = {
         "Steps": request.refiner_inference_steps
         if is_refined_only
         else request.num_inference_steps,
-        "Sampler": SAMPLER_NAMES[request.scheduler],
+        "Sampler": SAMPLERS[request.scheduler].infotext,
+        "Schedule type": SCHEDULES[request.schedule or "normal"].infotext,
         "CFG scale": request.guidance_scale,
         "Seed": request.seed_of(index),
         "Size": f"{width}x{height}",
@@ -119,6 +128,7 @@ def _infotext(
         "Model": about.model_name,
         "Denoising strength": None if request.image_url is None else request.strength,
         "Mask blur": request.mask_blur if request.is_masked else None,
+        "Lora hashes": ", ".join(f"{name}: {sha[:HASH_DIGITS]}" for name, sha, _ in loras) or None,
         "Version": f"sdxl-worker {sdxl_worker.__version__}",
     }
     lines = [
@@ -128,8 +138,9 @@ def _infotext(
     ]
     if with_prompts and request.negative_prompt:
         lines.insert(0, f"Negative prompt: {request.negative_prompt}")
-    if with_prompts and request.prompt:
-        lines.insert(0, request.prompt)
+    if with_prompts and (request.prompt or loras):
+        words = [request.prompt, *(f"<lora:{name}:{scale:g}>" for name, _, scale in loras)]
+        lines.insert(0, " ".join(filter(None, words)))
     return "\n".join(lines)
 
 

@@ -6,12 +6,14 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.few_step import warnings, with_settings_of
 from sdxl_worker.gpu import reset_peak_memory
+from sdxl_worker.inputs.adapter_files import AdapterFile, fetch_adapters
 from sdxl_worker.inputs.canvas import Canvas, prepare_canvas, with_holes_filled
 from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
 from sdxl_worker.inputs.fetch import fetch
@@ -28,14 +30,18 @@ from sdxl_worker.outputs.upload import (
     destination,
     upload,
 )
-from sdxl_worker.request import MAX_SIDE_PX, OutputFormat, Request, parse_request
+from sdxl_worker.request import MAX_SIDE_PX, TEXT_FIELDS, OutputFormat, Request, parse_request
 from sdxl_worker.serving.ending import not_holding_the_end
 from sdxl_worker.serving.logs import timed
+from sdxl_worker.serving.progress import Progress
 from sdxl_worker.serving.slot import begin_next_job
 from sdxl_worker.serving.start import ready_models
 from sdxl_worker.serving.threads import in_thread, on_gpu_thread
-from sdxl_worker.settings import load_settings
+from sdxl_worker.settings import Settings, load_settings
 from sdxl_worker.wording import without_secrets
+
+if TYPE_CHECKING:
+    from sdxl_worker.loading.models import Models
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +61,39 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     job_id = str(job.get("id"))
     request = parse_request(job.get("input"))
     settled = request.model_dump(
-        exclude={"prompt", "negative_prompt", "image_url", "mask_url", "upload_urls"}
+        exclude={*TEXT_FIELDS, "image_url", "mask_url", "upload_urls", "loras", "embeddings"}
     )
     log.debug("request: %s", settled, extra={"job_id": job_id})
 
     settings = load_settings()
     check_limits(request, settings)
     storage = destination(job, request, settings)
-    models = await ready_models(settings)
+    async with Progress(job) as progress:
+        models = await ready_models(settings, request.model, progress.on_loading)
+        if request.preview:
+            progress.latent_rgb = models.latent_rgb
+        return await _answered(job_id, request, settings, storage, models, progress)
 
+
+async def _answered(
+    job_id: str,
+    request: Request,
+    settings: Settings,
+    storage: Destination | None,
+    models: "Models",
+    progress: Progress,
+) -> dict[str, Any]:
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
+    from sdxl_worker.adapters.of_request import read_adapters
+    from sdxl_worker.drawing.prompts import Texts, warnings_of
     from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
-    from sdxl_worker.serving.progress import Progress
     from sdxl_worker.serving.report import build_report
 
-    stages = plan_stages(request, models)  # refuses before a picture is fetched
+    plan_stages(request, models)  # refuses before anything is fetched
+    adapter_files = await _adapter_files(request, settings, progress, job_id)
+    adapters = await in_thread(read_adapters, request, adapter_files, models)
+    request = with_settings_of(request, adapters.few_step)
+    stages = plan_stages(request, models)
     request = as_drawn(request, stages)
     canvas = None
     if request.image_url is not None:
@@ -80,37 +104,66 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
         width, height = output_size_px(stages, canvas)
         check_expected_size(request, width * height, output_format, job_id)
 
-    async with Progress(job, latent_rgb=models.latent_rgb if request.preview else None) as progress:
-        pictures, generate_ms = await on_gpu_thread(
-            _draw,
-            job_id,
-            time.perf_counter(),
-            request,
-            stages,
-            models,
-            canvas,
-            progress.on_step,
-            step_cache_interval=settings.step_cache,
-        )
-        if canvas is not None:
-            pictures = await in_thread(_put_back, canvas, pictures, progress.check)
-        if request.check:
-            steps = total_steps(stages)
-            report = build_report(request, models, settings, pictures, generate_ms, steps)
-            return report if storage is None else {**report, "storage": await _checked(storage)}
-        how: Any = {
-            "output_format": output_format,
-            "about": About(models.name, settings.metadata_level, models.hash, settings.lossy),
-            "check": progress.check,
-        }
-        with timed("encode", job_id):
-            files = await in_thread(encode_pictures, pictures, request, **how)
-        begin_next_job()
-        links: list[str | UploadFailure] = []
-        if storage is not None:
-            with timed("upload", job_id):
-                links = await _upload(files, output_format, storage, job_id)
-        return await in_thread(_answer, pictures, files, links, request, job_id, how)
+    told = warnings(request, adapters.few_step)
+    told += warnings_of(Texts.of(request), adapters.embeddings)
+    pictures, generate_ms = await on_gpu_thread(
+        _draw,
+        job_id,
+        time.perf_counter(),
+        request,
+        stages,
+        models,
+        canvas,
+        progress.on_step,
+        adapters=adapters,
+        step_cache_interval=settings.step_cache,
+    )
+    if canvas is not None:
+        pictures = await in_thread(_put_back, canvas, pictures, progress.check)
+    if request.check:
+        steps = total_steps(stages)
+        report = build_report(request, models, settings, pictures, generate_ms, steps)
+        return report if storage is None else {**report, "storage": await _checked(storage)}
+    how: Any = {
+        "output_format": output_format,
+        "about": About(
+            models.name,
+            settings.metadata_level,
+            models.hash,
+            settings.lossy,
+            adapter_files,
+            adapters.few_step and str(adapters.few_step),
+        ),
+        "check": progress.check,
+    }
+    with timed("encode", job_id):
+        files = await in_thread(encode_pictures, pictures, request, **how)
+    begin_next_job()
+    links: list[str | UploadFailure] = []
+    if storage is not None:
+        with timed("upload", job_id):
+            links = await _upload(files, output_format, storage, job_id)
+    return await in_thread(_answer, pictures, files, links, request, job_id, how, told)
+
+
+async def _adapter_files(
+    request: Request, settings: Settings, progress: Progress, job_id: str
+) -> dict[str, AdapterFile]:
+    """The files of LoRAs and embeddings, by the place of their path in the request.
+
+    Raises:
+        RequestError: one cannot be had.
+    """
+    paths = {
+        f"{field}[{i}].path": one.path
+        for field in ("loras", "embeddings")
+        for i, one in enumerate(getattr(request, field) or ())
+    }
+    if not paths:
+        return {}
+    with timed("fetch_adapters", job_id):
+        async with not_holding_the_end("the LoRAs and embeddings"):
+            return await fetch_adapters(paths, settings, progress.on_bytes)
 
 
 def _put_back(
@@ -156,8 +209,12 @@ def _answer(
     request: Request,
     job_id: str,
     how: dict[str, Any],
+    warnings: list[str],
 ) -> dict[str, Any]:
     """Links, and what has none in the answer itself, as long as it fits.
+
+    Args:
+        warnings: what there is to tell beside what becomes of the files.
 
     Raises:
         RequestError: it does not.
@@ -165,7 +222,8 @@ def _answer(
     images = {i: link for i, link in enumerate(links) if isinstance(link, str)}
     inline = [i for i in range(len(files)) if i not in images]
     cause = next((link.cause for link in links if isinstance(link, UploadFailure)), "")
-    warnings = [f"{len(inline)} of {len(files)} pictures not uploaded: {cause}"] if cause else []
+    if cause:
+        warnings.append(f"{len(inline)} of {len(files)} pictures not uploaded: {cause}")
     if inline:
         beside: dict[str, Any] = {"images": list(images.values()), "warning": warnings}
         if 0 in images:  # the first picture is not there twice, but its link is

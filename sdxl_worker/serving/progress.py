@@ -11,12 +11,13 @@ import contextlib
 import json
 import logging
 import threading
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from sdxl_worker.drawing.preview import preview_jpeg
-from sdxl_worker.drawing.steps import Step
-from sdxl_worker.loading.latent_rgb import LatentRgb
 from sdxl_worker.serving.delivery import job_url
+
+if TYPE_CHECKING:
+    from sdxl_worker.drawing.steps import Step
+    from sdxl_worker.loading.latent_rgb import LatentRgb
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +31,17 @@ class JobStopped(Exception):  # noqa: N818 - not an error: somebody wanted it
 
 
 class Progress:
-    """Watches one job: inside `async with`, `generate` calls `on_step`.
+    """Watches one job: inside `async with`, its work calls `on_step` and the like.
 
     Leaving the block, in whatever way, stops the job on the GPU thread within one step, and no
     update is sent after it.
     """
 
-    def __init__(self, job: dict[str, Any], *, latent_rgb: LatentRgb | None) -> None:
-        """
-        Args:
-            latent_rgb: how to draw previews, or None where none are wanted.
-        """
+    latent_rgb: "LatentRgb | None" = None
+    """How to draw previews, where they are wanted."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
         self._job_id = str(job.get("id"))
-        self._latent_rgb = latent_rgb
         self._left = threading.Event()
         # Set while an update may be made: the GPU thread makes none that would not be sent.
         self._wanted = threading.Event()
@@ -77,7 +76,7 @@ class Progress:
         if self._left.is_set():
             raise JobStopped
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: "Step") -> None:
         """Called on the GPU thread after each denoising step.
 
         Raises:
@@ -86,7 +85,6 @@ class Progress:
         self.check()
         if not self._wanted.is_set():
             return
-        self._wanted.clear()
         progress = {
             "stage": step.stage,
             "step": step.step,
@@ -94,9 +92,36 @@ class Progress:
             "percent": step.percent,
         }
         update: dict[str, Any] = {"progress": progress}
-        if self._latent_rgb is not None:
-            jpeg = preview_jpeg(step.latents(), self._latent_rgb)
+        if self.latent_rgb is not None:
+            from sdxl_worker.drawing.preview import preview_jpeg  # imports torch
+
+            jpeg = preview_jpeg(step.latents(), self.latent_rgb)
             update["preview"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+        self._send(update)
+
+    def on_bytes(self, done: int, total: int | None) -> None:
+        """Called in any thread as LoRAs and embeddings are downloaded.
+
+        Args:
+            done: bytes so far.
+            total: of all files, where their servers tell.
+
+        Raises:
+            JobStopped: as `check`.
+        """
+        self.check()
+        if self._wanted.is_set():
+            share = {} if not total else {"percent": min(100, round(100 * done / total))}
+            progress = {"stage": "download", "bytes": done, "total_bytes": total, **share}
+            self._send({"progress": progress})
+
+    def on_loading(self, model: str) -> None:
+        """Called on the GPU thread where another model has to be loaded or brought to the card."""
+        if self._wanted.is_set():
+            self._send({"progress": {"stage": "loading", "model": model}})
+
+    def _send(self, update: dict[str, Any]) -> None:
+        self._wanted.clear()
         self._loop.call_soon_threadsafe(self._updates.put_nowait, update)
 
     async def _send_updates(self, url: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdxl_worker.drawing.prompts import encode_pair
+from sdxl_worker.drawing.prompts import Texts, encode_pair
 from tests.support import difference, models, picture, plain_base
 
 # Any text of so many tokens: one letter a word, one token a letter.
@@ -16,7 +16,7 @@ FILLER = ["x"] * 75
 def test_a_prompt_that_fits_is_encoded_as_by_plain_diffusers(prompt: str) -> None:
     with torch.no_grad():
         embeds, _, pooled, _ = plain_base().encode_prompt(prompt, do_classifier_free_guidance=False)
-        encoding, _ = encode_pair(prompt, "", models())
+        encoding, _ = encode_pair(Texts(prompt, ""), models())
     assert torch.equal(torch.cat([encoding.hidden_1, encoding.hidden_2], dim=-1), embeds)
     assert torch.equal(encoding.pooled, pooled)
 
@@ -24,7 +24,7 @@ def test_a_prompt_that_fits_is_encoded_as_by_plain_diffusers(prompt: str) -> Non
 @pytest.mark.parametrize(("tokens", "chunks"), [(0, 1), (75, 1), (76, 2), (150, 2), (151, 3)])
 def test_chunks_of_75_tokens_are_joined(tokens: int, chunks: int) -> None:
     with torch.no_grad():
-        both = encode_pair(" ".join(["x"] * tokens), "", models())
+        both = encode_pair(Texts(" ".join(["x"] * tokens), ""), models())
     for encoding in both:
         assert encoding.hidden_1.shape[1] == encoding.hidden_2.shape[1] == 77 * chunks
 
@@ -32,8 +32,8 @@ def test_chunks_of_75_tokens_are_joined(tokens: int, chunks: int) -> None:
 def test_each_chunk_is_encoded_as_a_prompt_of_its_own() -> None:
     first, second = " ".join(FILLER), "a red circle on a blue background"
     with torch.no_grad():
-        joined, _ = encode_pair(f"{first} {second}", "", models())
-        alone, other = encode_pair(first, second, models())
+        joined, _ = encode_pair(Texts(f"{first} {second}", ""), models())
+        alone, other = encode_pair(Texts(first, second), models())
     assert torch.equal(joined.hidden_2, torch.cat([alone.hidden_2, other.hidden_2], dim=1))
     assert torch.equal(joined.hidden_1, torch.cat([alone.hidden_1, other.hidden_1], dim=1))
     assert torch.equal(joined.pooled, alone.pooled)
@@ -41,8 +41,8 @@ def test_each_chunk_is_encoded_as_a_prompt_of_its_own() -> None:
 
 def test_the_shorter_of_the_pair_is_filled_with_empty_chunks() -> None:
     with torch.no_grad():
-        positive, negative = encode_pair("a", " ".join(["x"] * 100), models())
-        short, empty = encode_pair("a", "", models())
+        positive, negative = encode_pair(Texts("a", " ".join(["x"] * 100)), models())
+        short, empty = encode_pair(Texts("a", ""), models())
     assert positive.hidden_2.shape == negative.hidden_2.shape
     assert torch.equal(positive.hidden_2, torch.cat([short.hidden_2, empty.hidden_2], dim=1))
 

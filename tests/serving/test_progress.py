@@ -42,7 +42,7 @@ async def steps_for(progress: Progress, seconds: float) -> None:
 
 def test_updates_tell_stage_step_and_share(platform: Platform) -> None:
     async def job() -> None:
-        async with Progress(JOB, latent_rgb=None) as progress:
+        async with Progress(JOB) as progress:
             await steps_for(progress, 0.5)
 
     asyncio.run(job())
@@ -57,7 +57,7 @@ def test_updates_tell_stage_step_and_share(platform: Platform) -> None:
 
 def test_there_is_at_most_one_update_a_second_in_order(platform: Platform) -> None:
     async def job() -> None:
-        async with Progress(JOB, latent_rgb=None) as progress:
+        async with Progress(JOB) as progress:
             await steps_for(progress, 2.6)
 
     asyncio.run(job())
@@ -72,7 +72,7 @@ def test_no_update_comes_after_the_block_is_left(platform: Platform) -> None:
     platform.delay_seconds = 0.7
 
     async def job() -> float:
-        async with Progress(JOB, latent_rgb=None) as progress:
+        async with Progress(JOB) as progress:
             await steps_for(progress, 0.2)
         return time.monotonic()
 
@@ -89,7 +89,7 @@ def test_a_dead_route_holds_a_result_back_for_a_bounded_time(
     monkeypatch.setattr(progress_module, "UPDATE_TIMEOUT_SECONDS", 0.5)
 
     async def job() -> float:
-        async with Progress(JOB, latent_rgb=None) as progress:
+        async with Progress(JOB) as progress:
             await steps_for(progress, 0.2)
             ended = time.monotonic()
         return time.monotonic() - ended
@@ -102,7 +102,7 @@ def test_a_failing_update_fails_no_job(platform: Platform, status: int) -> None:
     platform.status = status
 
     async def job() -> str:
-        async with Progress(JOB, latent_rgb=None) as progress:
+        async with Progress(JOB) as progress:
             await steps_for(progress, 1.3)
         return "done"
 
@@ -115,7 +115,7 @@ def test_a_refused_connection_fails_no_job(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://127.0.0.1:9/job-take/w?x")
 
     async def job() -> str:
-        async with Progress(JOB, latent_rgb=None) as progress:
+        async with Progress(JOB) as progress:
             await steps_for(progress, 0.2)
         return "done"
 
@@ -124,7 +124,7 @@ def test_a_refused_connection_fails_no_job(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_off_the_platform_nothing_is_sent() -> None:
     async def job() -> bool:
-        async with Progress(JOB, latent_rgb=None) as progress:
+        async with Progress(JOB) as progress:
             await steps_for(progress, 0.1)
             return progress._task is None
 
@@ -133,7 +133,7 @@ def test_off_the_platform_nothing_is_sent() -> None:
 
 def test_a_job_that_was_left_stops_at_its_next_step() -> None:
     async def job() -> Progress:
-        async with Progress(JOB, latent_rgb=None) as progress:
+        async with Progress(JOB) as progress:
             progress.on_step(step(1))
         return progress
 

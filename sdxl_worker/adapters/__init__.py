@@ -1,0 +1,1 @@
+"""What a job adds to the networks and takes away again: LoRA, textual inversion."""
