@@ -20,7 +20,7 @@ from sdxl_worker.loading.checkpoint_kind import (
 from sdxl_worker.loading.file_hash import known_hash
 from sdxl_worker.loading.layouts import SDXL, layout_of_checkpoint, layout_of_folder
 from sdxl_worker.loading.networks import NETWORKS, Network
-from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR, PredictionType, Settings
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class ModelDir:
     """The single file. Then `base` has configurations and tokenizers for it."""
     vae: Path | None = None
     """`VAE_DIR`, a folder or a file, in place of the model's own VAE."""
+    prediction_type: PredictionType | None = None
+    """`PREDICTION_TYPE`, in place of what the model's files tell."""
 
     def folder(self, network: Network) -> Path:
         """The folder of one network. In diffusers' layout, a base alone, there is no "base"."""
@@ -178,13 +180,14 @@ class ModelDir:
 
 
 def find_model_dir(settings: Settings) -> ModelDir:
-    """The model to serve, with the VAE of `VAE_DIR`.
+    """The model to serve, with the VAE of `VAE_DIR` and by `PREDICTION_TYPE`.
 
     Raises:
         ModelError: `MODEL_DIR` or `VAE_DIR` names none, or there is none, or the choice is not
             clear; the message says what was looked for.
     """
-    return with_vae(_find(settings), settings.vae_dir)
+    found = with_vae(_find(settings), settings.vae_dir)
+    return replace(found, prediction_type=settings.prediction_type)
 
 
 def with_vae(model_dir: ModelDir, vae: Path | None) -> ModelDir:

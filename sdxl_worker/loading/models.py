@@ -29,7 +29,6 @@ from sdxl_worker.loading.offload import take_turns
 from sdxl_worker.loading.original_names import with_library_names
 from sdxl_worker.loading.weights import Tensors, Weights, choose_placement, start_reading
 from sdxl_worker.placement import Placement
-from sdxl_worker.settings import PredictionType
 
 log = logging.getLogger(__name__)
 
@@ -115,11 +114,7 @@ class Models:
         return {name: network for name, network in networks.items() if network is not None}
 
 
-def load_models(
-    model_dir: ModelDir,
-    dtype_name: str | None = None,
-    prediction_type: PredictionType | None = None,
-) -> Models:
+def load_models(model_dir: ModelDir, dtype_name: str | None = None) -> Models:
     """Load base and refiner in one call, where the start need not be quick.
 
     Raises:
@@ -127,14 +122,11 @@ def load_models(
     """
     files = model_dir.weight_files(dtype_name)
     weights = start_reading(model_dir, files, choose_placement(files, dtype_name))
-    return add_refiner(load_base(weights, prediction_type), weights)
+    return add_refiner(load_base(weights), weights)
 
 
-def load_base(weights: Weights, prediction_type: PredictionType | None = None) -> Models:
+def load_base(weights: Weights) -> Models:
     """Build the base as its weights come in. Those of a refiner may still be read meanwhile.
-
-    Args:
-        prediction_type: what takes the place of the one that the model's files tell.
 
     Raises:
         ModelError: a folder, a file or a format is not as it should be; the message says which.
@@ -166,7 +158,7 @@ def load_base(weights: Weights, prediction_type: PredictionType | None = None) -
         tokenizer=_load_tokenizer(folder / "tokenizer"),
         tokenizer_2=_load_tokenizer(folder / "tokenizer_2"),
         **networks,
-        scheduler_config=MappingProxyType(_scheduler_config(model_dir, prediction_type)),
+        scheduler_config=MappingProxyType(_scheduler_config(model_dir)),
         zeros_for_empty_prompt=model_dir.checkpoint is not None
         or _pipeline_option(folder, "force_zeros_for_empty_prompt", True),
         latent_rgb=fit_latent_rgb(vae, placement.device),
@@ -264,10 +256,8 @@ def _load_text_encoder(module: PreTrainedModel, tensors: Tensors) -> None:
             part.position_ids = torch.nn.Buffer(positions.expand((1, -1)), persistent=False)
 
 
-def _scheduler_config(
-    model_dir: ModelDir, prediction_type: PredictionType | None
-) -> dict[str, Any]:
-    checkpoint = model_dir.checkpoint
+def _scheduler_config(model_dir: ModelDir) -> dict[str, Any]:
+    checkpoint, prediction_type = model_dir.checkpoint, model_dir.prediction_type
     if checkpoint is not None:
         config = dict(checkpoint.scheduler_config)
     else:

@@ -61,10 +61,10 @@ def choose_placement(files: Mapping[str, list[Path]], dtype_name: str | None) ->
     """
     device = choose_device()
     on_gpu = device.type == "cuda"
-    dtype = getattr(torch, dtype_name or ("float16" if on_gpu else "float32"))
+    dtype = _dtype(dtype_name, device)
     if not on_gpu:
         return Placement(device, dtype, resident=True)
-    weights_bytes = numbers_in(files) * dtype.itemsize
+    weights_bytes = bytes_of(files, dtype_name)
     free_bytes = torch.cuda.mem_get_info()[0]
     resident = fits(weights_bytes, free_bytes)
     log.info(
@@ -76,13 +76,21 @@ def choose_placement(files: Mapping[str, list[Path]], dtype_name: str | None) ->
     return Placement(device, dtype, resident)
 
 
-def numbers_in(files: Mapping[str, list[Path]]) -> int:
-    """How many numbers the networks have.
+def bytes_of(files: Mapping[str, list[Path]], dtype_name: str | None) -> int:
+    """What the weights in files take in memory.
+
+    Args:
+        dtype_name: as for `choose_placement`.
 
     Raises:
-        ModelError: a file cannot be read.
+        ModelError: as `choose_placement`.
     """
-    return sum(_numbers(path) for path in {path for paths in files.values() for path in paths})
+    numbers = sum(_numbers(path) for path in {path for paths in files.values() for path in paths})
+    return numbers * _dtype(dtype_name, choose_device()).itemsize
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    return getattr(torch, name or ("float16" if device.type == "cuda" else "float32"))
 
 
 def start_reading(

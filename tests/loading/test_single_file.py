@@ -38,7 +38,7 @@ def tensors() -> Tensors:
 
 def load(path: Path, **settings: Any) -> Models:
     chosen = Settings(model_dir=path, **settings)
-    return load_models(find_model_dir(chosen), chosen.dtype, chosen.prediction_type)
+    return load_models(find_model_dir(chosen), chosen.dtype)
 
 
 def drawn(loaded: Models, **fields: Any) -> bytes:
@@ -306,11 +306,9 @@ def test_what_another_model_s_folder_says_of_its_kind_does_not_matter(
 
 def of_full_size(path: Path, blocks: int) -> Path:
     """A header as that of a file with SDXL's networks, as far as its size is told by it."""
+    encoder = "conditioner.embedders.0.transformer.text_model"
     shapes: dict[str, tuple[int, ...]] = {
-        "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (
-            1,
-            768,
-        ),
+        f"{encoder}.embeddings.token_embedding.weight": (1, 768),
         "conditioner.embedders.1.model.token_embedding.weight": (1, 1280),
         CONV_IN: (320, 4, 3, 3),
     }
