@@ -58,6 +58,12 @@ RUN --mount=type=bind,source=models,target=/build/models \
     && mv /weights/rest/base/unet /weights/base-unet/base \
     && if [ -d /weights/rest/refiner ]; then mv /weights/rest/refiner /weights/refiner; fi
 
+# What single-file checkpoints of a volume lack, a few MB, for the image without weights.
+FROM tools-sdxl AS configs
+WORKDIR /build
+COPY builder builder
+RUN python -m builder.download_weights --to /configs/sdxl-configs --configs
+
 FROM system AS weights
 COPY --from=download /weights/base-unet /models/sdxl
 COPY --from=download /weights/refiner /models/sdxl
@@ -74,6 +80,7 @@ COPY models/shapes /models/shapes
 ENV MODEL_DIR=/models/shapes
 
 FROM system AS model-none
+COPY --from=configs /configs /models
 
 # hadolint ignore=DL3006
 FROM model-${MODEL} AS worker

@@ -179,7 +179,7 @@ def _problem(place: _Place, details: ErrorDetails) -> str:
     if details["type"] in ("too_long", "too_short"):
         return f"{path}: must be {words}; got a list of {len(value)}"
     choices = [str(one) for part in _alternatives(place.schema) for one in part.get("enum", ())]
-    return f"{path}: must be {words}; got {shown(value)}{_near_match(value, choices)}"
+    return f"{path}: must be {words}; got {shown(value)}{near_match(value, choices)}"
 
 
 def _unknown_field(place: _Place, location: tuple[int | str, ...]) -> tuple[str, str]:
@@ -187,7 +187,7 @@ def _unknown_field(place: _Place, location: tuple[int | str, ...]) -> tuple[str,
     fields, name = place.parent.get("properties", {}), location[-1]
     where = place.path if len(location) > 1 else shown(name)
     aliases = {alias: field for field in fields for alias in fields[field].get(ALIASES, ())}
-    meant = f" (did you mean {aliases[name]}?)" if name in aliases else _near_match(name, fields)
+    meant = f" (did you mean {aliases[name]}?)" if name in aliases else near_match(name, fields)
     return f"{where}: no such field{meant}", (f"; the fields are {', '.join(fields)}")
 
 
@@ -227,7 +227,8 @@ def _schema(model: type[BaseModel]) -> Schema:
     return resolved(root)
 
 
-def _near_match(value: object, choices: Iterable[str]) -> str:
+def near_match(value: object, choices: Iterable[str]) -> str:
+    """ " (did you mean X?)" where one of the choices is much like a value; otherwise ""."""
     if not isinstance(value, str):
         return ""
     by_lower_case = {choice.lower(): choice for choice in choices}

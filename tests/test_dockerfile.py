@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from dockerfile_parse import DockerfileParser
 
+from sdxl_worker.loading.model_dir import CONFIGS_DIR
 from tests.support import REPOSITORY
 from tests.tools import package_index
 
@@ -279,6 +280,14 @@ def test_each_choice_of_weights_sets_model_dir_to_what_it_holds() -> None:
     for model in ("sdxl", "checkpoint", "none"):
         assert not any("models/shapes" in value for _, value in image(model))
     assert "ARG MODEL=sdxl\n" in DOCKERFILE
+
+
+def test_the_image_without_weights_has_what_single_files_lack() -> None:
+    copies = [value for name, value in image("none") if name == "COPY"]
+    assert "--from=configs /configs /models" in copies
+    [run] = [value for name, value in lineage("configs", "none")[-1:] if name == "RUN"]
+    assert f"--to /configs/{CONFIGS_DIR.name} --configs" in run
+    assert CONFIGS_DIR.parent == Path("/models")
 
 
 def test_a_checkpoint_is_converted_with_the_worker_s_libraries() -> None:

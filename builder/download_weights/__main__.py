@@ -11,7 +11,13 @@ from typing import Any
 from builder.download_weights import DownloadError
 from builder.download_weights.half_precision import store_as_fp16
 from builder.download_weights.single_file import convert
-from builder.download_weights.sources import CHECKPOINT_DIR, Source, find_source, pinned
+from builder.download_weights.sources import (
+    CHECKPOINT_DIR,
+    Source,
+    configs_source,
+    find_source,
+    pinned,
+)
 from builder.download_weights.transfer import (
     Download,
     download_all,
@@ -22,10 +28,15 @@ from builder.download_weights.transfer import (
 SOURCE_FILE = "source.json"
 PLAN_FILE = "plan.json"
 NO_REFINER = "none"
+CONFIGS = "configurations alone"
 
 
 def download_weights(to: Path, base: str | None = None, refiner: str | None = None) -> None:
     """Make `to` a folder that `MODEL_DIR` can name. Until it is complete, it does not exist.
+
+    Args:
+        base: as `find_source` takes it. `CONFIGS`, for a folder that serves no model: it has what
+            single-file checkpoints lack.
 
     Raises:
         DownloadError: it cannot be made; the message says why and what to do.
@@ -34,7 +45,7 @@ def download_weights(to: Path, base: str | None = None, refiner: str | None = No
     if _is_complete(to, asked):
         print(f"{to} is complete already")
         return
-    sources = {"base": find_source(base, "base")}
+    sources = {"base": configs_source() if base == CONFIGS else find_source(base, "base")}
     if refiner != NO_REFINER:
         sources["refiner"] = find_source(refiner, "refiner")
     downloads = [file for source in sources.values() for file in source.downloads]
@@ -88,10 +99,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="MODEL",
         help=f"likewise, or {NO_REFINER} (default: {table['refiner']['repo']}, pinned)",
     )
+    parser.add_argument(
+        "--configs",
+        action="store_true",
+        help="configurations and tokenizers of the pinned base alone, a few MB: what a worker "
+        "needs to serve single-file checkpoints from a volume",
+    )
     options = parser.parse_args(arguments)
+    # A build argument that is not given arrives as an empty string.
+    base, refiner = options.base or None, options.refiner or None
+    if options.configs:
+        if base or refiner:
+            parser.error("--configs: not beside --base and --refiner")
+        base, refiner = CONFIGS, NO_REFINER
     try:
-        # A build argument that is not given arrives as an empty string.
-        download_weights(options.to.absolute(), options.base or None, options.refiner or None)
+        download_weights(options.to.absolute(), base, refiner)
     except DownloadError as error:
         sys.exit(f"The weights cannot be fetched. {error}")
     except OSError as error:

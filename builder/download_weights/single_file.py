@@ -12,8 +12,13 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 ENCODER, ENCODER_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 REFINER_ENCODER = "conditioner.embedders.0.model."
 PARTS = {"base": (UNET, VAE, ENCODER, ENCODER_2), "refiner": (UNET, REFINER_ENCODER)}
-# Tensors of checkpoints for other samplings; with SDXL's configurations they would draw noise.
-OTHER_KINDS = {"v_pred": "v-prediction", "edm_mean": "EDM"}
+# Tensors that mark checkpoints trained in EDM's formulation, which need other configurations.
+OF_EDM = ("edm_mean", "edm_vpred.sigma_max")
+# What other marks change in the scheduler's configuration; the worker reads them likewise.
+MARKS: dict[str, dict[str, Any]] = {
+    "v_pred": {"prediction_type": "v_prediction"},
+    "ztsnr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+}
 
 
 def check_checkpoint(path: Path, role: str, what: str) -> None:
@@ -32,9 +37,11 @@ def check_checkpoint(path: Path, role: str, what: str) -> None:
             f"{what}: is no single-file SDXL {role}: it has no tensors {', '.join(missing)}*"
         )
     check_channels(_channels(tensors), role, what)
-    for mark, kind in OTHER_KINDS.items():
-        if mark in tensors:
-            raise DownloadError(f"{what}: is trained for {kind} sampling, which is not served")
+    if any(mark in tensors for mark in OF_EDM):
+        raise DownloadError(
+            f"{what}: is trained for EDM sampling, and cannot be converted: let MODEL_DIR name the "
+            "file itself"
+        )
 
 
 def check_channels(channels: int | None, role: str, what: str) -> None:
@@ -92,8 +99,11 @@ def convert(checkpoint: Path, role: str, folder: Path, what: str) -> None:
         if role == "base":
             # The checkpoint's own VAE may be the original one, which overflows in fp16.
             _edit(folder / "vae" / "config.json", force_upcast=True)
-            channels = _channels(read_header(checkpoint)[0])
-            _edit(folder / "unet" / "config.json", in_channels=channels)
+            tensors = read_header(checkpoint)[0]
+            _edit(folder / "unet" / "config.json", in_channels=_channels(tensors))
+            for mark, changed in MARKS.items():
+                if mark in tensors:
+                    _edit(folder / "scheduler" / "scheduler_config.json", **changed)
             pipeline = StableDiffusionXLPipeline.from_single_file(str(checkpoint), **options)
             networks = {
                 name: network

@@ -76,6 +76,11 @@ def find_source(reference: str | None, role: Role) -> Source:
     )
 
 
+def configs_source() -> Source:
+    """What single-file checkpoints lack: SDXL 1.0's configurations and tokenizers."""
+    return Source({"base": None}, _configs("base"), name=pinned()["base"]["repo"])
+
+
 # --- SDXL 1.0 ----------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from sdxl_worker.loading.latent_rgb import LatentRgb, fit_latent_rgb
 from sdxl_worker.loading.model_dir import ModelDir
 from sdxl_worker.loading.networks import NETWORKS
 from sdxl_worker.loading.offload import take_turns
+from sdxl_worker.loading.original_names import with_library_names
 from sdxl_worker.loading.weights import Tensors, Weights, choose_placement, start_reading
 from sdxl_worker.placement import Placement
 
@@ -47,8 +48,7 @@ class Models:
     name: str
     revision: str
     """Identifies the weights: by commits of the hub, or by a digest of the files."""
-    hash: str | None
-    """`ModelDir.hash`."""
+    model_dir: ModelDir
     placement: Placement
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
@@ -57,7 +57,8 @@ class Models:
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     scheduler_config: Mapping[str, Any]
-    """As it was loaded: the source of every job's schedulers."""
+    """What the model was trained for: the source of every job's schedulers. Of a model trained in
+    EDM's formulation, `_class_name` is one of diffusers' EDM schedulers."""
     zeros_for_empty_prompt: bool
     """How the base was trained to see "no caption": as zeros, or as the encoding of ""."""
     latent_rgb: LatentRgb
@@ -65,6 +66,11 @@ class Models:
     """The rest of the refiner is the base's. None: there is no refiner."""
     refiner_zeros_for_empty_prompt: bool = False
     refiner_takes_aesthetic_score: bool = True
+
+    @property
+    def hash(self) -> str | None:
+        """`ModelDir.hash`."""
+        return self.model_dir.hash
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +84,26 @@ class Models:
     def native_size_px(self) -> int:
         """Width and height of the pictures that the base was trained on."""
         return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def kind(self) -> str:
+        """How the model was trained to be sampled, in a few words."""
+        is_v = self.scheduler_config.get("prediction_type") == "v_prediction"
+        name = "v-prediction" if is_v else "epsilon"
+        if str(self.scheduler_config.get("_class_name")).startswith("EDM"):
+            return f"EDM, {name}"
+        return f"{name}, zero terminal SNR" if self._has_zero_snr else name
+
+    @property
+    def guidance_rescale_default(self) -> float:
+        """As https://arxiv.org/abs/2305.08891 has it for models without signal in the first step;
+        others need none."""
+        is_v = self.scheduler_config.get("prediction_type") == "v_prediction"
+        return 0.7 if is_v and self._has_zero_snr else 0.0
+
+    @property
+    def _has_zero_snr(self) -> bool:
+        return bool(self.scheduler_config.get("rescale_betas_zero_snr"))
 
     def unets(self) -> list[UNet2DConditionModel]:
         return [unet for unet in (self.unet, self.refiner_unet) if unet is not None]
@@ -127,18 +153,20 @@ def load_base(weights: Weights) -> Models:
     models = Models(
         name=model_dir.name,
         revision=model_dir.revision(),
-        hash=model_dir.hash,
+        model_dir=model_dir,
         placement=placement,
         tokenizer=_load_tokenizer(folder / "tokenizer"),
         tokenizer_2=_load_tokenizer(folder / "tokenizer_2"),
         **networks,
-        scheduler_config=MappingProxyType(_json(folder / "scheduler" / "scheduler_config.json")),
-        zeros_for_empty_prompt=_pipeline_option(folder, "force_zeros_for_empty_prompt", True),
+        scheduler_config=MappingProxyType(_scheduler_config(model_dir)),
+        zeros_for_empty_prompt=model_dir.checkpoint is not None
+        or _pipeline_option(folder, "force_zeros_for_empty_prompt", True),
         latent_rgb=fit_latent_rgb(vae, placement.device),
     )
     log.info(
-        "loaded the base of %s from %s%s, %s on %s",
+        "loaded the base of %s (%s) from %s%s, %s on %s",
         models.name,
+        models.kind,
         model_dir.root,
         "" if model_dir.refiner else " (there is no refiner/)",
         str(placement.dtype).removeprefix("torch."),
@@ -173,12 +201,13 @@ def add_refiner(models: Models, weights: Weights) -> Models:
 def _load(name: str, weights: Weights) -> Any:
     """One network: made without memory of its own, then given the tensors that were read."""
     network = NETWORKS[name]
-    folder = weights.model_dir.folder(network)
+    model_dir = weights.model_dir
+    folder = model_dir.folder(network)
     try:
-        module: Any = network.build(folder)
+        module: Any = network.build(folder, model_dir.config_changes(name))
         if isinstance(module, UNet2DConditionModel):
             _check_channels(module, folder, of_refiner=network.of_refiner)
-        tensors = weights.take(name)
+        tensors = with_library_names(name, weights.take(name), module)
         if isinstance(module, PreTrainedModel):
             _load_text_encoder(module, tensors)
         else:
@@ -189,7 +218,10 @@ def _load(name: str, weights: Weights) -> Any:
         raise
     except Exception as error:
         # Whatever a wrong config or a file that does not fit it raises, the worker cannot run.
-        raise ModelError(f"MODEL_DIR: {folder} cannot be loaded: {error}") from error
+        if name == "vae" and model_dir.vae is not None:
+            raise ModelError(f"VAE_DIR: {model_dir.vae} cannot be loaded: {error}") from error
+        what = model_dir.checkpoint.path if model_dir.checkpoint else folder
+        raise ModelError(f"MODEL_DIR: {what} cannot be loaded: {error}") from error
     return module
 
 
@@ -222,6 +254,15 @@ def _load_text_encoder(module: PreTrainedModel, tensors: Tensors) -> None:
     for part in module.modules():
         if isinstance(part, CLIPTextEmbeddings):
             part.position_ids = torch.nn.Buffer(positions.expand((1, -1)), persistent=False)
+
+
+def _scheduler_config(model_dir: ModelDir) -> dict[str, Any]:
+    checkpoint, prediction_type = model_dir.checkpoint, model_dir.prediction_type
+    if checkpoint is not None:
+        config = dict(checkpoint.scheduler_config)
+    else:
+        config = _json(model_dir.base / "scheduler" / "scheduler_config.json")
+    return config | ({"prediction_type": prediction_type} if prediction_type else {})
 
 
 def _load_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -1,8 +1,10 @@
 """The networks of a model, their classes and folders: they are listed only here."""
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,8 +22,14 @@ class Network:
         module, _, name = self.class_path.partition(".")
         return getattr(importlib.import_module(module), name)
 
-    def build(self, folder: Path) -> "torch.nn.Module":
-        """The network of a configuration; its tensors have no memory (on the meta device)."""
+    def build(
+        self, folder: Path, config_changes: Mapping[str, Any] = MappingProxyType({})
+    ) -> "torch.nn.Module":
+        """The network of a configuration; its tensors have no memory (on the meta device).
+
+        Args:
+            config_changes: what replaces values of the configuration, of diffusers' networks.
+        """
         import torch
         from transformers import PreTrainedModel
 
@@ -30,7 +38,8 @@ class Network:
             if issubclass(kind, PreTrainedModel):
                 network = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
             else:
-                network = kind.from_config(kind.load_config(folder, local_files_only=True))
+                config = kind.load_config(folder, local_files_only=True)
+                network = kind.from_config({**config, **config_changes})
         return network.eval()
 
     @property

@@ -43,3 +43,15 @@ class _Turn(ModelHook):
             module.to(self.execution_device)
             self._on_device.append(module)
         return tuple(send_to_device(inputs, self.execution_device) for inputs in (args, kwargs))
+
+    def forget_whose_turn_it_is(self) -> None:
+        self._on_device.clear()
+
+
+def send_home(networks: Collection[torch.nn.Module]) -> None:
+    """All of them leave the device, until one's turn comes again."""
+    for network in networks:
+        hook = getattr(network, "_hf_hook", None)
+        if isinstance(hook, _Turn):
+            hook.forget_whose_turn_it_is()
+        network.to("cpu")

@@ -53,7 +53,7 @@ def choose_placement(files: Mapping[str, list[Path]], dtype_name: str | None) ->
     """On the GPU if there is one; resident if the weights leave room to work.
 
     Args:
-        files: of each network.
+        files: of each network. A file that several networks share is counted once, as a whole.
         dtype_name: None for the default, float16 on a GPU and float32 on a CPU.
 
     Raises:
@@ -61,11 +61,11 @@ def choose_placement(files: Mapping[str, list[Path]], dtype_name: str | None) ->
     """
     device = choose_device()
     on_gpu = device.type == "cuda"
-    dtype = getattr(torch, dtype_name or ("float16" if on_gpu else "float32"))
+    dtype = _dtype(dtype_name, device)
     if not on_gpu:
         return Placement(device, dtype, resident=True)
-    numbers = sum(_numbers(path) for paths in files.values() for path in paths)
-    weights_bytes, free_bytes = numbers * dtype.itemsize, torch.cuda.mem_get_info()[0]
+    weights_bytes = bytes_of(files, dtype_name)
+    free_bytes = torch.cuda.mem_get_info()[0]
     resident = fits(weights_bytes, free_bytes)
     log.info(
         "weights %.1f GB, free on the GPU %.1f GB: %s",
@@ -74,6 +74,23 @@ def choose_placement(files: Mapping[str, list[Path]], dtype_name: str | None) ->
         "resident" if resident else "too small, so models are offloaded to the host in turn",
     )
     return Placement(device, dtype, resident)
+
+
+def bytes_of(files: Mapping[str, list[Path]], dtype_name: str | None) -> int:
+    """What the weights in files take in memory.
+
+    Args:
+        dtype_name: as for `choose_placement`.
+
+    Raises:
+        ModelError: as `choose_placement`.
+    """
+    numbers = sum(_numbers(path) for path in {path for paths in files.values() for path in paths})
+    return numbers * _dtype(dtype_name, choose_device()).itemsize
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    return getattr(torch, name or ("float16" if device.type == "cuda" else "float32"))
 
 
 def start_reading(
@@ -93,7 +110,7 @@ def start_reading(
         network: [
             with_threads.submit(_read, path, names, target, placement.dtype)
             for path in paths
-            for names in _parts(path)
+            for names in _parts(path, model_dir.prefix(network))
         ]
         for network, paths in files.items()
     }
@@ -103,21 +120,49 @@ def start_reading(
 
 def _read(path: Path, names: list[str], device: torch.device, dtype: torch.dtype) -> Tensors:
     with _opened(path) as file:
-        return {name: _to(file.get_tensor(name), device, dtype) for name in names}
+        there = set(file.offset_keys())
+        tensors = {}
+        for name in names:
+            scales = [scale for scale in _scale_names(name) if scale in there]
+            scale = file.get_tensor(scales[0]) if scales else None
+            tensors[name] = _to(file.get_tensor(name), device, dtype, scale)
+        return tensors
 
 
-def _to(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _to(
+    tensor: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     # In one call, torch would round on the host.
     moved = tensor.to(device)
-    return moved.to(dtype) if tensor.is_floating_point() else moved
+    if scale is not None:
+        moved = moved.float() * scale.float().to(device)
+    return moved.to(dtype) if moved.is_floating_point() else moved
 
 
-def _parts(path: Path) -> Iterator[list[str]]:
-    """The names of a file's tensors, in the order they lie there, cut into parts."""
+# What ComfyUI writes beside a weight in fp8, as X.scale_weight or X.weight_scale beside X.weight:
+# the numbers are to be multiplied with it.
+SCALES = ("scale_weight", "weight_scale")
+# And what only its own arithmetic in fp8 needs.
+OF_FP8 = (*SCALES, "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
+
+
+def _scale_names(name: str) -> list[str]:
+    module, _, kind = name.rpartition(".")
+    return [f"{module}.{scale}" for scale in SCALES] if kind == "weight" else []
+
+
+def _parts(path: Path, prefix: str = "") -> Iterator[list[str]]:
+    """The names of a file's tensors that begin with `prefix`, in the order they lie there, cut into
+    parts."""
     part: list[str] = []
     size = 0
     with _opened(path) as file:
         for name in file.offset_keys():
+            if not name.startswith(prefix) or name.rpartition(".")[2] in OF_FP8:
+                continue
             part.append(name)
             size += math.prod(file.get_slice(name).get_shape()) * 2  # 2 bytes a number, or more
             if size >= PART_BYTES:

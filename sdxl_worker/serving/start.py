@@ -1,4 +1,5 @@
-"""The start of a worker, up to its first picture: once, on the GPU thread.
+"""The start of a worker, up to its first picture, and of further models that requests name: on the
+GPU thread.
 
 torch is imported where it is first needed, because that takes seconds.
 """
@@ -11,14 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdxl_worker.errors import ModelError, PictureError
-from sdxl_worker.loading.model_dir import find_model_dir
+from sdxl_worker.errors import ModelError, PictureError, RequestError
+from sdxl_worker.loading.file_hash import hash_in_background
+from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
+from sdxl_worker.loading.models_by_name import find_by_name, reason
 from sdxl_worker.loading.read_ahead import read_ahead
 from sdxl_worker.loading.sparing_imports import sparing_imports
 from sdxl_worker.request import CHECK_INPUT, parse_request
-from sdxl_worker.serving.threads import start_on_gpu_thread
+from sdxl_worker.serving.model_memory import ModelMemory, is_emptied, size_bytes_of
+from sdxl_worker.serving.models_kept import ModelsKept
+from sdxl_worker.serving.threads import in_thread, start_on_gpu_thread
 from sdxl_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,6 +37,9 @@ CHECK_INPUT_ON_CPU = {**CHECK_INPUT, "height": 64, "width": 64}
 
 _lock = threading.Lock()
 _starts: dict[Settings, "Future[Models]"] = {}
+# Those that were loaded since the last start, by `ModelDir.root`, and those that are being loaded.
+_kept: "ModelsKept[Path, Models]" = ModelsKept(ModelMemory())
+_loads: dict[Path, "Future[Models]"] = {}
 
 
 def start(
@@ -50,13 +59,83 @@ def start(
         failed = begun is not None and begun.done() and (begun.cancelled() or begun.exception())
         if begun is None or failed:
             _starts.clear()
+            _loads.clear()
+            _kept.forget()
             _starts[settings] = start_on_gpu_thread(_start, settings, before_drawing)
         return _starts[settings]
 
 
-async def ready_models(settings: Settings) -> "Models":
-    """The models, once they are ready. A job that is cancelled meanwhile does not end the start."""
-    return await asyncio.shield(asyncio.wrap_future(start(settings)))
+async def ready_models(
+    settings: Settings,
+    name: str | None = None,
+    on_loading: Callable[[str], None] = lambda _: None,
+) -> "Models":
+    """A model, once it is ready. A job that is cancelled meanwhile ends neither the start nor the
+    loading of another model.
+
+    Args:
+        name: of one in `MODELS_DIR`. None: that of `MODEL_DIR`.
+        on_loading: called on the GPU thread with the model's name, where it has to be read from
+            the disk.
+
+    Raises:
+        RequestError: there is no such model, or it cannot be loaded.
+        ModelError: that of `MODEL_DIR` cannot be loaded.
+    """
+    first = await asyncio.shield(asyncio.wrap_future(start(settings)))
+    if name is None:
+        return _kept.get(first.model_dir.root) or first
+    model_dir = await in_thread(find_by_name, name, settings)
+    if model_dir.root == first.model_dir.root:
+        return _kept.get(model_dir.root) or first
+    if (kept := _kept.get(model_dir.root)) is not None:
+        return kept
+    with _lock:
+        load = _loads.get(model_dir.root)
+        if load is None or load.done():
+            load = start_on_gpu_thread(_bring, model_dir, settings, on_loading)
+            _loads[model_dir.root] = load
+    return await asyncio.shield(asyncio.wrap_future(load))
+
+
+def put_on_card(
+    models: "Models", settings: Settings, on_loading: Callable[[str], None] = lambda _: None
+) -> "Models":
+    """The same model, ready to be drawn with: since `ready_models` gave it, it may have been moved
+    to the host, or dropped for others. On the GPU thread, before each job's drawing.
+
+    Args:
+        on_loading: called with the model's name, where it is not on the card.
+
+    Raises:
+        RequestError: it was dropped, and cannot be loaded again.
+    """
+    if _kept.get(models.model_dir.root) is None and not is_emptied(models):
+        return models  # of an earlier start, or made by someone else: nobody moves it
+    return _bring(models.model_dir, settings, on_loading)
+
+
+def _bring(model_dir: ModelDir, settings: Settings, on_loading: Callable[[str], None]) -> "Models":
+    root = model_dir.root
+
+    def load() -> "Models":
+        return _load_and_draw(model_dir, settings)
+
+    if _kept.is_on_card(root):
+        return _kept.bring(root, 0, load)
+    on_loading(model_dir.name)
+    try:
+        if _kept.get(root) is not None:
+            with _timed(f"brought {model_dir.name} to the card from the host's memory"):
+                return _kept.bring(root, 0, load)
+        with _timed(f"brought {model_dir.name} to the card from the disk"):
+            from sdxl_worker.loading.weights import bytes_of
+
+            files = model_dir.weight_files(settings.dtype)
+            return _kept.bring(root, bytes_of(files, settings.dtype), load)
+    except ModelError as error:
+        log.warning("%s cannot be loaded: %s", model_dir.name, error)
+        raise RequestError(f"model: {reason(error, root)}") from None
 
 
 def _start(settings: Settings, before_drawing: Callable[[], object]) -> "Models":
@@ -64,20 +143,24 @@ def _start(settings: Settings, before_drawing: Callable[[], object]) -> "Models"
     # took a sixth of the time.
     gc.disable()
     try:
-        return _load_and_draw(settings, before_drawing)
+        model_dir = find_model_dir(settings)
+        models = _load_and_draw(model_dir, settings, before_drawing)
+        return _kept.bring(model_dir.root, size_bytes_of(models), lambda: models)
     finally:
         gc.freeze()
         gc.enable()
 
 
-def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> "Models":
+def _load_and_draw(
+    model_dir: ModelDir, settings: Settings, before_drawing: Callable[[], object] = lambda: None
+) -> "Models":
     """The weights are read while the libraries are imported, those of a refiner also while the
     base draws its first picture."""
     with _timed("imported the libraries"):
-        model_dir = find_model_dir(settings)
         files = model_dir.weight_files(settings.dtype)
         configs = model_dir.configs()
-        read_ahead(path for paths in files.values() for path in paths)
+        # A file that several networks share is read once.
+        read_ahead(dict.fromkeys(path for paths in files.values() for path in paths))
 
         from sdxl_worker.loading.weights import choose_placement, start_reading
 
@@ -116,6 +199,8 @@ def _load_and_draw(settings: Settings, before_drawing: Callable[[], object]) -> 
                 models = add_refiner(models, weights)
                 optimize(optimizations, models.refiner_unet)
             _draw_first_picture(models, settings)
+    if model_dir.checkpoint is not None:
+        hash_in_background(model_dir.checkpoint.path)
     return models
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load, load_file, save
 
 from builder.download_weights import __main__ as program
 from builder.download_weights import sources, transfer
+from sdxl_worker.loading import model_dir as model_dir_module
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
@@ -627,6 +628,40 @@ def test_a_checkpoint_for_inpainting_becomes_what_its_folders_are(
     assert picture(to, **alone).tobytes() == picture(folder, **alone).tobytes()
 
 
+def test_a_checkpoint_for_v_prediction_is_drawn_with_as_one(
+    checkpoint: Path, to: Path, tmp_path: Path
+) -> None:
+    marks = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    path = original_format.save({**load_file(checkpoint), **marks}, tmp_path / "v.safetensors")
+    fetch(to, "--base", str(path), "--refiner", "none")
+    as_file = load_models(find_model_dir(Settings(model_dir=path)))
+    assert model(to).kind == as_file.kind == "v-prediction, zero terminal SNR"
+    alone = {"refiner_inference_steps": 0}
+    [expected] = draw(parse_request({**JOB, **alone}), as_file)
+    assert picture(to, **alone).tobytes() == expected.tobytes()
+
+
+def test_configurations_alone_serve_a_single_file(
+    checkpoint: Path, hub: Hub, to: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(to, "--configs")
+    assert not list(to.rglob("*.safetensors"))
+    assert not [request.path for request in hub.seen if request.path.endswith(".safetensors")]
+    assert not (to / "refiner").exists()
+    fetch(to, "--configs")  # complete already
+    with pytest.raises(SystemExit, match="holds another model"):
+        fetch(to)
+    with pytest.raises(SystemExit):
+        fetch(to, "--configs", "--base", "org/other")
+    monkeypatch.setattr(model_dir_module, "CONFIGS_DIR", to)
+    monkeypatch.setattr(model_dir_module, "EMBEDDED_MODEL_DIR", Path("/nowhere"))
+    found = find_model_dir(Settings(model_dir=checkpoint))
+    assert found.base == to / "base"
+    [drawn] = draw(parse_request({**JOB, "refiner_inference_steps": 0}), load_models(found))
+    alone = picture(EMBEDDED_MODEL_DIR, refiner_inference_steps=0)
+    assert drawn.tobytes() == alone.tobytes()
+
+
 def test_what_cannot_be_converted_is_told(checkpoint: Path, to: Path) -> None:
     path = to.with_name("checkpoint.safetensors")
     arguments = ("--base", str(path), "--refiner", "none")
@@ -643,7 +678,10 @@ def test_what_cannot_be_converted_is_told(checkpoint: Path, to: Path) -> None:
     assert "takes 8 channels; a base that can be served" in refusal(
         {CONV_IN: torch.zeros(48, 8, 3, 3)}
     )
-    assert "trained for v-prediction sampling" in refusal({"v_pred": torch.zeros(1)})
+    for mark in ("edm_mean", "edm_vpred.sigma_max"):
+        assert "trained for EDM sampling, and cannot be converted" in refusal(
+            {mark: torch.zeros(1)}
+        )
     one = "model.diffusion_model.middle_block.0.in_layers.2.weight"
     for name in (one, "conditioner.embedders.1.model.ln_final.bias"):
         assert "lacks tensors that an SDXL base has" in refusal({name: None})

@@ -41,7 +41,7 @@ def test_every_thread_s_part_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_parts_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     files = EMBEDDED.weight_files("float16")["unet"]
     together = threading.Barrier(8, timeout=30)
-    monkeypatch.setattr(weights_module, "_parts", lambda _: ([str(i)] for i in range(8)))
+    monkeypatch.setattr(weights_module, "_parts", lambda *_: ([str(i)] for i in range(8)))
     monkeypatch.setattr(weights_module, "_read", lambda _, names, *__: {names[0]: together.wait()})
     assert len(start_reading(EMBEDDED, {"network": files}, CPU).take("network")) == 8
 

@@ -1,0 +1,76 @@
+"""The models in `MODELS_DIR`, among which requests choose by name."""
+
+from pathlib import Path
+
+from sdxl_worker.errors import ModelError, RequestError
+from sdxl_worker.loading.model_dir import CONFIGS_DIR, ModelDir, open_model, with_vae
+from sdxl_worker.settings import Settings
+from sdxl_worker.wording import near_match, shown
+
+SUFFIX = ".safetensors"
+MAX_NAMES_TOLD = 20
+MAX_REASON_CHARACTERS = 300
+
+
+def find_by_name(name: str, settings: Settings) -> ModelDir:
+    """
+    Args:
+        name: of a folder, or of a .safetensors file, with or without that ending.
+
+    Raises:
+        RequestError: there is none of that name, or it cannot be served.
+    """
+    folder = settings.models_dir
+    if folder is None:
+        raise RequestError(
+            "model: this worker has one model and chooses among no others: leave the field out, or "
+            "let the worker's owner set MODELS_DIR"
+        )
+    places = _places(folder)
+    place = places.get(name.removesuffix(SUFFIX))
+    if place is None or (name.endswith(SUFFIX) and place.name != name):
+        raise RequestError(
+            f"model: this worker has no {shown(name)}{near_match(name, places)}; it has "
+            f"{_told(places)}"
+        )
+    try:
+        found = open_model(place)
+    except ModelError as error:
+        raise RequestError(f"model: {reason(error, place)}") from None
+    if found is None:
+        raise RequestError(
+            f"model: {shown(name)} is no model: a folder must hold base/ or model_index.json in "
+            "diffusers layout"
+        )
+    return with_vae(found, settings.vae_dir)
+
+
+def reason(error: ModelError, place: Path) -> str:
+    """Why a model cannot be had, for a caller, who is not told where on the worker it lies."""
+    text = str(error).removeprefix("MODEL_DIR: ").replace(str(place), place.name)
+    text = text.replace(str(place.parent), "MODELS_DIR")
+    text = " ".join(text.split())
+    cut = text[:MAX_REASON_CHARACTERS]
+    return cut if cut == text else f"{cut}..."
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """By name. A file comes before a folder of the same name."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return {}
+    entries = [path for path in entries if not path.name.startswith(".")]
+    folders = {
+        path.name: path for path in entries if path.is_dir() and path.name != CONFIGS_DIR.name
+    }
+    files = {path.name.removesuffix(SUFFIX): path for path in entries if path.suffix == SUFFIX}
+    return folders | files
+
+
+def _told(names: dict[str, Path]) -> str:
+    if not names:
+        return "none: its MODELS_DIR is empty, or cannot be read"
+    told = ", ".join(shown(name) for name in list(names)[:MAX_NAMES_TOLD])
+    more = len(names) - MAX_NAMES_TOLD
+    return f"{told} and {more} more" if more > 0 else told
