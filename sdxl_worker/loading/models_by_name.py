@@ -27,10 +27,11 @@ def find_by_name(name: str, settings: Settings) -> ModelDir:
             "let the worker's owner set MODELS_DIR"
         )
     places = _places(folder)
-    place = places.get(name.removesuffix(SUFFIX))
+    stem = name.removesuffix(SUFFIX)
+    place = places.get(stem)
     if place is None or (name.endswith(SUFFIX) and place.name != name):
         raise RequestError(
-            f"model: this worker has no {shown(name)}{near_match(name, places)}; it has "
+            f"model: this worker has no {shown(name)}{near_match(stem, places)}; it has "
             f"{_told(places)}"
         )
     try:
