@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
+from sdxl_worker.drawing.prompts import check_clip_skip
+from sdxl_worker.drawing.schedulers import check_sampler
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.loading.models import Models
@@ -47,6 +49,8 @@ def plan_stages(request: Request, models: Models) -> tuple[Stage, ...]:
         RequestError: the request asks for the refiner and the worker has none, or to redraw a
             picture in no step.
     """
+    check_sampler(request, models.scheduler_config)
+    check_clip_skip(request, models)
     refine = (_refine(request),) if request.refiner_steps_run else ()
     if request.image_url is not None and request.mode != "img2img":
         stages: tuple[Stage, ...] = refine

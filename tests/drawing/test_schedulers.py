@@ -1,11 +1,13 @@
 """The samplers: a new one for each stage, from the configuration as it was loaded."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import retrieve_timesteps
 
-from sdxl_worker.drawing.schedulers import SAMPLERS, Sampler, build_scheduler
+from sdxl_worker.drawing import schedulers
+from sdxl_worker.drawing.schedulers import SAMPLERS, build_scheduler
 from tests.support import (
     PROMPT,
     SCHEDULERS,
@@ -46,10 +48,8 @@ def test_a_schedule_of_one_s_own_is_refused_where_the_sampler_cannot() -> None:
 def test_a_variant_s_configuration_takes_the_place_of_the_model_s(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    variant = Sampler(
-        "scheduling_euler_discrete", "EulerDiscreteScheduler", {"timestep_spacing": "trailing"}
-    )
-    monkeypatch.setitem(SAMPLERS, "K_EULER", variant)
+    variant = dataclasses.replace(SAMPLERS["K_EULER"], config={"timestep_spacing": "trailing"})
+    monkeypatch.setattr(schedulers, "SAMPLERS", {**SAMPLERS, "K_EULER": variant})
     scheduler = build_scheduler("K_EULER", models().scheduler_config, begins_in_mid_schedule=False)
     scheduler.set_timesteps(4, device="cpu")
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
