@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import configuration_utils
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import retrieve_timesteps
 from PIL import Image
 
@@ -303,6 +304,16 @@ def test_steps_in_pairs_are_cut_between_pairs() -> None:
             second = timesteps_run(built(name), {**options, "denoising_start": share})
             assert first % 2 == 0
             assert first + second == 2 * 10 - 1
+
+
+def test_what_is_another_class_s_configuration_is_not_logged_at_each_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(configuration_utils.logger, "warning", logged.append)
+    for name in SAMPLERS:
+        built(name)
+    assert logged == []
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
