@@ -204,7 +204,8 @@ def with_settings_of(
         few_step: None: the models are no such ones.
         scheduler_config: of the model.
     """
-    settings: dict[str, Any] = {}
+    # From now on, the sampler is one that the request names.
+    settings: dict[str, Any] = {"scheduler": request.scheduler}
     named = request.model_fields_set
     of_model = default_sampler(scheduler_config or {})
     if of_model is not None:

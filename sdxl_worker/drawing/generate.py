@@ -18,8 +18,7 @@ from sdxl_worker.drawing.decoding import decode, decoding_as_planned
 from sdxl_worker.drawing.encoding import EncodedCanvas, encode_canvas, latents_of
 from sdxl_worker.drawing.inpainting import Keeper, seeing, takes_mask
 from sdxl_worker.drawing.prompts import Encoding, Texts, encode_pair
-from sdxl_worker.drawing.schedulers import build_scheduler
-from sdxl_worker.drawing.stages import Stage, output_size_px, total_steps
+from sdxl_worker.drawing.stages import Stage, output_size_px, scheduler_of, total_steps
 from sdxl_worker.drawing.steps import Step, StepCounter
 from sdxl_worker.errors import PictureError, let_go
 from sdxl_worker.few_step import FewStep
@@ -242,14 +241,7 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
             keeper = Keeper(latents, canvas.repainted)
     for stage in work.stages:
         pipeline = _pipeline(stage, models)
-        pipeline.scheduler = build_scheduler(
-            request.scheduler,
-            models.scheduler_config,
-            begins_in_mid_schedule=stage.begins_in_mid_schedule,
-            schedule=request.schedule,
-            few_step=work.few_step,
-            denoising_end=stage.options.get("denoising_end"),
-        )
+        pipeline.scheduler = scheduler_of(stage, request, models, work.few_step)
         after_step = work.counter.callback(stage.name)
         # What the pipeline is about to draw, where it adds noise.
         ahead = [generator.clone_state() for generator in generators]

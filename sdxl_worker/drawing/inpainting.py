@@ -79,7 +79,7 @@ class Keeper:
         Args:
             scheduler: of the stage, before its pipeline moves its table to the device.
         """
-        on_host = scheduler.alphas_cumprod
+        on_host = getattr(scheduler, "alphas_cumprod", None)  # some have sigmas alone
 
         def put_back(
             pipeline: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]

@@ -78,6 +78,8 @@ def build_scheduler(
         _step_with(scheduler, eta=eta)
     if denoising_end is not None and sampler.calls_per_step == 2:
         _end_after_whole_steps(scheduler, denoising_end)
+    if hasattr(scheduler, "sigmas_interpol"):
+        _add_noise_of_midpoints(scheduler)
     if begins_in_mid_schedule and name in BEGIN_IN_MID_SCHEDULE:
         BEGIN_IN_MID_SCHEDULE[name](scheduler)
     return scheduler
@@ -267,6 +269,22 @@ def _end_after_whole_steps(scheduler: Any, denoising_end: float) -> None:
         scheduler.timesteps = scheduler.timesteps[: len(scheduler.timesteps) - left]
 
     scheduler.set_timesteps = whole
+
+
+def _add_noise_of_midpoints(scheduler: Any) -> None:
+    """After its first call, a step of DPM-2 is halfway, and so is the noise of its latents: to add
+    as much to what a mask keeps, diffusers would take that of the step's end.
+    """
+    add_noise = scheduler.add_noise
+
+    @functools.wraps(add_noise)
+    def with_midpoints(original: torch.Tensor, noise: torch.Tensor, *timesteps: Any) -> Any:
+        if scheduler.step_index is None or scheduler.state_in_first_order:
+            return add_noise(original, noise, *timesteps)
+        place = scheduler.step_index - hasattr(scheduler, "sigmas_up")  # the ancestral one's
+        return original + noise * scheduler.sigmas_interpol[place]
+
+    scheduler.add_noise = with_midpoints
 
 
 def _stay_within_training(scheduler: Any) -> None:

@@ -6,14 +6,15 @@ takes, and what size comes out.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
 from sdxl_worker.drawing.prompts import check_clip_skip
-from sdxl_worker.drawing.schedulers import check_sampler
+from sdxl_worker.drawing.schedulers import build_scheduler, check_sampler, timesteps_run
 from sdxl_worker.errors import RequestError
+from sdxl_worker.few_step import FewStep
 from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
@@ -28,7 +29,8 @@ class Stage:
     pipeline: type
     """A class of diffusers. All but text-to-image take the pictures of the previous stage."""
     steps: int
-    """Denoising steps, give or take one for schedulers that repeat a step."""
+    """Calls of the UNet, or the steps of the request, as long as its sampler is not known: some
+    call it twice in a step, or repeat one."""
     options: Mapping[str, Any]
     """Arguments of the pipeline, beside those that every stage takes from the request."""
 
@@ -47,10 +49,44 @@ def plan_stages(request: Request, models: Models) -> tuple[Stage, ...]:
 
     Raises:
         RequestError: the request asks for the refiner and the worker has none, or to redraw a
-            picture in no step.
+            picture in no step, or for what the sampler or the model cannot do.
     """
-    check_sampler(request, models.scheduler_config)
     check_clip_skip(request, models)
+    stages = _stages(request, models)
+    # One that is not named may still be that of a few-step LoRA.
+    if "scheduler" not in request.model_fields_set:
+        return stages
+    check_sampler(request, models.scheduler_config)
+    return tuple(_counted(stage, request, models) for stage in stages)
+
+
+def _counted(stage: Stage, request: Request, models: Models) -> Stage:
+    """With the steps that its schedule really has."""
+    scheduler = scheduler_of(stage, request, models)
+    steps = timesteps_run(scheduler, stage.options)
+    if not steps and "strength" in stage.options:
+        raise RequestError(
+            f"strength: {stage.options['strength']:g} leaves the {stage.name} no step of this "
+            "schedule; raise it"
+        )
+    return replace(stage, steps=steps)
+
+
+def scheduler_of(
+    stage: Stage, request: Request, models: Models, few_step: FewStep | None = None
+) -> Any:
+    """A new scheduler for a stage."""
+    return build_scheduler(
+        request.scheduler,
+        models.scheduler_config,
+        begins_in_mid_schedule=stage.begins_in_mid_schedule,
+        schedule=request.schedule,
+        few_step=few_step,
+        denoising_end=stage.options.get("denoising_end"),
+    )
+
+
+def _stages(request: Request, models: Models) -> tuple[Stage, ...]:
     refine = (_refine(request),) if request.refiner_steps_run else ()
     if request.image_url is not None and request.mode != "img2img":
         stages: tuple[Stage, ...] = refine

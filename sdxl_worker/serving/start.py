@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_worker.errors import ModelError, PictureError, RequestError
+from sdxl_worker.few_step import with_settings_of
 from sdxl_worker.loading.file_hash import hash_in_background
 from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
 from sdxl_worker.loading.models_by_name import find_by_name, reason
@@ -212,6 +213,7 @@ def _draw_first_picture(models: "Models", settings: Settings) -> None:
     with _timed("drew a first picture"):
         on_gpu = models.device.type == "cuda"
         request = parse_request(CHECK_INPUT if on_gpu else CHECK_INPUT_ON_CPU)
+        request = with_settings_of(request, None, models.scheduler_config)
         stages = plan_stages(request, models)
         try:
             [picture] = generate(request, stages, models, step_cache_interval=settings.step_cache)

@@ -208,6 +208,7 @@ def test_guidance_and_negative_prompt_reach_the_refiner(
 def handed_over(
     name: str,
     change: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda _, options: options,
+    **more: Any,
 ) -> Image.Image:
     """The base as its own refiner; `change` may spoil what that one is called with."""
 
@@ -216,16 +217,16 @@ def handed_over(
             return super().__call__(**change(self, options))
 
     job_input = {"prompt": PROMPT, "seed": 5, "scheduler": name, "high_noise_frac": 0.8}
-    request = parse_request(job_input)
+    request = parse_request({**job_input, **more})
     first, second = plan_stages(request, models())
     assert (first.name, second.name) == ("base", "refiner")
     by_the_base = dataclasses.replace(second, name="base", pipeline=Refiner)
     return generate(request, [first, by_the_base], models())[0]
 
 
-def unsplit(name: str) -> Image.Image:
+def unsplit(name: str, **more: Any) -> Image.Image:
     job_input = {"prompt": PROMPT, "seed": 5, "scheduler": name, "refiner_inference_steps": 0}
-    return draw(parse_request(job_input), models())[0]
+    return draw(parse_request({**job_input, **more}), models())[0]
 
 
 # The other schedulers are multistep: their memory of earlier steps begins anew at the hand-over.
@@ -238,6 +239,23 @@ def unsplit(name: str) -> Image.Image:
 )
 def test_the_base_handed_over_to_itself_changes_nothing(name: str) -> None:
     assert difference(handed_over(name), unsplit(name)) < 0.02
+
+
+@pytest.mark.parametrize("high_noise_frac", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        *(("K_EULER", schedule) for schedule in ("karras", "exponential", "beta", "ays")),
+        *(("K_HEUN", schedule) for schedule in ("karras", "trailing", "ays")),
+        *(("K_DPM_2", "beta"), ("DDIM", "trailing"), ("LCM", "trailing")),
+    ],
+)
+def test_nor_does_it_with_another_schedule(
+    name: str, schedule: str, high_noise_frac: float
+) -> None:
+    more = {"schedule": schedule, "num_inference_steps": 10}
+    handed = handed_over(name, **more, high_noise_frac=high_noise_frac)
+    assert difference(handed, unsplit(name, **more)) < 0.02
 
 
 def other_scheduler(pipeline: Any, options: dict[str, Any]) -> dict[str, Any]:

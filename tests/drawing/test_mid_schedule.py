@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sdxl_worker.drawing.schedulers import build_scheduler
-from sdxl_worker.samplers import SAMPLERS, SamplerName
+from sdxl_worker.samplers import SAMPLERS, SamplerName, ScheduleName
 from shapes.evaluate import full_prompts
 from shapes.judge import judge
 from tests.support import models, picture
@@ -23,12 +23,22 @@ from tests.support import models, picture
 STEPS = 25
 
 
-def begun(name: SamplerName, *, first_step: int, **config: Any) -> tuple[Any, torch.Tensor]:
+def begun(
+    name: SamplerName,
+    *,
+    first_step: int,
+    steps: int = STEPS,
+    schedule: ScheduleName | None = None,
+    **config: Any,
+) -> tuple[Any, torch.Tensor]:
     """A scheduler that is to begin with that step, and its timesteps, as the pipelines cut them."""
     scheduler = build_scheduler(
-        name, {**models().scheduler_config, **config}, begins_in_mid_schedule=first_step > 0
+        name,
+        {**models().scheduler_config, **config},
+        begins_in_mid_schedule=first_step > 0,
+        schedule=schedule,
     )
-    scheduler.set_timesteps(STEPS, device="cpu")
+    scheduler.set_timesteps(steps, device="cpu")
     first = first_step * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
@@ -85,6 +95,33 @@ def betas() -> torch.Tensor:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_an_ideal_denoiser_is_followed_to_its_picture(name: SamplerName, first_step: int) -> None:
     assert residue(*begun(name, first_step=first_step)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("steps", "first_step"), [(1, 0), (2, 0), (4, 0), (25, 0), (4, 3), (25, 12), (25, 24)]
+)
+@pytest.mark.parametrize(
+    ("name", "schedule"), [(name, one) for name, it in SAMPLERS.items() for one in it.schedules]
+)
+def test_so_it_is_with_every_schedule(
+    name: SamplerName, schedule: ScheduleName, steps: int, first_step: int
+) -> None:
+    assert residue(*begun(name, first_step=first_step, steps=steps, schedule=schedule)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        (name, schedule)
+        for name in ("K_EULER", "DPMSolverMultistep", "UniPC", "KLMS")
+        for schedule in SAMPLERS[name].schedules
+    ],
+)
+def test_a_thousand_steps_of_a_schedule_arrive(name: SamplerName, schedule: ScheduleName) -> None:
+    scheduler, timesteps = begun(name, first_step=0, steps=1000, schedule=schedule)
+    assert 0 <= timesteps.min() <= timesteps.max() < 1000
+    # The weights of LMS hardly differ there, and their difference is rounded.
+    assert residue(scheduler, timesteps) < (0.1 if name == "KLMS" else 0.05)
 
 
 # With SDXL's configuration they end at the noise of timestep 0.
