@@ -253,7 +253,7 @@ def test_the_base_handed_over_to_itself_changes_nothing(name: str) -> None:
 def test_nor_does_it_with_another_schedule(
     name: str, schedule: str, high_noise_frac: float
 ) -> None:
-    more = {"schedule": schedule, "num_inference_steps": 10}
+    more: dict[str, Any] = {"schedule": schedule, "num_inference_steps": 10}
     handed = handed_over(name, **more, high_noise_frac=high_noise_frac)
     assert difference(handed, unsplit(name, **more)) < 0.02
 
@@ -366,13 +366,13 @@ def test_generating_touches_no_environment_network_or_disk(monkeypatch: pytest.M
 
 def test_each_stage_has_a_scheduler_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    build = generate_module.build_scheduler
+    build = generate_module.scheduler_of
 
     def recorded(*arguments: Any, **options: Any) -> Any:
         built.append(build(*arguments, **options))
         return built[-1]
 
-    monkeypatch.setattr(generate_module, "build_scheduler", recorded)
+    monkeypatch.setattr(generate_module, "scheduler_of", recorded)
     draw(parse_request({**ENSEMBLE, "scheduler": "KLMS"}), models())
     first, second = built
     assert first is not second

@@ -18,6 +18,7 @@ from PIL import Image
 
 from sdxl_worker.drawing.schedulers import build_scheduler, check_sampler, timesteps_run
 from sdxl_worker.drawing.stages import plan_stages, scheduler_of
+from sdxl_worker.drawing.steps import Step
 from sdxl_worker.errors import RequestError
 from sdxl_worker.few_step import recognise, with_settings_of
 from sdxl_worker.loading.models import Models
@@ -93,7 +94,7 @@ def test_pictures_are_those_of_plain_diffusers(name: SamplerName) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_each_picture_of_a_batch_is_what_it_is_alone(name: str) -> None:
     together = drawn(name, num_images=3)
-    alone = [drawn(name, seed=SMALL["seed"] + i)[0] for i in range(3)]
+    alone = [drawn(name, seed=int(str(SMALL["seed"])) + i)[0] for i in range(3)]
     for one, other in zip(together, alone, strict=True):
         assert largest_difference(one, other) <= 2
     assert largest_difference(*alone[:2]) > 50
@@ -284,11 +285,12 @@ def test_the_steps_that_are_planned_are_those_that_come(
     stages = plan_stages(request, models())
     steps: dict[str, int] = {}
     percent: list[int] = []
-    draw(
-        request,
-        models(),
-        on_step=lambda step: (steps.update({step.stage: step.step}), percent.append(step.percent)),
-    )
+
+    def noted(step: Step) -> None:
+        steps[step.stage] = step.step
+        percent.append(step.percent)
+
+    draw(request, models(), on_step=noted)
     assert {stage.name: stage.steps for stage in stages} == steps
     assert percent == sorted(set(percent))
     assert percent[-1] == 100
