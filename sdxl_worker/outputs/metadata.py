@@ -19,7 +19,7 @@ from sdxl_worker.wording import without_secrets
 
 # Of an address of an input picture.
 MAX_ADDRESS_CHARACTERS = 2000
-PROMPTS = {"prompt", "negative_prompt"}
+PROMPTS = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"}
 # They say how a picture is delivered, not how it is made.
 OF_THE_DELIVERY = {"preview", "check", "on_too_large", "duplicate_first", "upload_urls"}
 # As many digits of a file's SHA-256 as Civitai finds it by.
@@ -83,6 +83,8 @@ def _again(request: Request, index: int, with_prompts: bool) -> dict[str, Any]:
     unused = {tie.field for tie in TIES if getattr(request, tie.field) == fields[tie.field].default}
     if request.output_format in (None, "png"):
         unused.add("output_quality")
+    if not request.prompt_weighting:
+        unused.add("prompt_weighting")
     prompts = set() if with_prompts else PROMPTS
     job_input = again.model_dump(exclude_none=True, exclude=OF_THE_DELIVERY | unused | prompts)
     for name in ("image_url", "mask_url"):
