@@ -141,6 +141,8 @@ def valid_value(random_: random.Random, schema: Schema, highest: int | None = No
                 return picture_uri()
             if "https?://" in schema.get("pattern", ""):
                 return f"{PRIVATE_ADDRESS}/picture"
+            if "[!-~]" in schema.get("pattern", ""):
+                return "token"
             words = " ".join(random_.choices(WORDS, k=random_.randint(1, 5))).strip()
             return words[: schema.get("maxLength")] or "x"
     return None
