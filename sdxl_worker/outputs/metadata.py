@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import sdxl_worker
-from sdxl_worker.inputs.adapter_files import AdapterFile
+from sdxl_worker.inputs.adapter_cache import AdapterFile
 from sdxl_worker.inputs.adapter_sources import shareable
 from sdxl_worker.outputs.exif import INFOTEXT, SOFTWARE
 from sdxl_worker.request import TIES, Request
