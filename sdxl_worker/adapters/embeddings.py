@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.inputs.adapter_cache import AdapterFile
+from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.loading.models import Models
 
 # A word of more would not fit into one chunk of the prompt.

@@ -24,7 +24,7 @@ from sdxl_worker.adapters.module_names import Target, names_of
 from sdxl_worker.adapters.peft_config import peft_configs
 from sdxl_worker.adapters.tensor_file import DTYPES, TensorFile
 from sdxl_worker.errors import RequestError
-from sdxl_worker.inputs.adapter_cache import AdapterFile
+from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.loading.models import Models
 from sdxl_worker.safetensors_header import SafetensorsHeader
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sdxl_worker.adapters.embeddings import TextualInversion, read_embedding
 from sdxl_worker.adapters.lora import Lora, read_lora
 from sdxl_worker.few_step import FewStep, recognise
-from sdxl_worker.inputs.adapter_cache import AdapterFile
+from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
 

@@ -19,10 +19,11 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sdxl_worker.inputs.adapter_sources import SUFFIX, SourceError
+from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.safetensors_header import NotSafetensorsError, SafetensorsHeader, read_header
 from sdxl_worker.settings import Settings
 
@@ -34,17 +35,6 @@ PART = re.compile(r"adapter-.*\.part")
 MAX_ENTRIES = 1000
 # Between a file's making and its locking.
 LEFTOVER_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    path: Path
-    """Stays there as long as this object lives."""
-    sha256: str
-    """Of the whole file, in hex."""
-    name: str
-    """For messages and metadata: without secrets, and without the worker's folders."""
-    header: SafetensorsHeader = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)

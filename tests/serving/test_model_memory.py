@@ -129,8 +129,8 @@ def test_the_one_that_was_used_least_recently_goes(folder: Path, room: Room) -> 
     loads: list[str] = []
     for name in (None, "b", None, "c", None, "b", "d", None):
         drawn_by(settings, name, loads)
-    # "b" comes back from the host, "d" drives out "c", and the model of MODEL_DIR has stayed.
-    assert loads == ["b", "c", "b", "d"]
+    # "b" comes back from the host; "d" moves the model of MODEL_DIR there, for which "c" is dropped.
+    assert loads == ["b", "c", "b", "d", "a"]
     assert room.kept.get(folder / "c.safetensors") is None
 
 

@@ -1,0 +1,17 @@
+"""A file that a request names, whole and checked."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdxl_worker.safetensors_header import SafetensorsHeader
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    path: Path
+    """Stays there as long as this object lives."""
+    sha256: str
+    """Of the whole file, in hex."""
+    name: str
+    """For messages and metadata: without secrets, and without the worker's folders."""
+    header: SafetensorsHeader = field(repr=False, compare=False)
