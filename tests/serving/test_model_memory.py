@@ -129,7 +129,7 @@ def test_the_one_that_was_used_least_recently_goes(folder: Path, room: Room) -> 
     loads: list[str] = []
     for name in (None, "b", None, "c", None, "b", "d", None):
         drawn_by(settings, name, loads)
-    # "b" comes back from the host; "d" moves the model of MODEL_DIR there, for which "c" is dropped.
+    # "b" comes back from the host; "d" moves the model of MODEL_DIR there, and "c" is dropped.
     assert loads == ["b", "c", "b", "d", "a"]
     assert room.kept.get(folder / "c.safetensors") is None
 
@@ -198,7 +198,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_job_alone(folder: Path, tmp_pat
     settings = Settings(model_dir=tmp_path / "a.safetensors", models_dir=tmp_path)
     expected = drawn_by(settings, None, [])
     for name, message in {
-        "fewer": "model: fewer.safetensors cannot be loaded: Error",
+        "fewer": "model: fewer.safetensors has networks of other shapes than SDXL's",
         "nan": "model: the models draw an empty picture",
         "none": 'model: this worker has no "none"',
     }.items():
