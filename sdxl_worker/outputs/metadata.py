@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import sdxl_worker
-from sdxl_worker.inputs.adapter_sources import shareable
+from sdxl_worker.inputs.addresses import shareable
 from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.outputs.exif import INFOTEXT, SOFTWARE
 from sdxl_worker.request import TIES, Request
