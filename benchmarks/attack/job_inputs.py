@@ -142,7 +142,7 @@ def valid_value(random_: random.Random, schema: Schema, highest: int | None = No
             if "https?://" in schema.get("pattern", ""):
                 return f"{PRIVATE_ADDRESS}/picture"
             if "[!-~]" in schema.get("pattern", ""):
-                return "token"
+                return f"token{random_.getrandbits(64)}"  # each needs one of its own
             words = " ".join(random_.choices(WORDS, k=random_.randint(1, 5))).strip()
             return words[: schema.get("maxLength")] or "x"
     return None
