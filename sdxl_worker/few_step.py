@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from sdxl_worker.request import Request
 from sdxl_worker.samplers import (
@@ -179,7 +179,14 @@ def _from_metadata(metadata: Mapping[str, str]) -> FewStep | None:
         return None
     if not (1 <= steps <= 1000 and 0 <= guidance_scale <= 100):
         return None
-    return FewStep(told["family"][:100], scheduler, schedule, steps, (steps, steps), guidance_scale)
+    return FewStep(
+        told["family"][:100],
+        cast(SamplerName, scheduler),
+        cast(ScheduleName, schedule),
+        steps,
+        (steps, steps),
+        guidance_scale,
+    )
 
 
 REFINER_FIELDS = frozenset({"refiner_inference_steps", "refiner_strength", "high_noise_frac"})

@@ -63,7 +63,8 @@ def parse(text: str) -> list[list[Piece]]:
         if is_break:
             parts.append([])
             continue
-        for weight, pieces in itertools.groupby(run, key=lambda piece: piece.weight):
+        pieces_of_run = filter(None, run)
+        for weight, pieces in itertools.groupby(pieces_of_run, key=lambda piece: piece.weight):
             parts[-1].append(Piece("".join(piece.text for piece in pieces), weight))
     return parts
 
@@ -113,8 +114,9 @@ def _items(text: str) -> list[_Opened | _Closed | str | None]:
         if literal is not None:
             items.append(literal)
         elif kind := match["opened"]:
-            items.append(_Opened(kind, FACTORS[kind]))
-            still_open[kind].append(items[-1])
+            opened = _Opened(kind, FACTORS[kind])
+            items.append(opened)
+            still_open[kind].append(opened)
         elif closed and still_open[closed]:
             opened = still_open[closed].pop()
             if weight is not None:

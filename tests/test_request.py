@@ -85,8 +85,8 @@ def test_names_and_defaults_are_those_of_2_1_0() -> None:
 def test_the_seven_samplers_of_2_1_0_are_what_they_were() -> None:
     for name, class_name in SCHEDULERS.items():
         assert accepted(scheduler=name).scheduler == name
-        assert SAMPLERS[name].class_name == class_name  # type: ignore[index]
-        assert dict(SAMPLERS[name].config) == {}  # type: ignore[index]
+        assert SAMPLERS[name].class_name == class_name
+        assert dict(SAMPLERS[name].config) == {}
 
 
 def test_a_sampler_s_name_may_give_the_schedule_as_well() -> None:

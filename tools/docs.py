@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 from sdxl_worker.request import Request
+from sdxl_worker.samplers import SAMPLERS, SCHEDULES
 from sdxl_worker.settings import Settings
 from sdxl_worker.wording import field_schemas, rule
 from tools.hub import env_inputs, gpu_table
@@ -17,6 +18,7 @@ from tools.hub import env_inputs, gpu_table
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
 MODELS = REPOSITORY / "docs" / "models.md"
+SAMPLERS_DOCUMENT = REPOSITORY / "docs" / "samplers.md"
 DEPLOY = REPOSITORY / "docs" / "deploy.md"
 PLATFORM = REPOSITORY / "docs" / "platform.md"
 SECURITY = REPOSITORY / "SECURITY.md"
@@ -46,6 +48,22 @@ def settings_table() -> str:
     for name, field in Settings.model_fields.items():
         default = "-" if field.default is None else f"`{str(field.default).lower()}`"
         rows.append(f"| `{name.upper()}` | {field.description} | {default} |")
+    return "\n".join(rows)
+
+
+def samplers_table() -> str:
+    rows = ["| name | other names | schedules |", "|---|---|---|"]
+    for name, sampler in SAMPLERS.items():
+        others = ", ".join(f"`{other}`" for other in sampler.spellings if other != name)
+        rows.append(f"| `{name}` | {others} | {', '.join(sampler.schedules)} |")
+    return "\n".join(rows)
+
+
+def schedules_table() -> str:
+    rows = ["| name | other names | spacing |", "|---|---|---|"]
+    for name, schedule in SCHEDULES.items():
+        others = ", ".join(f"`{other}`" for other in schedule.spellings)
+        rows.append(f"| `{name}` | {others} | {schedule.meaning} |")
     return "\n".join(rows)
 
 
@@ -201,6 +219,9 @@ def derived() -> dict[Path, str]:
             uploading=uploading_table(),
         ),
         MODELS: with_tables(MODELS, settings=settings_table()),
+        SAMPLERS_DOCUMENT: with_tables(
+            SAMPLERS_DOCUMENT, samplers=samplers_table(), schedules=schedules_table()
+        ),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
         SECURITY: with_tables(SECURITY, report=report()),
         SCHEMA: _document(Request.model_json_schema()),

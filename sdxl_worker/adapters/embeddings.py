@@ -126,10 +126,10 @@ def _names(
             else f"is no textual inversion for SDXL: it has {_listed(strange)}, not only clip_l "
             "and clip_g"
         )
-    for name, width in zip(known, widths, strict=True):
-        if name is None:
+    for found, width in zip(known, widths, strict=True):
+        if found is None:
             continue
-        shape = shapes[name]
+        name, shape = found, shapes[found]
         if len(shape) not in (1, 2) or shape[-1] != width:
             raise ValueError(
                 f"does not fit these models: {name} has shape {list(shape)}, and their vectors are "

@@ -31,7 +31,7 @@ def read_adapters(request: Request, files: Mapping[str, AdapterFile], models: Mo
     Raises:
         RequestError: one is not for these models, or is something else.
     """
-    few_step = recognise(models.name, models.sha256, models.metadata)
+    few_step = recognise(models.name, None, {})
     embeddings = []
     for i, one in enumerate(request.embeddings or ()):
         place = f"embeddings[{i}].path"

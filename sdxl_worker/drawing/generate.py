@@ -268,7 +268,11 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
                 **start,
                 **_embeddings(*work.texts[stage.name], pipeline, zeros_for_empty=not has_negative),
                 guidance_scale=request.guidance_scale,
-                guidance_rescale=request.guidance_rescale or 0,
+                guidance_rescale=(
+                    models.guidance_rescale_default
+                    if request.guidance_rescale is None
+                    else request.guidance_rescale
+                ),
                 num_images_per_prompt=len(batch),
                 generator=generators,
                 callback_on_step_end=after_step,

@@ -7,7 +7,7 @@ of one chunk is encoded as `StableDiffusionXLPipeline.encode_prompt` does it.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeAlias
 
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -20,7 +20,7 @@ from sdxl_worker.loading.models import Models
 from sdxl_worker.prompt_weights import Piece, names_networks, parse
 from sdxl_worker.request import TEXT_FIELDS, Request
 
-TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
+TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 # SDXL was trained with the hidden states of the last layer but one.
 NORMAL_LAYER = 2

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
+from sdxl_worker.drawing.prompts import check_clip_skip
 from sdxl_worker.drawing.schedulers import build_scheduler, check_sampler, timesteps_run
 from sdxl_worker.errors import RequestError
 from sdxl_worker.few_step import FewStep
@@ -50,6 +51,7 @@ def plan_stages(request: Request, models: Models) -> tuple[Stage, ...]:
         RequestError: the request asks for the refiner and the worker has none, or to redraw a
             picture in no step, or for what the sampler or the model cannot do.
     """
+    check_clip_skip(request, models)
     stages = _stages(request, models)
     # One that is not named may still be that of a few-step LoRA.
     if "scheduler" not in request.model_fields_set:

@@ -207,6 +207,22 @@ def _with_query(address: str, query: str) -> str:
 # --- whose address it is -----------------------------------------------------------------------
 
 
+# What chooses one of several files at an address of Civitai, and is no secret.
+OF_THE_FILE = ("modelVersionId", "fileId", "type", "format", "size", "fp")
+
+
+def shareable(path: str) -> str:
+    """A request's path as metadata may tell it: without secrets, and still for the same file."""
+    if not path.startswith("https://"):
+        return path
+    try:
+        query = urlsplit(path).query if is_civitai(origin_of(path)) else ""
+    except ValueError:
+        query = ""
+    kept = [(name, value) for name, value in parse_qsl(query) if name in OF_THE_FILE]
+    return without_secrets(path) + (f"?{urlencode(kept)}" if kept else "")
+
+
 def origin_of(address: str) -> str:
     """Scheme, host and port, in one spelling."""
     return str(connections.url(address).origin()).lower()

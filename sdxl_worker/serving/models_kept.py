@@ -7,9 +7,10 @@ from typing import Generic, Protocol, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 M = TypeVar("M")
+Moved = TypeVar("Moved", contravariant=True)
 
 
-class Memory(Protocol[M]):
+class Memory(Protocol[Moved]):
     """What is done with models, and whether there is room for them."""
 
     def fits_card(self, size_bytes: int) -> bool: ...
@@ -17,11 +18,11 @@ class Memory(Protocol[M]):
     def fits_host(self, size_bytes: int) -> bool:
         """Whether so much more does."""
 
-    def to_card(self, models: M) -> None: ...
+    def to_card(self, models: Moved) -> None: ...
 
-    def to_host(self, models: M) -> None: ...
+    def to_host(self, models: Moved) -> None: ...
 
-    def drop(self, models: M) -> None:
+    def drop(self, models: Moved) -> None:
         """Free its memory, whoever still holds it."""
 
 

@@ -366,13 +366,13 @@ def test_generating_touches_no_environment_network_or_disk(monkeypatch: pytest.M
 
 def test_each_stage_has_a_scheduler_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
-    build = generate_module.build_scheduler
+    build = generate_module.scheduler_of
 
     def recorded(*arguments: Any, **options: Any) -> Any:
         built.append(build(*arguments, **options))
         return built[-1]
 
-    monkeypatch.setattr(generate_module, "build_scheduler", recorded)
+    monkeypatch.setattr(generate_module, "scheduler_of", recorded)
     draw(parse_request({**ENSEMBLE, "scheduler": "KLMS"}), models())
     first, second = built
     assert first is not second

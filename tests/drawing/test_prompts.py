@@ -1,6 +1,8 @@
 """Long prompts count to their last word; short ones give what plain diffusers gives."""
 
+import dataclasses
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +113,8 @@ class TestSecondEncoder:
 
     @pytest.mark.parametrize("field", ["prompt_2", "negative_prompt_2"])
     def test_a_longer_text_for_it_lengthens_all(self, field: str) -> None:
-        for encoding in encode_pair(Texts("a", "b", **{field: "x " * 80}), models()):
+        longer: dict[str, Any] = {field: "x " * 80}
+        for encoding in encode_pair(dataclasses.replace(Texts("a", "b"), **longer), models()):
             assert encoding.hidden_1.shape[1] == encoding.hidden_2.shape[1] == 154
 
     @pytest.mark.parametrize("refiner_steps", [0, 10], ids=["base", "refiner"])
@@ -233,9 +236,10 @@ class TestWarnings:
 
     @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "prompt_2"])
     def test_others_networks_are_told(self, field: str) -> None:
-        texts = {"prompt": "a", field: "b <lora:secret:1>"}
-        [read] = warnings_of(Texts(**texts))
-        [left_out] = warnings_of(Texts(**texts, weighted=True))
+        named: dict[str, Any] = {field: "b <lora:secret:1>"}
+        texts = dataclasses.replace(Texts("a"), **named)
+        [read] = warnings_of(texts)
+        [left_out] = warnings_of(dataclasses.replace(texts, weighted=True))
         assert (
             read == f"{field}: <lora:...> and the like do nothing in a prompt; give LoRAs in loras"
         )

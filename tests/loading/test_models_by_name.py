@@ -69,7 +69,8 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are(name: str, fol
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".hidden", "notes.txt", "sdxl-configs", "whole.safetensors", "../models/whole", "/"]
+    "name",
+    ["", ".hidden", "notes.txt", "sdxl-configs", "whole.safetensors", "../models/whole", "/"],
 )
 def test_other_names_lead_nowhere(name: str, folder: Path) -> None:
     assert "this worker has no " in refusal(name, folder)

@@ -205,7 +205,7 @@ def test_playgrounds_latents_are_scaled_as_comfyui_scales_them(
             return latents
 
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    inward = latents_of(Fixed(), [torch.Generator()], vae)  # type: ignore[arg-type]
+    inward = latents_of(Fixed(), [torch.Generator()], vae)
     assert torch.allclose(inward, (latents - mean) * 0.5 / std, atol=1e-6)
     with torch.no_grad():
         outward = _decoded(inward, vae)

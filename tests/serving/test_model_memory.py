@@ -16,7 +16,8 @@ from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.placement import WORKING_MEMORY_BYTES
 from sdxl_worker.request import parse_request
-from sdxl_worker.serving import model_memory, start as start_module
+from sdxl_worker.serving import model_memory
+from sdxl_worker.serving import start as start_module
 from sdxl_worker.serving.model_memory import ModelMemory, is_emptied, size_bytes_of
 from sdxl_worker.serving.models_kept import ModelsKept
 from sdxl_worker.serving.start import put_on_card, ready_models, start
@@ -41,7 +42,7 @@ class Room(ModelMemory):
 
     kept: ModelsKept[Path, Models]
 
-    def fits_card(self, size_bytes: int) -> bool:
+    def fits_card(self, size_bytes: int) -> bool:  # noqa: ARG002
         return self._count(on_card=True) < 2
 
     def fits_host(self, size_bytes: int) -> bool:
@@ -106,7 +107,7 @@ def test_fifty_random_changes_leave_each_picture_as_it_is(folder: Path, room: Ro
     assert len(set(alone.values())) == 4
     gc.collect()
     before = bytes_of_parameters()
-    choose = random.Random(1)
+    choose = random.Random(1)  # noqa: S311
     loads: list[str] = []
     held = []
     for i in range(50):
@@ -134,7 +135,9 @@ def test_the_one_that_was_used_least_recently_goes(folder: Path, room: Room) -> 
 
 
 def test_the_log_tells_how_long_a_change_took_and_from_where(
-    folder: Path, room: Room, caplog: pytest.LogCaptureFixture
+    folder: Path,
+    room: Room,  # noqa: ARG001
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
     settings = Settings(model_dir=folder / "a.safetensors", models_dir=folder)
@@ -208,9 +211,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_job_alone(folder: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("room")
-def test_jobs_that_wait_share_a_load_which_none_of_them_ends(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jobs_that_wait_share_a_load_which_none_of_them_ends(folder: Path) -> None:
     settings = Settings(model_dir=folder / "a.safetensors", models_dir=folder)
     start(settings).result()
     loads: list[str] = []
@@ -251,14 +252,20 @@ def test_the_optimizations_are_those_of_the_settings_and_a_first_picture_is_draw
 ) -> None:
     from sdxl_worker.speed import optimize as optimize_module
 
-    optimized, pictures = [], []
+    optimized: list[Any] = []
+    pictures: list[Any] = []
     optimize, generate = optimize_module.optimize, generate_module.generate
-    monkeypatch.setattr(
-        optimize_module, "optimize", lambda *it: (optimized.append(it), optimize(*it))
-    )
-    monkeypatch.setattr(
-        generate_module, "generate", lambda *it, **how: (pictures.append(it), generate(*it, **how))[1]
-    )
+
+    def noted_optimize(*given: Any) -> None:
+        optimized.append(given)
+        optimize(*given)
+
+    def noted_generate(*given: Any, **options: Any) -> Any:
+        pictures.append(given)
+        return generate(*given, **options)
+
+    monkeypatch.setattr(optimize_module, "optimize", noted_optimize)
+    monkeypatch.setattr(generate_module, "generate", noted_generate)
     settings = Settings(model_dir=folder / "a.safetensors", models_dir=folder)
     for name in (None, "b"):
         asyncio.run(ready_models(settings, name))

@@ -137,7 +137,7 @@ def test_a_model_that_is_lost_on_its_way_to_the_card_is_loaded_again() -> None:
     machine.bring("a")
     machine.bring("b")
 
-    def fail(_: str) -> None:
+    def fail(models: str) -> None:  # noqa: ARG001
         raise RuntimeError("out of memory")
 
     machine.to_card = fail  # type: ignore[method-assign]
@@ -149,7 +149,7 @@ def test_a_model_that_is_lost_on_its_way_to_the_card_is_loaded_again() -> None:
 
 
 def test_at_random_no_place_is_ever_too_full_and_none_is_lost() -> None:
-    choose = random.Random(0)
+    choose = random.Random(0)  # noqa: S311
     sizes = {name: choose.randint(1, 12) for name in "abcdefg"}
     machine = Machine(20, 15, **sizes)
     for _ in range(1000):

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR
+from tests.original_format import base_checkpoint, save
 from tests.own_files import WORD, write_embedding, write_lora
 from tests.support import data_uri, decoded, largest_difference, noise_picture, run
 
@@ -77,6 +79,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lora(folder / "loras" / "one.safetensors", seed=1)
     write_lora(folder / "loras" / "two.safetensors", seed=2, texts=False)
     write_embedding(folder / "loras" / "word.safetensors", seed=3)
+    tensors = base_checkpoint(EMBEDDED_MODEL_DIR / "base")
+    tensors["model.diffusion_model.out.2.weight"] *= 1.1
+    save(tensors, folder / "models" / "other.safetensors")
     return folder
 
 
@@ -127,6 +132,7 @@ def test_it_works_in_every_way_or_is_refused_by_a_rule_and_nothing_of_it_stays(
 def test_the_file_of_a_picture_makes_it_again() -> None:
     output = run({**PLAIN, **EVERYTHING})
     [picture] = [decoded(uri) for uri in output["images"]]
+    assert isinstance(picture, PngImagePlugin.PngImageFile)
     again = json.loads(picture.text["request"])
     assert again["loras"] == [
         {"path": "one.safetensors", "scale": 1.0},
