@@ -253,7 +253,7 @@ def test_the_base_handed_over_to_itself_changes_nothing(name: str) -> None:
 def test_nor_does_it_with_another_schedule(
     name: str, schedule: str, high_noise_frac: float
 ) -> None:
-    more = {"schedule": schedule, "num_inference_steps": 10}
+    more: dict[str, Any] = {"schedule": schedule, "num_inference_steps": 10}
     handed = handed_over(name, **more, high_noise_frac=high_noise_frac)
     assert difference(handed, unsplit(name, **more)) < 0.02
 

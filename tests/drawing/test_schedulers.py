@@ -18,6 +18,7 @@ from PIL import Image
 
 from sdxl_worker.drawing.schedulers import build_scheduler, check_sampler, timesteps_run
 from sdxl_worker.drawing.stages import plan_stages, scheduler_of
+from sdxl_worker.drawing.steps import Step
 from sdxl_worker.errors import RequestError
 from sdxl_worker.few_step import recognise, with_settings_of
 from sdxl_worker.loading.models import Models
@@ -35,7 +36,13 @@ from tests.support import (
     plain_base,
 )
 
-SMALL = {"prompt": PROMPT, "seed": 3, "width": 64, "height": 64, "refiner_inference_steps": 0}
+SMALL: dict[str, Any] = {
+    "prompt": PROMPT,
+    "seed": 3,
+    "width": 64,
+    "height": 64,
+    "refiner_inference_steps": 0,
+}
 CONFIG = dict(models().scheduler_config)
 FLAGS = {
     "karras": "use_karras_sigmas",
@@ -284,11 +291,12 @@ def test_the_steps_that_are_planned_are_those_that_come(
     stages = plan_stages(request, models())
     steps: dict[str, int] = {}
     percent: list[int] = []
-    draw(
-        request,
-        models(),
-        on_step=lambda step: (steps.update({step.stage: step.step}), percent.append(step.percent)),
-    )
+
+    def count(step: Step) -> None:
+        steps[step.stage] = step.step
+        percent.append(step.percent)
+
+    draw(request, models(), on_step=count)
     assert {stage.name: stage.steps for stage in stages} == steps
     assert percent == sorted(set(percent))
     assert percent[-1] == 100
