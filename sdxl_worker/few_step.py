@@ -216,6 +216,8 @@ def with_settings_of(
         settings["guidance_scale"] = few_step.guidance_scale
         if "scheduler" not in named:  # the spacing belongs to the sampler
             settings["schedule"] = few_step.schedule
+        if few_step.native_size_px is not None and request.image_url is None:
+            settings["width"] = settings["height"] = few_step.native_size_px
         refiner_alone = request.image_url is not None and request.mode != "img2img"
         if named.isdisjoint(REFINER_FIELDS) and not refiner_alone:
             settings["refiner_inference_steps"] = 0

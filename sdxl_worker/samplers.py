@@ -59,7 +59,7 @@ SCHEDULES: Mapping[ScheduleName, Schedule] = MappingProxyType(
             ("Exponential",),
             " Exponential",
         ),
-        "beta": Schedule("timesteps at the quantiles of Beta(0.6, 0.6)", "Beta", ("Beta",)),
+        "beta": Schedule("sigmas at the quantiles of Beta(0.6, 0.6)", "Beta", ("Beta",)),
         "trailing": Schedule(
             "even timesteps, the first of them the last one of the training",
             "SGM Uniform",

@@ -183,6 +183,15 @@ def test_the_refiner_is_on_only_where_something_of_it_is_named(named: dict[str, 
     assert is_on == ("strength" not in named)
 
 
+def test_a_model_of_another_size_draws_in_its_own() -> None:
+    turbo = recognised("sd_xl_turbo_1.0")
+    request = with_settings_of(accepted(width=768), turbo)
+    assert (request.width, request.height) == (768, 512)
+    redrawn = accepted(image_url="https://example.com/a.png", mode="img2img")
+    assert with_settings_of(redrawn, turbo).width is None, "a picture has its own size"
+    assert with_settings_of(accepted(), LIGHTNING).width is None
+
+
 def test_where_there_is_nothing_but_the_refiner_it_stays() -> None:
     request = accepted(image_url="https://example.com/a.png")
     assert with_settings_of(request, LIGHTNING).refiner_inference_steps == 50

@@ -9,8 +9,9 @@ import json
 import tomllib
 from pathlib import Path
 
+from sdxl_worker.few_step import recognise
 from sdxl_worker.request import Request
-from sdxl_worker.samplers import SAMPLERS, SCHEDULES
+from sdxl_worker.samplers import NEAREST, SAMPLERS, SCHEDULES
 from sdxl_worker.settings import Settings
 from sdxl_worker.wording import field_schemas, rule
 from tools.hub import env_inputs, gpu_table
@@ -52,10 +53,69 @@ def settings_table() -> str:
 
 
 def samplers_table() -> str:
-    rows = ["| name | other names | schedules |", "|---|---|---|"]
+    rows = ["| name | other names | schedules | |", "|---|---|---|---|"]
     for name, sampler in SAMPLERS.items():
-        others = ", ".join(f"`{other}`" for other in sampler.spellings if other != name)
-        rows.append(f"| `{name}` | {others} | {', '.join(sampler.schedules)} |")
+        others = [other for other in sampler.spellings if other != name]
+        others += sampler.combined
+        told = ", ".join(f"`{other}`" for other in others)
+        marks = [
+            *(["adds noise in its steps"] if sampler.adds_noise else []),
+            *(["two calls of the UNet in a step"] if sampler.calls_per_step == 2 else []),
+            *([] if sampler.zero_terminal_snr else ["not from pure noise"]),
+        ]
+        schedules = ", ".join(sampler.schedules)
+        rows.append(f"| `{name}` | {told} | {schedules} | {'; '.join(marks)} |")
+    return "\n".join(rows)
+
+
+def nearest_table() -> str:
+    rows = ["| not there | nearest |", "|---|---|"]
+    for name in dict.fromkeys(NEAREST.values()):
+        others = ", ".join(f"`{other}`" for other, nearest in NEAREST.items() if nearest == name)
+        rows.append(f"| {others} | `{name}` |")
+    return "\n".join(rows)
+
+
+# One published file for each of the settings that there are.
+FEW_STEP_FILES = (
+    "sdxl_lightning_4step_lora",
+    "Hyper-SDXL-4steps-lora",
+    "Hyper-SDXL-8steps-CFG-lora",
+    "Hyper-SDXL-1step-lora",
+    "Hyper-SDXL-1step-Unet",
+    "lcm-lora-sdxl",
+    "TCD-SDXL-LoRA",
+    "dmd2_sdxl_4step_lora",
+    "dmd2_sdxl_1step_unet",
+    "sd_xl_turbo_1.0",
+    "pcm_sdxl_smallcfg_4step_converted",
+    "pcm_sdxl_normalcfg_4step_converted",
+    "pcm_sdxl_lcmlike_lora_converted",
+    "sdxl-flash",
+)
+
+
+def few_step_table() -> str:
+    rows = [
+        "| file, for example | sampler, schedule | steps | guidance | |",
+        "|---|---|---|---|---|",
+    ]
+    for file in FEW_STEP_FILES:
+        found = recognise(file, None, {})
+        if found is None:
+            raise ValueError(f"{file} is not recognised")
+        least, most = found.takes_steps
+        steps = f"{found.steps}" + (f", made for {least} to {most}" if least != most else "")
+        guidance = "off" if found.guidance_scale <= 1 else f"{found.guidance_scale:g}"
+        marks = [
+            *([f"eta {found.eta:g}"] if found.eta is not None else []),
+            *([f"timesteps {', '.join(map(str, found.timesteps))}"] if found.timesteps else []),
+            *([f"made for {found.native_size_px} px"] if found.native_size_px else []),
+        ]
+        rows.append(
+            f"| `{file}` | `{found.scheduler}`, {found.schedule} | {steps} | {guidance} | "
+            f"{'; '.join(marks)} |"
+        )
     return "\n".join(rows)
 
 
@@ -220,7 +280,11 @@ def derived() -> dict[Path, str]:
         ),
         MODELS: with_tables(MODELS, settings=settings_table()),
         SAMPLERS_DOCUMENT: with_tables(
-            SAMPLERS_DOCUMENT, samplers=samplers_table(), schedules=schedules_table()
+            SAMPLERS_DOCUMENT,
+            samplers=samplers_table(),
+            nearest=nearest_table(),
+            schedules=schedules_table(),
+            **{"few-step": few_step_table()},
         ),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
         SECURITY: with_tables(SECURITY, report=report()),

@@ -93,8 +93,7 @@ async def _answered(
     from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
     from sdxl_worker.serving.report import build_report
 
-    # Refuses before anything is fetched.
-    plan_stages(with_settings_of(request, None, models.scheduler_config), models)
+    plan_stages(request, models)  # refuses before anything is fetched
     adapter_files = await _adapter_files(request, settings, progress, job_id)
     adapters = await in_thread(read_adapters, request, adapter_files, models)
     request = with_settings_of(request, adapters.few_step, models.scheduler_config)

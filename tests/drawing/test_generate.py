@@ -372,8 +372,9 @@ def test_each_stage_has_a_scheduler_of_its_own(monkeypatch: pytest.MonkeyPatch) 
         built.append(build(*arguments, **options))
         return built[-1]
 
+    loaded = models()  # which draws as well
     monkeypatch.setattr(generate_module, "scheduler_of", recorded)
-    draw(parse_request({**ENSEMBLE, "scheduler": "KLMS"}), models())
+    draw(parse_request({**ENSEMBLE, "scheduler": "KLMS"}), loaded)
     first, second = built
     assert first is not second
     assert type(first) is type(second)

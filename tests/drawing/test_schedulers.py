@@ -36,7 +36,13 @@ from tests.support import (
     plain_base,
 )
 
-SMALL = {"prompt": PROMPT, "seed": 3, "width": 64, "height": 64, "refiner_inference_steps": 0}
+SMALL: dict[str, Any] = {
+    "prompt": PROMPT,
+    "seed": 3,
+    "width": 64,
+    "height": 64,
+    "refiner_inference_steps": 0,
+}
 CONFIG = dict(models().scheduler_config)
 FLAGS = {
     "karras": "use_karras_sigmas",
@@ -94,7 +100,7 @@ def test_pictures_are_those_of_plain_diffusers(name: SamplerName) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_each_picture_of_a_batch_is_what_it_is_alone(name: str) -> None:
     together = drawn(name, num_images=3)
-    alone = [drawn(name, seed=int(str(SMALL["seed"])) + i)[0] for i in range(3)]
+    alone = [drawn(name, seed=SMALL["seed"] + i)[0] for i in range(3)]
     for one, other in zip(together, alone, strict=True):
         assert largest_difference(one, other) <= 2
     assert largest_difference(*alone[:2]) > 50
@@ -286,11 +292,11 @@ def test_the_steps_that_are_planned_are_those_that_come(
     steps: dict[str, int] = {}
     percent: list[int] = []
 
-    def noted(step: Step) -> None:
+    def count(step: Step) -> None:
         steps[step.stage] = step.step
         percent.append(step.percent)
 
-    draw(request, models(), on_step=noted)
+    draw(request, models(), on_step=count)
     assert {stage.name: stage.steps for stage in stages} == steps
     assert percent == sorted(set(percent))
     assert percent[-1] == 100
