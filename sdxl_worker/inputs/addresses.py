@@ -5,13 +5,6 @@ services must not be reached through the worker.
 """
 
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from urllib.parse import parse_qsl, urlencode, urlsplit
-
-from sdxl_worker.wording import without_secrets
-
-# Of Civitai's addresses: what chooses one of several files, and is no secret.
-OF_THE_FILE = ("modelVersionId", "fileId", "type", "format", "size", "fp")
-
 
 # https://www.iana.org/assignments/iana-ipv4-special-registry. Python's own list changes with its
 # patch version, and 3.11 takes some of these for public.
@@ -68,15 +61,3 @@ def is_public(address: str) -> bool:
         and parsed in GLOBAL_UNICAST
         and not any(parsed in network for network in NOT_PUBLIC_V6)
     )
-
-
-def shareable(path: str) -> str:
-    """A request's path as metadata may tell it: without secrets, and still for the same file."""
-    if not path.startswith("https://"):
-        return path
-    try:
-        query = parse_qsl(urlsplit(path).query)
-    except ValueError:
-        query = []
-    kept = [(name, value) for name, value in query if name in OF_THE_FILE]
-    return without_secrets(path) + (f"?{urlencode(kept)}" if kept else "")

@@ -13,5 +13,5 @@ class AdapterFile:
     sha256: str
     """Of the whole file, in hex."""
     name: str
-    """For messages and metadata: without secrets, and without the worker's folders."""
+    """For messages and metadata: a path by which a request names it, without secrets."""
     header: SafetensorsHeader = field(repr=False, compare=False)

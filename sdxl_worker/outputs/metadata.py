@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 import sdxl_worker
-from sdxl_worker.inputs.addresses import shareable
 from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.outputs.exif import INFOTEXT, SOFTWARE
 from sdxl_worker.request import TIES, Request
@@ -67,7 +66,7 @@ def describe(
     return {
         SOFTWARE: f"sdxl-worker {sdxl_worker.__version__}",
         "model": about.model_name,
-        "request": json.dumps(_again(request, index, with_prompts), ensure_ascii=False),
+        "request": json.dumps(_again(request, index, about, with_prompts), ensure_ascii=False),
         "versions": json.dumps(library_versions(quantized="QUANTIZE" in about.lossy)),
         **({"settings": json.dumps(dict(about.lossy))} if about.lossy else {}),
         **({"adapters": json.dumps(hashes, ensure_ascii=False)} if hashes else {}),
@@ -76,7 +75,7 @@ def describe(
     }
 
 
-def _again(request: Request, index: int, with_prompts: bool) -> dict[str, Any]:
+def _again(request: Request, index: int, about: About, with_prompts: bool) -> dict[str, Any]:
     """Fields that only go with others are told where they are used."""
     again = request.model_copy(update={"seed": request.seed_of(index), "num_images": 1})
     fields = Request.model_fields
@@ -90,8 +89,10 @@ def _again(request: Request, index: int, with_prompts: bool) -> dict[str, Any]:
     for name in ("image_url", "mask_url"):
         if name in job_input:
             job_input[name] = _without_picture(job_input[name])
-    for one in (*job_input.get("loras", ()), *job_input.get("embeddings", ())):
-        one["path"] = shareable(one["path"])[:MAX_ADDRESS_CHARACTERS]
+    for field in ("loras", "embeddings"):
+        for i, one in enumerate(job_input.get(field, ())):
+            # A path to the same file, without what may be secret in the one that was sent.
+            one["path"] = about.adapters[f"{field}[{i}].path"].name[:MAX_ADDRESS_CHARACTERS]
     return job_input
 
 
@@ -111,9 +112,9 @@ def _infotext(
     A1111's names stands for that.
     """
     loras = [
-        (Path(about.adapters[place].name).stem, about.adapters[place].sha256, lora.scale)
+        (Path(file.name).stem, file.sha256, lora.scale)
         for i, lora in enumerate(request.loras or ())
-        if (place := f"loras[{i}].path") in about.adapters
+        for file in [about.adapters[f"loras[{i}].path"]]
     ]
     width, height = size_px
     is_refined_only = request.image_url is not None and request.mode != "img2img"

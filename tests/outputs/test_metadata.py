@@ -1,9 +1,11 @@
 """What the files tell of how they were made, read back by others: Pillow, piexif, an XML parser."""
 
+import dataclasses
 import io
 import json
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 from typing import Any
 
 import piexif
@@ -12,10 +14,12 @@ import pytest
 from PIL import Image
 
 import sdxl_worker
+from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.outputs.answer import encode_pictures
 from sdxl_worker.outputs.exif import MAX_JPEG_EXIF_BYTES
 from sdxl_worker.outputs.metadata import About, describe
 from sdxl_worker.request import OutputFormat, parse_request
+from sdxl_worker.safetensors_header import SafetensorsHeader
 from sdxl_worker.settings import MetadataLevel, load_settings
 from tests.outputs.samples import ABOUT, sample
 from tests.support import data_uri
@@ -280,3 +284,21 @@ def test_the_level_is_that_of_the_setting_its_old_name_or_the_place(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert load_settings().metadata_level == level
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_a_lora_is_named_by_a_path_to_the_same_file_without_secrets(
+    output_format: OutputFormat,
+) -> None:
+    address = "https://civitai.com/api/download/models/7?type=Model&token=hunter2"
+    header = SafetensorsHeader({}, {}, {}, {}, 0)
+    name = "https://civitai.com/api/download/models/7?type=Model"
+    file = AdapterFile(Path("/cache/it"), "ab" * 32, name, header)
+    about = dataclasses.replace(ABOUT, adapters={"loras[0].path": file}, few_step="LCM")
+    text = told(made(output_format, about, loras=[{"path": address}]))
+    assert json.loads(text["request"])["loras"] == [{"path": name, "scale": 1.0}]
+    assert json.loads(text["adapters"]) == {name: "ab" * 32}
+    assert "Lora hashes" in text["parameters"]
+    assert "abababab" in text["parameters"]
+    assert text["few_step"] == "LCM"
+    assert "hunter2" not in str(text)
