@@ -159,6 +159,17 @@ def idle_graph_bytes() -> int:
     return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
 
 
+def free_bytes(device: "torch.device") -> int | None:
+    """What is free for new tensors: what CUDA has left, and what torch holds for reuse. None for a
+    CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(torch.cuda.mem_get_info()[0]) + reusable - idle_graph_bytes()
+
+
 def peak_memory_bytes() -> int:
     """The peak of GPU memory since `reset_peak_memory`; without a GPU, of the whole process."""
     torch = _torch_with_gpu()

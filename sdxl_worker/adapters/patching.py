@@ -17,6 +17,7 @@ import torch
 from sdxl_worker.adapters.changes import Lora, ParameterName
 from sdxl_worker.adapters.module_names import NETWORKS
 from sdxl_worker.errors import RequestError
+from sdxl_worker.gpu import free_bytes
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import fits
 
@@ -35,14 +36,6 @@ def patches_of(models: Models) -> "Patches":
     return _patches[unet]
 
 
-def free_bytes(device: torch.device) -> int:
-    """Of a GPU's memory, with what torch holds there and does not use. 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + reusable
-
-
 class Patches:
     """What LoRAs have changed in the networks of one model. For one thread, the one that draws.
 
@@ -54,7 +47,7 @@ class Patches:
         models: Models,
         *,
         fits: Callable[[int, int], bool] = fits,
-        free_bytes: Callable[[torch.device], int] = free_bytes,
+        free_bytes: Callable[[torch.device], int | None] = free_bytes,
     ) -> None:
         # The dictionary above must not keep the networks that it is a property of.
         self._networks = {name: ref(getattr(models, name)) for name in NETWORKS}
@@ -185,9 +178,8 @@ class Patches:
             return
         size = sum(self._parameter(name).nbytes for name in names)
         # Where networks take turns on the GPU, there is no room for what stays there.
-        beside = self._placement.resident and self._fits(
-            size, self._free_bytes(self._placement.device)
-        )
+        free = self._free_bytes(self._placement.device)
+        beside = self._placement.resident and free is not None and self._fits(size, free)
         for name in names:
             check()
             original = self._parameter(name).detach()

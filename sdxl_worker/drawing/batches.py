@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from sdxl_worker import gpu
 from sdxl_worker.errors import RequestError
-from sdxl_worker.gpu import idle_graph_bytes
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import MIN_SIDE_PX, SIDE_MULTIPLE_PX, Request
 
@@ -60,11 +60,11 @@ def check_fits(models: Models, request: Request, *, width_px: int, height_px: in
     Raises:
         RequestError: with the largest square that fits.
     """
-    free_bytes = _free_bytes(models.device)
+    free_bytes = gpu.free_bytes(models.device)
     if free_bytes is None:
         return
     # For a first picture of another size, recordings are given up.
-    free_bytes += idle_graph_bytes()
+    free_bytes += gpu.idle_graph_bytes()
     if not models.placement.resident:
         free_bytes -= min(unet.get_memory_footprint() for unet in models.unets())
     is_guided = request.guidance_scale > 1
@@ -90,7 +90,7 @@ def plan(models: Models, *, num_images: int, pixels: int, encodes: bool = False)
         pixels: of one picture.
         encodes: whether a picture of that size is encoded, alone, before the rest.
     """
-    free_bytes = _free_bytes(models.device)
+    free_bytes = gpu.free_bytes(models.device)
     if free_bytes is None:
         return Plan(num_images, slicing=False, tiling=False)
     unet_bytes = pixels * UNET_BYTES_PER_PIXEL * models.dtype.itemsize // 2
@@ -99,7 +99,7 @@ def plan(models: Models, *, num_images: int, pixels: int, encodes: bool = False)
     encoder_bytes = pixels * ENCODER_BYTES_PER_PIXEL * vae_itemsize // 2
     room = free_bytes - MARGIN_BYTES
     encoding_tiled = encodes and encoder_bytes > room
-    recorded_bytes = idle_graph_bytes()
+    recorded_bytes = gpu.idle_graph_bytes()
     if recorded_bytes:
         # CUDA graphs keep their common memory, which grows to what the largest of them needs.
         room_for_unet = room + recorded_bytes - decoder_bytes
@@ -130,11 +130,3 @@ def decoder_dtype(vae: Any) -> torch.dtype:
 
 def _largest_unet_bytes(models: Models) -> int:
     return max(unet.get_memory_footprint() for unet in models.unets())
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """What is free for new tensors: what CUDA has left, and what torch holds for reuse."""
-    if device.type != "cuda":
-        return None
-    reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return torch.cuda.mem_get_info()[0] + reusable - idle_graph_bytes()

@@ -89,10 +89,10 @@ def _again(request: Request, index: int, about: About, with_prompts: bool) -> di
     for name in ("image_url", "mask_url"):
         if name in job_input:
             job_input[name] = _without_picture(job_input[name])
-    for field in ("loras", "embeddings"):
-        for i, one in enumerate(job_input.get(field, ())):
+    for name in ("loras", "embeddings"):
+        for i, one in enumerate(job_input.get(name, ())):
             # A path to the same file, without what may be secret in the one that was sent.
-            one["path"] = about.adapters[f"{field}[{i}].path"].name[:MAX_ADDRESS_CHARACTERS]
+            one["path"] = about.adapters[f"{name}[{i}].path"].name[:MAX_ADDRESS_CHARACTERS]
     return job_input
 
 

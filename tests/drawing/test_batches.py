@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.ways import psnr_db
+from sdxl_worker import gpu
 from sdxl_worker.drawing import batches
 from sdxl_worker.drawing.batches import Plan
 from sdxl_worker.drawing.steps import Step
@@ -74,7 +75,7 @@ def models_on_gpu(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free_bytes) - 100, 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500 + int(recorded_bytes))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 400)
-    monkeypatch.setattr(batches, "idle_graph_bytes", lambda: int(recorded_bytes))
+    monkeypatch.setattr(gpu, "idle_graph_bytes", lambda: int(recorded_bytes))
     vae: Any = SimpleNamespace(
         dtype=torch.float16, config=SimpleNamespace(force_upcast=decoder_dtype == torch.float32)
     )
