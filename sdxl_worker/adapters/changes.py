@@ -70,9 +70,6 @@ class Lora:
         cpu = torch.device("cpu")
         return next((key for key in keys if not self._read(key, cpu).isfinite().all()), None)
 
-    def close(self) -> None:
-        self._file.close()
-
     def _read(self, key: str, device: torch.device) -> torch.Tensor:
         try:
             tensor = self._file.read(key)

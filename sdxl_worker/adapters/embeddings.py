@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from sdxl_worker.adapters.tensor_file import DTYPES, TensorFile
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.loading.models import Models
@@ -148,10 +148,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _read(file: AdapterFile, name: str) -> torch.Tensor:
+    if file.header.dtypes[name] not in DTYPES:
+        raise ValueError(f"has values in {name} of a format that is not read")
     try:
-        with safe_open(file.path, framework="pt") as tensors:
-            vectors = tensors.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+        vectors = TensorFile(file.path, file.header).read(name)
+    except OSError as error:
         raise ValueError("cannot be read: send the job again") from error
     if not vectors.is_floating_point() or not vectors.float().isfinite().all():
         raise ValueError(f"has values in {name} that are no finite numbers")

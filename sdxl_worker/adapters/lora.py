@@ -42,9 +42,6 @@ def read_lora(file: AdapterFile, scale: float, field: str, models: Models) -> Lo
     Args:
         field: of the request, for messages.
 
-    Returns:
-        Holds the file open until it is closed.
-
     Raises:
         RequestError: it is not a LoRA for these networks, or not one that is understood whole. The
             message says what it is, or which keys are wrong.
@@ -61,11 +58,7 @@ def read_lora(file: AdapterFile, scale: float, field: str, models: Models) -> Lo
     try:
         changes = _Reader(file.header, tensors, models).changes()
     except _RefusedError as error:
-        tensors.close()
         raise RequestError(f"{field}: {file.name} {error}") from error
-    except BaseException:
-        tensors.close()
-        raise
     return Lora(file.name, file.sha256, scale, field, changes, tensors)
 
 

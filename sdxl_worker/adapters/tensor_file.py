@@ -1,6 +1,7 @@
 """Reading single tensors of a safetensors file whose header is known."""
 
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ DTYPES = {
 
 
 class TensorFile:
-    """Stays readable when the file's name is removed, until it is closed.
+    """Stays readable when the file's name is removed. It is closed with this object.
 
     The safetensors library maps the file into memory, where a volume that fails ends the process;
     here it raises OSError.
@@ -33,7 +34,8 @@ class TensorFile:
 
     def __init__(self, path: Path, header: SafetensorsHeader) -> None:
         self._header = header
-        self._file = path.open("rb", buffering=0)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, key: str) -> torch.Tensor:
         """A copy of a tensor, of a dtype in `DTYPES`, on the host.
@@ -45,11 +47,8 @@ class TensorFile:
         data: Any = torch.empty(end - begin, dtype=torch.uint8)
         buffer, at = data.numpy(), 0
         while at < len(buffer):
-            count = os.preadv(self._file.fileno(), [buffer[at:]], begin + at)
+            count = os.preadv(self._descriptor, [buffer[at:]], begin + at)
             if count == 0:
                 raise OSError("the file ends within a tensor")
             at += count
         return data.view(DTYPES[self._header.dtypes[key]]).view(self._header.shapes[key])
-
-    def close(self) -> None:
-        self._file.close()
