@@ -58,6 +58,7 @@ def read_lora(file: AdapterFile, scale: float, field: str, models: Models) -> Lo
     try:
         changes = _Reader(file.header, tensors, models).changes()
     except _RefusedError as error:
+        tensors.close()  # whoever holds the error would hold it open
         raise RequestError(f"{field}: {file.name} {error}") from error
     return Lora(file.name, file.sha256, scale, field, changes, tensors)
 

@@ -26,7 +26,7 @@ DTYPES = {
 
 
 class TensorFile:
-    """Stays readable when the file's name is removed. It is closed with this object.
+    """Stays readable when the file's name is removed. It is closed with this object, or by `close`.
 
     The safetensors library maps the file into memory, where a volume that fails ends the process;
     here it raises OSError.
@@ -35,7 +35,7 @@ class TensorFile:
     def __init__(self, path: Path, header: SafetensorsHeader) -> None:
         self._header = header
         self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, key: str) -> torch.Tensor:
         """A copy of a tensor, of a dtype in `DTYPES`, on the host.

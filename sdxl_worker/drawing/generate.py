@@ -42,6 +42,7 @@ def generate(
     canvas: Canvas | None = None,
     on_step: Callable[[Step], None] = lambda _: None,
     *,
+    check: Callable[[], None] = lambda: None,
     adapters: Adapters = NO_ADAPTERS,
     step_cache_interval: int | None = None,
 ) -> list[Image.Image]:
@@ -56,6 +57,8 @@ def generate(
         stages: as `plan_stages` returns them for the request and the models.
         canvas: of the picture of `image_url`. The pictures come in the size of its `working`.
         on_step: called after each denoising step. If it raises, drawing ends at once.
+        check: called often while LoRAs are put on, which may take seconds. If it raises, so does
+            this, at once.
         adapters: what `request.loras` and `request.embeddings` name.
         step_cache_interval: as `STEP_CACHE`.
 
@@ -70,7 +73,7 @@ def generate(
 
     width, height = canvas.working.size if canvas else output_size_px(stages, None)
     batches.check_fits(models, request, width_px=width, height_px=height)
-    with _patched(models, adapters):
+    with _patched(models, adapters, check):
         plan = batches.plan(
             models,
             num_images=count,
@@ -94,18 +97,18 @@ def generate(
 
 
 @contextlib.contextmanager
-def _patched(models: Models, adapters: Adapters) -> Iterator[None]:
+def _patched(models: Models, adapters: Adapters, check: Callable[[], None]) -> Iterator[None]:
     """With the LoRAs in the weights, which are as they were if anything fails."""
     patches = patches_of(models)
     try:
-        patches.apply(adapters.loras)
+        patches.apply(adapters.loras, check)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         let_go(error)
         _make_room(models)
         second_tries.note("LoRAs applied again")
-        patches.apply(adapters.loras)
+        patches.apply(adapters.loras, check)
     try:
         yield
     except BaseException as error:

@@ -29,6 +29,7 @@ from sdxl_worker.loading.offload import take_turns
 from sdxl_worker.loading.original_names import with_library_names
 from sdxl_worker.loading.weights import Tensors, Weights, choose_placement, start_reading
 from sdxl_worker.placement import Placement
+from sdxl_worker.samplers import is_edm
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Models:
         """How the model was trained to be sampled, in a few words."""
         is_v = self.scheduler_config.get("prediction_type") == "v_prediction"
         name = "v-prediction" if is_v else "epsilon"
-        if str(self.scheduler_config.get("_class_name")).startswith("EDM"):
+        if is_edm(self.scheduler_config):
             return f"EDM, {name}"
         return f"{name}, zero terminal SNR" if self._has_zero_snr else name
 

@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -41,6 +41,7 @@ from sdxl_worker.settings import Settings, load_settings
 from sdxl_worker.wording import without_secrets
 
 if TYPE_CHECKING:
+    from sdxl_worker.drawing.stages import Stage
     from sdxl_worker.loading.models import Models
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def _answer(
     inline = [i for i in range(len(files)) if i not in images]
     cause = next((link.cause for link in links if isinstance(link, UploadFailure)), "")
     if cause:
-        warnings.append(f"{len(inline)} of {len(files)} pictures not uploaded: {cause}")
+        warnings = [*warnings, f"{len(inline)} of {len(files)} pictures not uploaded: {cause}"]
     if inline:
         beside: dict[str, Any] = {"images": list(images.values()), "warning": warnings}
         if 0 in images:  # the first picture is not there twice, but its link is
@@ -256,7 +257,7 @@ def _answer(
             i: data_uri(file, fitted.output_format)
             for i, file in zip(inline, fitted.files, strict=True)
         }
-        warnings += [fitted.warning] if fitted.warning else []
+        warnings = [*warnings, *([fitted.warning] if fitted.warning else [])]
     in_order = [images[i] for i in range(len(files))]
     return build_output(in_order, request, warning="; ".join(warnings) or None)
 
@@ -319,7 +320,7 @@ def _draw(
     settings: Settings,
     progress: Progress,
     request: Request,
-    stages: Any,
+    stages: "Sequence[Stage]",
     canvas: Canvas | None,
     **options: Any,
 ) -> tuple[list[Image.Image], float, float]:
@@ -331,5 +332,7 @@ def _draw(
     models = put_on_card(models, settings, progress.on_loading)
     reset_peak_memory()
     with timed("generate", job_id, queued_at=queued_at) as timing:
-        pictures = generate(request, stages, models, canvas, progress.on_step, **options)
+        pictures = generate(
+            request, stages, models, canvas, progress.on_step, check=progress.check, **options
+        )
     return pictures, timing.ms, patches_of(models).lost
