@@ -271,17 +271,19 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
                 **start,
                 **_embeddings(*work.texts[stage.name], pipeline, zeros_for_empty=not has_negative),
                 guidance_scale=request.guidance_scale,
-                guidance_rescale=(
-                    models.guidance_rescale_default
-                    if request.guidance_rescale is None
-                    else request.guidance_rescale
-                ),
+                guidance_rescale=_guidance_rescale(stage, work),
                 num_images_per_prompt=len(batch),
                 generator=generators,
                 callback_on_step_end=after_step,
                 output_type="latent",
             ).images
     return latents
+
+
+def _guidance_rescale(stage: Stage, work: _Work) -> float:
+    if work.request.guidance_rescale is not None:
+        return work.request.guidance_rescale
+    return work.models.guidance_rescale_default if stage.name == "base" else 0.0
 
 
 def _pipeline(stage: Stage, models: Models) -> Any:

@@ -143,10 +143,11 @@ def check_sampler(request: Request, config: Mapping[str, Any]) -> None:
         raise RequestError(
             f"schedule: {name} cannot do {schedule}; it does {_listed(samplers[name].schedules)}"
         )
-    if is_edm(config) and 0 < (request.high_noise_frac or 0) < 1:
+    has_other_noise = is_edm(config) or config.get("rescale_betas_zero_snr")
+    if has_other_noise and 0 < (request.high_noise_frac or 0) < 1:
         raise RequestError(
-            "high_noise_frac: this model was trained with continuous noise levels (EDM), which no "
-            "refiner goes on with; leave it out"
+            "high_noise_frac: this model was trained with other noise levels than the refiner, "
+            "which cannot go on with what it leaves; leave it out"
         )
 
 

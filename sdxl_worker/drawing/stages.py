@@ -76,9 +76,10 @@ def scheduler_of(
     stage: Stage, request: Request, models: Models, few_step: FewStep | None = None
 ) -> Any:
     """A new scheduler for a stage."""
+    is_base = stage.name == "base"
     return build_scheduler(
         request.scheduler,
-        models.scheduler_config,
+        models.scheduler_config if is_base else models.refiner_scheduler_config,
         begins_in_mid_schedule=stage.begins_in_mid_schedule,
         schedule=request.schedule,
         few_step=few_step,

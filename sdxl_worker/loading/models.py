@@ -22,6 +22,7 @@ from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 from transformers.utils import logging as transformers_logging
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.loading.checkpoint_kind import SCHEDULER_CONFIG
 from sdxl_worker.loading.latent_rgb import LatentRgb, fit_latent_rgb
 from sdxl_worker.loading.model_dir import ModelDir
 from sdxl_worker.loading.networks import NETWORKS
@@ -101,6 +102,11 @@ class Models:
         others need none."""
         is_v = self.scheduler_config.get("prediction_type") == "v_prediction"
         return 0.7 if is_v and self._has_zero_snr else 0.0
+
+    @property
+    def refiner_scheduler_config(self) -> Mapping[str, Any]:
+        """As `scheduler_config`. SDXL's refiner predicts noise, whatever a base beside it does."""
+        return self.scheduler_config if self.kind == "epsilon" else SCHEDULER_CONFIG
 
     @property
     def _has_zero_snr(self) -> bool:

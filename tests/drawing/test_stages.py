@@ -15,7 +15,10 @@ from tests.support import (
     PROMPT,
     canvas_of,
     data_uri,
+    draw,
+    largest_difference,
     models,
+    noise_picture,
     picture,
     pictures,
 )
@@ -133,3 +136,39 @@ def test_a_worker_without_refiner_serves_the_base() -> None:
 def test_a_worker_without_refiner_says_so_to_who_asks_for_it(job_input: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"{next(iter(job_input))}: needs the refiner"):
         plan(without_refiner(), **job_input)
+
+
+V_PREDICTION = {"prediction_type": "v_prediction"}
+OTHER_KINDS = {
+    "v-prediction": V_PREDICTION,
+    "zero SNR": {**V_PREDICTION, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    "EDM": {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80.0},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_beside_a_base_of_another_kind_the_refiner_still_predicts_noise(kind: str) -> None:
+    own = models()
+    config = {**own.scheduler_config, **OTHER_KINDS[kind]}
+    other = dataclasses.replace(own, scheduler_config=config)
+    assert other.kind != own.kind
+    canvas = canvas_of(noise_picture(64, 64))
+    job_input = {
+        "prompt": PROMPT,
+        "image_url": "https://example.com/a.png",
+        "scheduler": "K_EULER",
+        "refiner_inference_steps": 4,
+        "strength": 0.6,
+        "seed": 1,
+    }
+    request = parse_request(job_input)
+    [refined], [expected] = (draw(request, one, canvas) for one in (other, own))
+    assert largest_difference(refined, expected) <= 1
+
+
+@pytest.mark.parametrize("kind", ["zero SNR", "EDM"])
+def test_a_base_with_other_noise_levels_does_not_hand_over_to_the_refiner(kind: str) -> None:
+    config = {**models().scheduler_config, **OTHER_KINDS[kind]}
+    other = dataclasses.replace(models(), scheduler_config=config)
+    with pytest.raises(RequestError, match="^high_noise_frac: .*other noise levels"):
+        plan(other, scheduler="K_EULER", high_noise_frac=0.8)
