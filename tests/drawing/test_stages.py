@@ -139,7 +139,7 @@ def test_a_worker_without_refiner_says_so_to_who_asks_for_it(job_input: dict[str
 
 
 V_PREDICTION = {"prediction_type": "v_prediction"}
-OTHER_KINDS = {
+OTHER_KINDS: dict[str, dict[str, Any]] = {
     "v-prediction": V_PREDICTION,
     "zero SNR": {**V_PREDICTION, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
     "EDM": {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80.0},
