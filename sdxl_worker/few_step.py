@@ -226,7 +226,7 @@ def with_settings_of(
     )
 
 
-def warnings(request: Request, few_step: FewStep | None) -> list[str]:
+def warnings_of_settings(request: Request, few_step: FewStep | None) -> list[str]:
     """What the caller may not expect of a request, with the settings that it ended up with."""
     told = []
     if few_step is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_worker.few_step import HASHES, FewStep, recognise, warnings, with_settings_of
+from sdxl_worker.few_step import HASHES, FewStep, recognise, warnings_of_settings, with_settings_of
 from sdxl_worker.request import Request, parse_request
 
 NO_METADATA: dict[str, str] = {}
@@ -219,19 +219,22 @@ def test_a_model_of_continuous_noise_levels_has_its_own_default(
 
 def test_a_number_of_steps_that_the_file_is_not_for_is_told() -> None:
     request = with_settings_of(accepted(num_inference_steps=25), LIGHTNING)
-    assert warnings(request, LIGHTNING) == [
+    assert warnings_of_settings(request, LIGHTNING) == [
         "num_inference_steps: this SDXL-Lightning was made for 4 steps; got 25"
     ]
-    assert warnings(with_settings_of(accepted(), LIGHTNING), LIGHTNING) == []
+    assert warnings_of_settings(with_settings_of(accepted(), LIGHTNING), LIGHTNING) == []
     unified = recognised("Hyper-SDXL-1step-lora")
-    assert warnings(accepted(num_inference_steps=8), unified) == []
-    assert "for 1 to 8 steps; got 9" in warnings(accepted(num_inference_steps=9), unified)[0]
+    assert warnings_of_settings(accepted(num_inference_steps=8), unified) == []
+    assert (
+        "for 1 to 8 steps; got 9"
+        in warnings_of_settings(accepted(num_inference_steps=9), unified)[0]
+    )
 
 
 @pytest.mark.parametrize("few_step", [None, LIGHTNING])
 def test_a_negative_prompt_without_guidance_is_told(few_step: FewStep | None) -> None:
     request = accepted(negative_prompt="a dog", guidance_scale=1, num_inference_steps=4)
-    assert warnings(request, few_step) == [
+    assert warnings_of_settings(request, few_step) == [
         "negative_prompt: has no effect with a guidance_scale of 1 or below; got 1"
     ]
-    assert warnings(request.model_copy(update={"guidance_scale": 1.1}), few_step) == []
+    assert warnings_of_settings(request.model_copy(update={"guidance_scale": 1.1}), few_step) == []

@@ -31,7 +31,10 @@ def read_adapters(request: Request, files: Mapping[str, AdapterFile], models: Mo
     Raises:
         RequestError: one is not for these models, or is something else.
     """
-    few_step = recognise(models.name, None, {})
+    checkpoint = models.model_dir.checkpoint
+    # Without its hash: that is found out some time after the start, and the defaults must not
+    # change under way.
+    few_step = recognise(models.name, None, checkpoint.header.metadata if checkpoint else {})
     embeddings = []
     for i, one in enumerate(request.embeddings or ()):
         place = f"embeddings[{i}].path"

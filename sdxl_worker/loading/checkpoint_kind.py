@@ -76,12 +76,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ModelError: it is no SDXL base in a single file; the message says what it is.
     """
-    try:
-        header = read_header(path)
-    except NotSafetensorsError as error:
-        raise ModelError(f"MODEL_DIR: {path} is {error}") from None
-    except OSError as error:
-        raise ModelError(f"MODEL_DIR: {path} cannot be read: {error}") from error
+    header = _header(path, "MODEL_DIR")
     if other := _what_else(header):
         raise ModelError(f"MODEL_DIR: {path} {other}")
     vae: dict[str, Any] = {
@@ -121,12 +116,7 @@ def check_vae_file(path: Path) -> None:
     Raises:
         ModelError: it is no VAE that has SDXL's four channels of latents.
     """
-    try:
-        header = read_header(path)
-    except NotSafetensorsError as error:
-        raise ModelError(f"VAE_DIR: {path} is {error}") from None
-    except OSError as error:
-        raise ModelError(f"VAE_DIR: {path} cannot be read: {error}") from error
+    header = _header(path, "VAE_DIR")
     shapes = {name.removeprefix(VAE): shape for name, shape in header.shapes.items()}
     conv_in = shapes.get("decoder.conv_in.weight")
     if conv_in is None or "encoder.conv_in.weight" not in shapes:
@@ -136,6 +126,15 @@ def check_vae_file(path: Path) -> None:
             f"VAE_DIR: {path} is a VAE of another model: its latents have {conv_in[1]} channels, "
             "and SDXL's have 4"
         )
+
+
+def _header(path: Path, variable: str) -> SafetensorsHeader:
+    try:
+        return read_header(path)
+    except NotSafetensorsError as error:
+        raise ModelError(f"{variable}: {path} is {error}") from None
+    except OSError as error:
+        raise ModelError(f"{variable}: {path} cannot be read: {error}") from error
 
 
 def _predicts_v(header: SafetensorsHeader) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.few_step import warnings, with_settings_of
+from sdxl_worker.few_step import warnings_of_settings, with_settings_of
 from sdxl_worker.gpu import reset_peak_memory
 from sdxl_worker.inputs.adapter_files import AdapterFile, fetch_adapters
 from sdxl_worker.inputs.canvas import Canvas, prepare_canvas, with_holes_filled
@@ -109,7 +109,7 @@ async def _answered(
         width, height = output_size_px(stages, canvas)
         check_expected_size(request, width * height, output_format, job_id)
 
-    told = warnings(request, adapters.few_step)
+    told = warnings_of_settings(request, adapters.few_step)
     told += warnings_of(Texts.of(request), adapters.embeddings)
     pictures, generate_ms, lost = await on_gpu_thread(
         _draw,

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import sdxl_worker
+from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.drawing.inpainting import takes_mask
 from sdxl_worker.drawing.second_tries import COUNTS
 from sdxl_worker.gpu import peak_memory_bytes
@@ -32,11 +33,15 @@ def build_report(
         generate_ms: of all pictures, decoding included; divided by `steps` for `ms_per_step`.
     """
     gpu = models.device.type == "cuda"
+    patches = patches_of(models)
     return {
         "model": models.name,
         "revision": models.revision,
         "refiner": models.refiner_unet is not None,
+        "kind": models.kind,
         "inpainting": takes_mask(models.unet),
+        "loras": len(patches.key),
+        "loras_originals_mb": round(patches.originals_bytes / 1e6),
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
         "dtype": str(models.dtype).removeprefix("torch."),
         "step_cache": settings.step_cache,
