@@ -351,9 +351,10 @@ def _figures(
         "refiner_step_ms": round(measured.refiner_step_ms, 2),
         "encode_ms": round(measured.encode_ms, 1),
         "answer_ms": round(measured.picture_ms + measured.encode_ms, 1),
-        "tflop": round(tflop, 4),
-        "tflop_per_s": round(reached, 3),
-        "limit_tflop_per_s": round(limit, 3),
+        # Digits, not decimals: the miniature's are thousandths.
+        "tflop": float(f"{tflop:.4g}"),
+        "tflop_per_s": float(f"{reached:.4g}"),
+        "limit_tflop_per_s": float(f"{limit:.4g}"),
         "share_of_limit": round(reached / limit, 3),
     }
     if options.device.type == "cuda":
