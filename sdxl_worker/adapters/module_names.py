@@ -117,19 +117,17 @@ def original_names(unet: Any) -> dict[str, str]:
     places = dict(ENDS)
     # A level has one block for each of its layers, and on its way down one that halves the size.
     layers = len(unet.down_blocks[0].resnets) + 1
-    for level, block in enumerate(unet.down_blocks):
-        down = f"down_blocks.{level}"
-        for layer in range(len(block.resnets)):
-            places[f"{down}.resnets.{layer}"] = f"input_blocks.{layers * level + layer + 1}.0"
-            places[f"{down}.attentions.{layer}"] = f"input_blocks.{layers * level + layer + 1}.1"
-        places[f"{down}.downsamplers.0.conv"] = f"input_blocks.{layers * (level + 1)}.0.op"
-    for level, block in enumerate(unet.up_blocks):
-        up = f"up_blocks.{level}"
-        for layer in range(len(block.resnets)):
-            places[f"{up}.resnets.{layer}"] = f"output_blocks.{layers * level + layer}.0"
-            places[f"{up}.attentions.{layer}"] = f"output_blocks.{layers * level + layer}.1"
+    for way, original, first in (("down", "input", 1), ("up", "output", 0)):
+        for level, block in enumerate(getattr(unet, f"{way}_blocks")):
+            for layer in range(len(block.resnets)):
+                place = f"{original}_blocks.{layers * level + layer + first}"
+                places[f"{way}_blocks.{level}.resnets.{layer}"] = f"{place}.0"
+                places[f"{way}_blocks.{level}.attentions.{layer}"] = f"{place}.1"
+    for level in range(len(unet.down_blocks)):
+        end = layers * (level + 1)
+        places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{end}.0.op"
         # All that enlarge have attention: it is the third there.
-        places[f"{up}.upsamplers.0.conv"] = f"output_blocks.{layers * (level + 1) - 1}.2.conv"
+        places[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{end - 1}.2.conv"
     return {module: _original_name(module, places) for module in _modules(unet)}
 
 

@@ -205,3 +205,32 @@ def test_a_request_for_previews_gets_them_with_the_updates(
         uri = body["output"]["preview"]
         assert uri.startswith("data:image/jpeg;base64,")
         assert len(base64.b64decode(uri.partition(",")[2])) <= MAX_PREVIEW_BYTES
+
+
+def test_downloads_tell_bytes_and_models_their_names(platform: Platform) -> None:
+    async def job() -> None:
+        async with Progress(JOB) as progress:
+            await asyncio.sleep(0.1)
+            progress.on_bytes(30, 120)
+            progress.on_bytes(60, 120)
+            await asyncio.sleep(1.3)
+            progress.on_bytes(90, None)
+            await asyncio.sleep(1.1)
+            progress.on_loading("other")
+            await asyncio.sleep(0.2)
+
+    asyncio.run(job())
+    assert [body["output"]["progress"] for _, _, body in platform.updates] == [
+        {"stage": "download", "bytes": 30, "total_bytes": 120, "percent": 25},
+        {"stage": "download", "bytes": 90, "total_bytes": None},
+        {"stage": "loading", "model": "other"},
+    ]
+
+
+def test_a_download_that_nobody_waits_for_is_stopped() -> None:
+    async def job() -> Progress:
+        async with Progress(JOB) as progress:
+            return progress
+
+    with pytest.raises(JobStopped):
+        asyncio.run(job()).on_bytes(1, 2)
