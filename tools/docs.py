@@ -264,7 +264,7 @@ def lora_figures() -> str:
         f"{steps[0]:.3f}, {steps[1]:.3f} and {steps[2]:.3f} of the time of one without (medians, "
         "paired). At full size with random fp16 weights,\na LoRA of rank "
         f"{full['rank']} for {full['modules']} linears of the UNet ({full['file_mb']} MB): put on "
-        f"in {seconds('apply_s')} (first on a cold file), changed for another\nin "
+        f"in {seconds('apply_s')} (the longest the first time), changed for another\nin "
         f"{seconds('change_s')}, taken off in {seconds('restore_s')}. The originals took "
         f"{full['originals_gb']} GB; rounding lost {full['lost']:.1%} of the difference."
     )
