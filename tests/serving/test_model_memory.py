@@ -94,6 +94,16 @@ def drawn_by(settings: Settings, name: str | None, loads: list[str]) -> bytes:
     return asyncio.run(job())
 
 
+Known = dict[int, "weakref.ref[torch.nn.Parameter]"]
+
+
+def bytes_since(known: Known) -> int:
+    """Of the parameters that are not among those. None is held."""
+    return sum(
+        one.nbytes for one in parameters_alive() if known.get(id(one), lambda: None)() is not one
+    )
+
+
 def parameters_alive() -> list[torch.nn.Parameter]:
     """Of the whole process."""
     gc.unfreeze()  # each start hides what there is from the garbage collector
@@ -120,8 +130,7 @@ def test_fifty_random_changes_leave_each_picture_as_it_is(folder: Path, room: Ro
             [one] = [room.kept.get(folder / f"{name}.safetensors")]
             assert one is not None
             # Two on the card, one on the host, and nothing of those that were dropped.
-            new = [it for it in parameters_alive() if before.get(id(it), lambda: None)() is not it]
-            held.append(sum(it.nbytes for it in new) / size_bytes_of(one))
+            held.append(bytes_since(before) / size_bytes_of(one))
     assert all(2.5 < one < 3.1 for one in held), held
     assert held[0] == held[-1]
     assert 10 < len(loads) < 50
