@@ -14,7 +14,7 @@ import torch
 
 from sdxl_worker.drawing.schedulers import SAMPLERS, build_scheduler
 from sdxl_worker.request import SchedulerName
-from shapes.evaluate import full_prompts
+from shapes.captions import full_prompts
 from shapes.judge import judge
 from tests.support import models, picture
 
