@@ -45,7 +45,7 @@ from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Quantization, Settings
 from sdxl_worker.speed.quantize import quantize
-from shapes.evaluate import full_prompts
+from shapes.captions import full_prompts
 from shapes.judge import judge
 
 REFERENCE = "none"

@@ -145,6 +145,18 @@ def every_meaning() -> list[Meaning]:
     return meanings
 
 
+def partial_meaning(scene: Scene, rng: np.random.Generator) -> Meaning:
+    """Some of what the scene shows, or nothing of it."""
+    if rng.random() < 0.2:
+        return Meaning(either=(scene.color, scene.background)[rng.integers(2)])
+    said = rng.integers(0, 7)
+    return Meaning(
+        scene.shape if said & 1 else None,
+        scene.color if said & 2 else None,
+        scene.background if said & 4 else None,
+    )
+
+
 def _wordings(meaning: Meaning) -> tuple[str, ...]:
     if meaning.either:
         return ANY_COLOR
@@ -207,3 +219,15 @@ def caption(meaning: Meaning, rng: np.random.Generator) -> str:
 def filler(rng: np.random.Generator, phrases: int) -> str:
     """A list of phrases that say nothing of the scene."""
     return ", ".join(filler_phrase(rng) for _ in range(phrases))
+
+
+def full_prompts(count: int, seed: int) -> list[tuple[str, Meaning]]:
+    """Prompts that name shape, colour and background, in mixed wordings."""
+    rng = np.random.default_rng(seed)
+    prompts = []
+    for _ in range(count):
+        color, background = rng.choice(len(COLORS), size=2, replace=False)
+        shape = SHAPES[rng.integers(len(SHAPES))]
+        meaning = Meaning(shape, COLORS[color], COLORS[background])
+        prompts.append((caption(meaning, rng), meaning))
+    return prompts

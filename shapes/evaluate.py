@@ -25,10 +25,9 @@ from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.samplers import SAMPLERS
 from sdxl_worker.settings import Settings
-from shapes import captions
-from shapes.captions import Meaning
-from shapes.data import COLORS, SHAPES
+from shapes.captions import Meaning, full_prompts
 from shapes.judge import Judgement, judge, parse_caption
+from shapes.sheet import contact_sheet
 
 MODES: dict[str, dict[str, Any]] = {
     "base": {"refiner_inference_steps": 0},
@@ -45,18 +44,6 @@ class Sample:
     meaning: Meaning
     image: Image.Image
     judgement: Judgement
-
-
-def full_prompts(count: int, seed: int) -> list[tuple[str, Meaning]]:
-    """Prompts that name shape, colour and background, in mixed wordings."""
-    rng = np.random.default_rng(seed)
-    prompts = []
-    for _ in range(count):
-        color, background = rng.choice(len(COLORS), size=2, replace=False)
-        shape = SHAPES[rng.integers(len(SHAPES))]
-        meaning = Meaning(shape, COLORS[color], COLORS[background])
-        prompts.append((captions.caption(meaning, rng), meaning))
-    return prompts
 
 
 def evaluate(
@@ -99,16 +86,6 @@ def tally(samples: Sequence[Sample]) -> str:
         for name in ("shape", "color", "background")
         if (counts := Counter(getattr(judgement, name) for judgement in judgements))
     )
-
-
-def contact_sheet(images: Sequence[Image.Image], columns: int = 10) -> Image.Image:
-    """The pictures in rows, on grey."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + 4), rows * (height + 4)), (128, 128, 128))
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * (width + 4), i // columns * (height + 4)))
-    return sheet
 
 
 def main() -> None:

@@ -48,6 +48,10 @@ class TextModels:
     @torch.no_grad()
     def embed(self, contents: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Chunks of at most 75 tokens to SDXL's conditioning: (n, 77, 112) and pooled (n, 64)."""
+        return self.conditioning(contents)
+
+    def conditioning(self, contents: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """The same as `embed`, for a training that goes through the encoders."""
         first, second = self.frame(contents)
         states_1 = self.encoder(first, output_hidden_states=True).hidden_states[-2]
         output = self.encoder_2(second, output_hidden_states=True)

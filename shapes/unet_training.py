@@ -259,21 +259,11 @@ class Sampler:
         if draw < WHOLE_SHARE:
             meaning = Meaning(scene.shape, scene.color, scene.background)
         elif draw < WHOLE_SHARE + PARTIAL_SHARE:
-            meaning = self._partial(scene)
+            meaning = captions.partial_meaning(scene, self.rng)
         else:
             return 0, bool(self.rng.random() < zeros_share)
         options = prompts.of_meaning[meaning]
         return options[self.rng.integers(len(options))], False
-
-    def _partial(self, scene: Scene) -> Meaning:
-        if self.rng.random() < 0.2:
-            return Meaning(either=(scene.color, scene.background)[self.rng.integers(2)])
-        said = self.rng.integers(0, 7)
-        return Meaning(
-            scene.shape if said & 1 else None,
-            scene.color if said & 2 else None,
-            scene.background if said & 4 else None,
-        )
 
     def time_ids(self, name: str, size: tuple[int, int], count: int) -> Tensor:
         """SDXL's size conditioning, (n, 6) for the base, (n, 5) for the refiner."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 import handler
-from shapes.evaluate import contact_sheet
+from shapes.sheet import contact_sheet
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PROMPTS = (

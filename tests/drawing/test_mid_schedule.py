@@ -16,7 +16,7 @@ import torch
 
 from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.samplers import SAMPLERS, SamplerName, ScheduleName
-from shapes.evaluate import full_prompts
+from shapes.captions import full_prompts
 from shapes.judge import judge
 from tests.support import models, picture
 

@@ -13,8 +13,7 @@ import torch
 from safetensors import safe_open
 
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
-from shapes.captions import Meaning
-from shapes.evaluate import full_prompts
+from shapes.captions import Meaning, full_prompts
 from shapes.judge import Judgement, judge
 from tests.support import SCHEDULERS, models, picture
 
