@@ -15,7 +15,7 @@ from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from tests.adapters.lora_files import FIELD, lora_of, saved, weights
-from tests.original_format import base_checkpoint, save
+from tools.original_format import base_checkpoint, save
 
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
