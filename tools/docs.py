@@ -1,11 +1,12 @@
 """Writes what is derived from the code: the documents' tables, the input's JSON Schema, the
-settings in the Hub's form, what the attack, the long run and uploading told, and the publisher's
+settings in the Hub's form, what the attack, the long run and benchmarks told, and the publisher's
 name.
 
 Run as `make docs`; a test checks that all of it is up to date.
 """
 
 import json
+import statistics
 import tomllib
 from pathlib import Path
 
@@ -30,6 +31,7 @@ FORMATS = REPOSITORY / "benchmarks" / "results" / "formats.json"
 ATTACK = REPOSITORY / "benchmarks" / "results" / "attack.json"
 ADAPTERS = REPOSITORY / "benchmarks" / "results" / "adapters-cpu.json"
 LORA = REPOSITORY / "docs" / "lora.md"
+SWAP = REPOSITORY / "benchmarks" / "results" / "swap-cpu.json"
 UPLOADING = REPOSITORY / "benchmarks" / "results" / "uploading.json"
 
 
@@ -270,6 +272,50 @@ def lora_figures() -> str:
     )
 
 
+def swap_figures() -> str:
+    """What `benchmarks.swap` told of checkpoints when it was run last, on a CPU."""
+    run = json.loads(SWAP.read_text(encoding="utf-8"))
+    swap, start = run["swap"], run["start"]
+
+    def seconds(state: str, layout: str) -> str:
+        all_ = [one["seconds"] for one in swap["from_disk"][state][layout]]
+        return f"{min(all_):.1f} to {max(all_):.1f} s"
+
+    def ready(layout: str) -> str:
+        return f"{statistics.median(start['ready_s'][layout]):.1f} s"
+
+    least, most = start["file_by_folder"]["range"]
+    return (
+        f"Measured by `python -m benchmarks.swap` on {swap['cores']} CPU cores, not on a GPU, at "
+        f"SDXL's full size ({swap['weights_gb']:.1f} GB of random\nfp16 weights, no refiner, held "
+        f"in {swap['dtype']}): a model took the place of another, up to its first picture, in "
+        f"{seconds('warm', 'folder')}\nfrom a folder and {seconds('warm', 'file')} from a single "
+        "file, with the files in the system's page cache; and in "
+        f"{seconds('cold', 'folder')} and {seconds('cold', 'file')}\nfrom the disk. A worker was "
+        f"ready in {ready('folder')} from a folder and in {ready('file')} from a single file with "
+        f"the same weights: {start['file_by_folder']['median']:.2f} of the time\n(medians; "
+        f"{least:.2f} to {most:.2f} in {len(start['ready_s']['file'])} pairs). How long models "
+        "take between card and host is not measured: without a GPU, both are one."
+    )
+
+
+def few_step_figures() -> str:
+    """What `benchmarks.swap` told of pictures when it was run last, on a CPU."""
+    run = json.loads(SWAP.read_text(encoding="utf-8"))["pictures"]
+    took, of_default = run["median_s"], run["by_default"]
+    default, few = took["default"], took["few_steps"]
+    lora = "and its few-step LoRA" if run["few_step_lora"] else "without a few-step LoRA"
+    return (
+        f"Measured by `python -m benchmarks.swap` on {run['cores']} CPU cores, not on a GPU, with "
+        f"the miniature model {lora}: the default picture (25 steps\nand the refiner's 15) took "
+        f"{default:.2f} s, the base's 25 steps alone {took['base']:.2f} s, and 4 steps without "
+        f"guidance {few:.2f} s, {of_default['few_steps']['median']:.2f} and\n"
+        f"{few / took['base']:.2f} of them (medians of {run['rounds']} rounds). Of SDXL's "
+        f"operations at 1024x1024, 4 steps are {run['few_steps_of_operations']:.3f} of the "
+        "default's, computed."
+    )
+
+
 def icon_url() -> str:
     return f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
 
@@ -302,12 +348,13 @@ def derived() -> dict[Path, str]:
             uploading=uploading_table(),
         ),
         LORA: with_tables(LORA, figures=lora_figures()),
-        MODELS: with_tables(MODELS, settings=settings_table()),
+        MODELS: with_tables(MODELS, settings=settings_table(), figures=swap_figures()),
         SAMPLERS_DOCUMENT: with_tables(
             SAMPLERS_DOCUMENT,
             samplers=samplers_table(),
             nearest=nearest_table(),
             schedules=schedules_table(),
+            figures=few_step_figures(),
             **{"few-step": few_step_table()},
         ),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
