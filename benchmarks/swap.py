@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -68,8 +68,9 @@ PARTS = ("swap", "start", "pictures")
 # The names in MODELS_DIR.
 FOLDER, FILE = LAYOUTS = ("folder", "file")
 FEW_STEP_LORA = EMBEDDED_MODEL_DIR.parent / "adapters" / "few-step.safetensors"
+Dtype = Literal["float16", "bfloat16"]
 # A CPU without fp16 of its own takes hundreds of times longer for a convolution in it.
-DTYPES = {"cuda": "float16", "cpu": "bfloat16"}
+DTYPES: dict[str, Dtype] = {"cuda": "float16", "cpu": "bfloat16"}
 
 JOB = {"prompt": "a red circle on a blue background", "seed": 3}
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -149,7 +150,7 @@ class RoomForOne(ModelMemory):
 
 
 def swaps(
-    models_dir: Path, states: Sequence[str], rounds: int, dtype: str
+    models_dir: Path, states: Sequence[str], rounds: int, dtype: Dtype
 ) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Each swap's figures, by where the weights were and by layout.
 
@@ -160,7 +161,7 @@ def swaps(
     figures: dict[str, dict[str, list[dict[str, float]]]] = {
         state: {layout: [] for layout in LAYOUTS} for state in states
     }
-    kept = ModelsKept(RoomForOne(others_on_host="host" in states))
+    kept: ModelsKept[Path, Models] = ModelsKept(RoomForOne(others_on_host="host" in states))
     with patch.multiple(start_module, _kept=kept, _starts={}, _loads={}):
         start_module.start(settings).result()
         swap(FILE, settings)
@@ -218,7 +219,7 @@ def bytes_read() -> int:
     return int(line.split()[1])
 
 
-def starts(models_dir: Path, pairs: int, dtype: str) -> dict[str, list[float]]:
+def starts(models_dir: Path, pairs: int, dtype: Dtype) -> dict[str, list[float]]:
     """Seconds from a process's start to ready, by layout. The files are in the page cache."""
     seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
     for pair in tqdm(range(pairs + 1), unit="pair"):
@@ -320,7 +321,9 @@ def measure_pictures(rounds: int, device: torch.device) -> dict[str, Any]:
         "few_step_lora": bool(adapters["few_steps"].loras),
         "rounds": rounds,
         "median_s": {name: round(statistics.median(all_), 3) for name, all_ in seconds.items()},
-        "by_default": {name: ratios(all_, seconds["default"]) for name, all_ in seconds.items()},
+        "by_default": {
+            name: ratios(seconds[name], seconds["default"]) for name in ("base", "few_steps")
+        },
         # Computed, for SDXL at 1024x1024; without guidance, and with one text.
         "few_steps_of_operations": round(
             (few_steps * flops.base + flops.decode + flops.text) / of_default, 4
