@@ -224,6 +224,9 @@ def starts(models_dir: Path, pairs: int, dtype: Dtype) -> dict[str, list[float]]
     seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
     for pair in tqdm(range(pairs + 1), unit="pair"):
         for layout in LAYOUTS if pair % 2 else reversed(LAYOUTS):
+            # Both and a worker would not fit a small machine's memory.
+            for other in LAYOUTS:
+                out_of_page_cache(weight_files(other, models_dir))
             to_page_cache(weight_files(layout, models_dir))
             environment = {"MODEL_DIR": str(path_of(layout, models_dir)), "DTYPE": dtype}
             started = coldstart.measure(coldstart.command("sdxl-worker"), environment)

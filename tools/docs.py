@@ -278,25 +278,28 @@ def swap_figures() -> str:
     swap, start = run["swap"], run["start"]
 
     def seconds(state: str, layout: str) -> str:
-        all_ = [one["seconds"] for one in swap["from_disk"][state][layout]]
-        return f"{min(all_):.1f} to {max(all_):.1f} s"
-
-    def ready(layout: str) -> str:
-        return f"{statistics.median(start['ready_s'][layout]):.1f} s"
+        return _median_and_range([one["seconds"] for one in swap["from_disk"][state][layout]])
 
     least, most = start["file_by_folder"]["range"]
     return (
-        f"Measured by `python -m benchmarks.swap` on {swap['cores']} CPU cores, not on a GPU, at "
-        f"SDXL's full size ({swap['weights_gb']:.1f} GB of random\nfp16 weights, no refiner, held "
-        f"in {swap['dtype']}): a model took the place of another, up to its first picture, in "
-        f"{seconds('warm', 'folder')}\nfrom a folder and {seconds('warm', 'file')} from a single "
-        "file, with the files in the system's page cache; and in "
-        f"{seconds('cold', 'folder')} and {seconds('cold', 'file')}\nfrom the disk. A worker was "
-        f"ready in {ready('folder')} from a folder and in {ready('file')} from a single file with "
-        f"the same weights: {start['file_by_folder']['median']:.2f} of the time\n(medians; "
-        f"{least:.2f} to {most:.2f} in {len(start['ready_s']['file'])} pairs). How long models "
-        "take between card and host is not measured: without a GPU, both are one."
+        f"Measured by `python -m benchmarks.swap` on {swap['cores']} CPU cores that others used "
+        "as well, not on a GPU, at SDXL's full size\n"
+        f"({swap['weights_gb']:.1f} GB of random fp16 weights, no refiner, held in "
+        f"{swap['dtype']}); medians, least and most in seconds. A model took the place\nof "
+        f"another, its first picture included, in {seconds('warm', 'folder')} from a folder and "
+        f"{seconds('warm', 'file')} from a single file\nwhose weights are the same, with the "
+        f"files in the system's page cache; in {seconds('cold', 'folder')}\nand "
+        f"{seconds('cold', 'file')} without. A worker was ready in "
+        f"{_median_and_range(start['ready_s']['folder'])} from the\nfolder and in "
+        f"{_median_and_range(start['ready_s']['file'])} from the single file, "
+        f"{start['file_by_folder']['median']:.2f} of the time ({least:.2f} to {most:.2f},"
+        f" {len(start['ready_s']['file'])} pairs). How\nlong models take between card and host "
+        "is not measured: without a GPU, both are one."
     )
+
+
+def _median_and_range(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
 
 
 def few_step_figures() -> str:
@@ -307,11 +310,11 @@ def few_step_figures() -> str:
     lora = "and its few-step LoRA" if run["few_step_lora"] else "without a few-step LoRA"
     return (
         f"Measured by `python -m benchmarks.swap` on {run['cores']} CPU cores, not on a GPU, with "
-        f"the miniature model {lora}: the default picture (25 steps\nand the refiner's 15) took "
+        f"the miniature model {lora}:\nthe default picture (25 steps and the refiner's 15) took "
         f"{default:.2f} s, the base's 25 steps alone {took['base']:.2f} s, and 4 steps without "
-        f"guidance {few:.2f} s, {of_default['few_steps']['median']:.2f} and\n"
-        f"{few / took['base']:.2f} of them (medians of {run['rounds']} rounds). Of SDXL's "
-        f"operations at 1024x1024, 4 steps are {run['few_steps_of_operations']:.3f} of the "
+        f"guidance\n{few:.2f} s, {of_default['few_steps']['median']:.2f} of "
+        f"the default's time (medians of {run['rounds']} rounds). Of SDXL's "
+        f"operations at 1024x1024,\n4 steps are {run['few_steps_of_operations']:.3f} of the "
         "default's, computed."
     )
 
