@@ -3,7 +3,7 @@ used."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ from sdxl_worker.safetensors_header import SafetensorsHeader
 # Of the keys that are wrong, how many a message names.
 SHOWN = 3
 LONGEST_SHOWN = 120
+# The largest in common use is 256. A file of some hundred MB may have one of a million, which takes
+# many GB to multiply.
+MAX_RANK = 4096
 # What attends to the text.
 KEYS_OF_THE_TEXT = re.compile(r"attn2[._](processor\.)?to_k$")
 WEIGHT_PARTS = frozenset[str]().union(*WEIGHT_FORMATS)
@@ -188,6 +191,7 @@ class _Reader:
             shape = _shape(format_, shapes)
             if not fits(shape, weight):
                 raise _MisfitError(_misfit(next(iter(weight_keys.values())), shape, weight))
+            self._check_rank(weight_keys.values(), weight)
             if format_.rank:
                 config = self._peft.get(target.network)
                 rank = format_.rank(shapes)
@@ -216,6 +220,14 @@ class _Reader:
                 None,
             )
         return changes
+
+    def _check_rank(self, keys: Iterable[str], weight: Shape) -> None:
+        """Of parts that fit the weight, what is longer than it is a rank."""
+        most = max(MAX_RANK, *weight, math.prod(weight[1:]))
+        if key := next((key for key in keys if max(self._shapes[key], default=0) > most), None):
+            raise _RefusedError(
+                f"has a rank of more than {MAX_RANK}, in {_shown([key])}; use one of a smaller rank"
+            )
 
     def _own_shape(self, name: ParameterName) -> Shape:
         """() for a bias that is not there."""
@@ -272,5 +284,10 @@ def _misfit(key: str, shape: Shape, own: Shape) -> str:
 
 
 def _shown(items: Sequence[str]) -> str:
-    first = ", ".join(item[:LONGEST_SHOWN] for item in items[:SHOWN])
+    first = ", ".join(map(_printable, items[:SHOWN]))
     return first if len(items) <= SHOWN else f"{first} and {len(items) - SHOWN} more"
+
+
+def _printable(text: str) -> str:
+    """Its beginning, without what no message or log should hold: a file's keys can be anything."""
+    return "".join(one if one.isprintable() else "?" for one in text[:LONGEST_SHOWN])
