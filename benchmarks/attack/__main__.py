@@ -124,7 +124,7 @@ def kinds(*, quick: bool, seed: int) -> dict[str, tuple[str, Callable[[Tally], N
         "adapter-files": (
             "the same LoRAs, and names that lead elsewhere, through a real worker",
             lambda tally: adapters_on_workers.attack_with_adapter_files(
-                tally, itertools.islice(hostile_adapters.files(), 20 if quick else None)
+                tally, list(itertools.islice(hostile_adapters.files(), 20 if quick else None))
             ),
         ),
         "adapter-server": (

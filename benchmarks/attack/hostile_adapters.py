@@ -177,8 +177,8 @@ def _huge_ones() -> Iterator[HostileFile]:
     yield of_zeros("a difference of 10^6 x 64", {"diff": [HUGE_RANK, SIDE]})
     words = _with_header({"clip_g": _tensor(0, 2 * HUGE_RANK * 64, [HUGE_RANK, 64])})
     yield HostileFile("an embedding of 10^6 vectors", words, "embeddings", False, 128 * HUGE_RANK)
-    many = {f"{i}.lora_up.weight": _tensor(0, 0, [0]) for i in range(250_000)}
-    yield HostileFile("250,000 keys", _with_header(many))
+    many = {f"{i}.lora_up.weight": _tensor(0, 0, [0]) for i in range(100_000)}
+    yield HostileFile("100,000 keys", _with_header(many))
 
 
 def _strange_keys() -> Iterator[HostileFile]:
@@ -281,7 +281,7 @@ OUTSIDE = "outside"
 PATHS = (
     *(f"../{OUTSIDE}/one{SUFFIX}", f"style/../../{OUTSIDE}/one{SUFFIX}", f"./../{OUTSIDE}"),
     *("/etc/passwd", "//etc/passwd", "~/.ssh/id_rsa", "etc/../../../etc/passwd", "..", ".", "/"),
-    *(f"linked{SUFFIX}", f"linked/one{SUFFIX}", f"looping{SUFFIX}", f"one{SUFFIX}/.", "style"),
+    *(f"linked{SUFFIX}", f"linked/one{SUFFIX}", f"looping{SUFFIX}", "style"),
     *(f"one{SUFFIX}\x00", f"\x00one{SUFFIX}", f"one\ud800{SUFFIX}", f"one\n{SUFFIX}"),
     *("a" * 100_000, "../" * 33_000, "a/" * 999, "org/" + "a" * 1900, f"{'a' * 300}{SUFFIX}"),
     *(
@@ -299,7 +299,7 @@ PATHS = (
     *("https://127.0.0.1/a", "https://169.254.169.254/latest", "https://[::1]/a", "", " ", "null"),
 )
 MODELS = (
-    *("../x", f"../{OUTSIDE}", "/etc", "", ".", "..", "other/../other", "other/base", "nothing"),
+    *("../x", f"../{OUTSIDE}", "/etc", ".", "..", "other/../other", "other/base", "nothing"),
     *("other\x00", "\ud800", "a" * 100_000, "../" * 33_000, "OTHER", f"other{SUFFIX}", "~"),
     *("https://127.0.0.1/a", "org/repo", "linked", "looping", " other", "other/"),
 )

@@ -27,6 +27,7 @@ from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.loading.models import Models
 from sdxl_worker.safetensors_header import SafetensorsHeader
+from sdxl_worker.wording import printable
 
 # Of the keys that are wrong, how many a message names.
 SHOWN = 3
@@ -284,10 +285,5 @@ def _misfit(key: str, shape: Shape, own: Shape) -> str:
 
 
 def _shown(items: Sequence[str]) -> str:
-    first = ", ".join(map(_printable, items[:SHOWN]))
+    first = ", ".join(printable(item[:LONGEST_SHOWN]) for item in items[:SHOWN])
     return first if len(items) <= SHOWN else f"{first} and {len(items) - SHOWN} more"
-
-
-def _printable(text: str) -> str:
-    """Its beginning, without what no message or log should hold: a file's keys can be anything."""
-    return "".join(one if one.isprintable() else "?" for one in text[:LONGEST_SHOWN])
