@@ -35,6 +35,7 @@ TOKEN_EMBEDDINGS = {
     "clip_g": ("text_encoder_2", "text_model.embeddings.token_embedding.weight"),
 }
 WORD = "sunnyword"
+OTHER_MODEL = "other"
 FEW_STEP = {
     "few_step.family": "Own",
     "few_step.steps": "4",
@@ -77,8 +78,8 @@ def write_loras(folder: Path) -> None:
 
 
 def write_models(folder: Path) -> None:
-    """For `MODELS_DIR`: the embedded base with another end of its UNet, as "other"."""
-    copy = folder / "other" / "base"
+    """For `MODELS_DIR`: the embedded base with another end of its UNet, as `OTHER_MODEL`."""
+    copy = folder / OTHER_MODEL / "base"
     shutil.copytree(BASE, copy)
     [path] = (copy / "unet").glob("*.safetensors")
     tensors = load_file(path)

@@ -149,7 +149,7 @@ def attack_with_an_adapter_server(
                 tally.add(f"{name}, cancelled", cancelled(endpoint, hub, send, name))
             tally.add("a plain job after the cancelled ones", _compared(endpoint, before))
             try_(["elsewhere"])
-            tally.add("a token, at its host and elsewhere", _misled(hub, elsewhere, token))
+            tally.add("a token, at its host and elsewhere", misled(hub, elsewhere, token))
             amid = end_amid(endpoint, hub, SLOW, [send(SLOW)])
             tally.add("the end of the worker amid a download", amid)
             told = secret_told(endpoint, secret) or secret_told(endpoint, token)
@@ -235,7 +235,7 @@ def _compared(endpoint: LocalEndpoint, before: object) -> str | None:
     return complaint
 
 
-def _misled(hub: HostileServer, elsewhere: HostileServer, token: str) -> str | None:
+def misled(hub: HostileServer, elsewhere: HostileServer, token: str) -> str | None:
     """Whether a token went where it should not, or did not go where it should."""
     if not any(token.encode() in one.request for one in hub.connections):
         return "not sent to its own host"

@@ -2,14 +2,14 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.attack.hostile_server import Sent, for_ever, head, once, with_length
+from benchmarks.attack.hostile_server import Behaviour, for_ever, head, once, with_length
 from benchmarks.attack.job_inputs import Fields
 from benchmarks.own_samples import FEW_STEP, Tensors, embedding, file_bytes, lora
 from sdxl_worker.inputs.adapter_sources import SUFFIX
@@ -322,7 +322,7 @@ def lay_out(loras: Path, models: Path, outside: Path) -> None:
 GOOD_LORA = "lora"
 
 
-def behaviours() -> dict[str, Callable[[], Sent]]:
+def behaviours() -> dict[str, Behaviour]:
     """Of a server of LoRAs, beside those of `hostile_server`."""
     data = file_bytes(lora(5))
     half = data[: len(data) // 2]
@@ -338,7 +338,7 @@ def behaviours() -> dict[str, Callable[[], Sent]]:
     }
 
 
-def endless_behaviours() -> dict[str, Callable[[], Sent]]:
+def endless_behaviours() -> dict[str, Behaviour]:
     data = file_bytes(lora(6))
     half = data[: len(data) // 2]
     return {

@@ -25,6 +25,7 @@ from benchmarks.attack.job_inputs import png_bytes
 from sdxl_worker.inputs.adapter_sources import SUFFIX
 
 Sent = Iterator[bytes | float]
+Behaviour = Callable[[], Sent]
 DRIP_SECONDS = 5.0
 REQUEST_MAX_BYTES = 65536
 TLS_HANDSHAKE = b"\x16"
@@ -39,7 +40,7 @@ def with_length(body: bytes, length: object, status: str = "200 OK") -> bytes:
     return head(status, f"Content-Length: {length}", "Connection: close") + body
 
 
-def for_ever(first: bytes, again: bytes, pause_seconds: float = 0) -> Callable[[], Sent]:
+def for_ever(first: bytes, again: bytes, pause_seconds: float = 0) -> Behaviour:
     def behaviour() -> Sent:
         yield first
         while True:
@@ -49,11 +50,11 @@ def for_ever(first: bytes, again: bytes, pause_seconds: float = 0) -> Callable[[
     return behaviour
 
 
-def once(*sent: bytes | float) -> Callable[[], Sent]:
+def once(*sent: bytes | float) -> Behaviour:
     return lambda: iter(sent)
 
 
-def redirect(to: str) -> Callable[[], Sent]:
+def redirect(to: str) -> Behaviour:
     return once(head("302 Found", f"Location: {to}", "Content-Length: 0"))
 
 
@@ -81,7 +82,7 @@ def _slow_redirects() -> Sent:
 
 
 # What never ends by itself: the worker has to.
-ENDLESS: dict[str, Callable[[], Sent]] = {
+ENDLESS: dict[str, Behaviour] = {
     "silence": for_ever(b"", b"", DRIP_SECONDS),
     "drip": for_ever(PLAIN, b"x", DRIP_SECONDS),
     "drip-head": for_ever(b"", b"H", DRIP_SECONDS),
@@ -99,7 +100,7 @@ ENDLESS: dict[str, Callable[[], Sent]] = {
     "chunk-extension": for_ever(CHUNKED + b"1;", b"x" * 65536),
     "trailers": for_ever(CHUNKED + b"0\r\n", b"X-A: b\r\n" * 1000),
 }
-OTHERS: dict[str, Callable[[], Sent]] = {
+OTHERS: dict[str, Behaviour] = {
     "gzip-bomb": _gzip_bomb,
     "redirect-loop": redirect("/redirect-loop"),
     "slow-redirects": _slow_redirects,
@@ -150,7 +151,7 @@ class Connection:
 class HostileServer:
     """For a `with` block. It stands for the Hub as well: of a path, the last part counts."""
 
-    more: dict[str, Callable[[], Sent]] = field(default_factory=dict)
+    more: dict[str, Behaviour] = field(default_factory=dict)
     """Behaviours beside those above."""
     connections: list[Connection] = field(default_factory=list)
 
