@@ -92,7 +92,9 @@ def attack_with_adapter_files(
             for at in range(0, len(files), CONCURRENCY):
                 _try_files(tally, endpoint, files[at : at + CONCURRENCY], folder)
             tally.add("a plain job after the files", _compared(endpoint, before))
-            asked = {f"path {path!r:.100}": {"loras": [{"path": path}]} for path in paths}
+            asked: dict[str, Fields] = {
+                f"path {path!r:.100}": {"loras": [{"path": path}]} for path in paths
+            }
             asked |= {f"model {name!r:.100}": {"model": name} for name in models}
             asked |= {
                 f"a redirect {name}": {"loras": [{"path": _at_hub(name)}]} for name in redirects

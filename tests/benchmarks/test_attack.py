@@ -113,8 +113,14 @@ class TestTheWorkerHolds:
         assert result.breaks == []
 
     def test_hostile_adapters(self, result: Tally) -> None:
-        names = ("a good LoRA", "a pickle, in loras", "nan in .alpha", "a LoRA of rank 10^6")
-        names = (*names, "half a character as the family", "a key of half a character")
+        names = (
+            "a good LoRA",
+            "a pickle, in loras",
+            "nan in .alpha",
+            "a LoRA of rank 10^6",
+            "half a character as the family",
+            "a key of half a character",
+        )
         files = [one for one in hostile_adapters.files() if one.name in names]
         paths = (f"../{hostile_adapters.OUTSIDE}/one.safetensors", "linked.safetensors", "none")
         adapters_on_workers.attack_with_adapter_files(result, files, paths, ("../x",))
