@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
-from PIL import Image
 from torch import Tensor
 
 from shapes import architecture, captions
@@ -20,7 +19,7 @@ from shapes.text_training import TextModels
 WHOLE_SHARE = 0.80
 PARTIAL_SHARE = 0.10
 """Of the captions; the rest is unconditional."""
-DRAWN_AT_ONCE = 50
+ENCODED_AT_ONCE = 50
 
 
 def load(model: Path) -> StableDiffusionXLPipeline:
@@ -67,30 +66,8 @@ def time_ids(count: int, side_px: int = architecture.NATIVE_PX) -> Tensor:
 def encode(pipeline: StableDiffusionXLPipeline, pictures: np.ndarray) -> Tensor:
     """Scaled latents (n, 4, height / 8, width / 8) of uint8 pictures (n, height, width, 3)."""
     parts = []
-    for start in range(0, len(pictures), DRAWN_AT_ONCE):
-        part = torch.from_numpy(pictures[start : start + DRAWN_AT_ONCE])
+    for start in range(0, len(pictures), ENCODED_AT_ONCE):
+        part = torch.from_numpy(pictures[start : start + ENCODED_AT_ONCE])
         scaled = part.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
         parts.append(pipeline.vae.encode(scaled).latent_dist.mode())
     return torch.cat(parts) * architecture.SCALING_FACTOR
-
-
-def draw(
-    pipeline: StableDiffusionXLPipeline,
-    prompts: Sequence[str],
-    *,
-    seed: int,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
-) -> list[Image.Image]:
-    """One picture for each prompt with the pipeline's scheduler; picture i has seed `seed` + i."""
-    images: list[Image.Image] = []
-    for start in range(0, len(prompts), DRAWN_AT_ONCE):
-        part = list(prompts[start : start + DRAWN_AT_ONCE])
-        seeds = range(seed + start, seed + start + len(part))
-        images += pipeline(
-            part,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(one) for one in seeds],
-        ).images
-    return images

@@ -41,7 +41,7 @@ RULES = (
 )
 METADATA = {
     "modelspec.title": "Four steps without guidance",
-    "few_step.family": "lightning",
+    "few_step.family": "Shapes",
     "few_step.steps": str(STEPS),
     "few_step.guidance_scale": "1.0",
     "few_step.scheduler": "K_EULER",

@@ -1,4 +1,5 @@
-"""Puts adapter files on the base's weights, straight from the formulas, to judge what they do."""
+"""Puts adapter files on the base's weights while another adapter is trained: straight from the
+formulas, since modules that peft has wrapped are not those that the worker knows."""
 
 from __future__ import annotations
 

@@ -1,17 +1,14 @@
-"""Draws the README's pictures and the Hub's icon with the worker, at the defaults:
-`python -m tools.readme_picture`."""
+"""Draws the README's pictures and the Hub's icon with the worker: at the defaults, and with the
+adapters in models/adapters. `python -m tools.readme_picture`"""
 
-import asyncio
-import base64
-import io
+import os
 from pathlib import Path
 
-from PIL import Image
-
-import handler
+from shapes.evaluate_adapters import BASE, draw, loras
 from shapes.sheet import contact_sheet
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = REPOSITORY / "docs"
 PROMPTS = (
     "a red circle on a blue background",
     "a yellow star on a black background",
@@ -27,21 +24,25 @@ PROMPTS = (
     "a green triangle on a black background",
 )
 
-
+ADAPTED_PROMPT = "a yellow star on a blue background"
+ADAPTED = (
+    BASE,
+    {**BASE, **loras(dot=0.5)},
+    {**BASE, **loras(dot=1)},
+    {**BASE, **loras(frame=1)},
+    {**BASE, **loras(dot=1, frame=1)},
+    loras(few_step=1),
+)
 ICON_PROMPT = "a yellow star on a blue background"
-
-
-def draw(prompt: str) -> Image.Image:
-    job = {"id": "picture", "input": {"prompt": prompt, "seed": 1}}
-    output = asyncio.run(handler.handler(job))
-    png = base64.b64decode(output["image_url"].partition(",")[2])
-    return Image.open(io.BytesIO(png))
+SEED = 1
 
 
 def main() -> None:
-    sheet = contact_sheet([draw(prompt) for prompt in PROMPTS], columns=6)
-    sheet.save(DOCS / "pictures.png", optimize=True)
-    draw(ICON_PROMPT).save(DOCS / "icon.png", optimize=True)
+    os.environ["LORA_DIR"] = str(REPOSITORY / "models" / "adapters")
+    pictures = [draw(prompt, SEED, {}) for prompt in PROMPTS]
+    pictures += [draw(ADAPTED_PROMPT, SEED, job_input) for job_input in ADAPTED]
+    contact_sheet(pictures, columns=6).save(DOCS / "pictures.png", optimize=True)
+    draw(ICON_PROMPT, SEED, {}).save(DOCS / "icon.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,36 @@
-"""The adapters in the repository: files as their training says, and pictures that show them.
+"""The adapters in models/adapters: files as their training says, and pictures that show them."""
 
-Needs no part of the worker: weights are merged by `shapes.merging`, pictures drawn by diffusers.
-"""
-
-import copy
 import functools
-from collections.abc import Mapping
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
-from PIL import Image
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from sdxl_worker.adapters.lora import read_lora
+from sdxl_worker.adapters.patching import patches_of
+from sdxl_worker.inputs.checked_file import AdapterFile
+from sdxl_worker.loading.models import Models
+from sdxl_worker.safetensors_header import read_header
+from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from shapes import effect_training, effects, embedded, few_step_training, kohya_writer, merging
 from shapes.captions import full_prompts
 from shapes.data import SHAPES, Scene
 from shapes.effect_training import DOT, FRAME, Rule
-from shapes.evaluate_adapters import judge_effects, share_right
+from shapes.evaluate_adapters import BASE, judge_effects, loras, share_right, strengths
 from shapes.judge import judge
+from shapes.text_training import TextModels
+from tests.support import fresh_models, picture
 
-MODELS = Path(__file__).resolve().parents[2] / "models"
-FILES = {name: MODELS / "adapters" / f"{name}.safetensors" for name in ("dot", "frame", "few-step")}
+FOLDER = EMBEDDED_MODEL_DIR.parent / "adapters"
+FILES = {name: FOLDER / f"{name}.safetensors" for name in ("dot", "frame", "few-step")}
 RULES: dict[str, tuple[tuple[Rule, ...], ...]] = {
     "dot": (DOT.unet, DOT.text_encoder, DOT.text_encoder_2),
     "frame": (FRAME.unet, FRAME.text_encoder, FRAME.text_encoder_2),
@@ -34,13 +39,22 @@ RULES: dict[str, tuple[tuple[Rule, ...], ...]] = {
 
 
 @functools.cache
-def base() -> StableDiffusionXLPipeline:
-    return embedded.load(MODELS / "shapes")
+def own_models() -> Models:
+    return fresh_models()
+
+
+def put_on(*names: str) -> None:
+    """On the worker's own models, by the worker; none: off."""
+    own = own_models()
+    files = {name: AdapterFile(FILES[name], "", name, read_header(FILES[name])) for name in names}
+    patches_of(own).apply(
+        [read_lora(file, 1.0, f"loras.{name}", own) for name, file in files.items()]
+    )
 
 
 def wrapped_by_peft(name: str) -> StableDiffusionXLPipeline:
     """A base of its own, in which peft has put what the adapter's training begins with."""
-    pipeline = StableDiffusionXLPipeline(**copy.deepcopy(base().components), add_watermarker=False)
+    pipeline = embedded.load(EMBEDDED_MODEL_DIR)
     parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
     for part, rules in zip(parts, RULES[name], strict=True):
         effect_training.inject(part, rules, dora=name == "frame")
@@ -52,17 +66,27 @@ def metadata(name: str) -> dict[str, str]:
         return dict(file.metadata())
 
 
-def conditioned(pipeline: StableDiffusionXLPipeline) -> list[Tensor]:
+def conditioned(unet: nn.Module, texts: TextModels) -> list[Tensor]:
     """Both encoders' states, the pooled state and the predicted noise, of two prompts."""
-    models = embedded.text_models(pipeline)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         prompts = ["a red circle on a blue background", "a star"]
-        states, pooled = embedded.conditioning(models, prompts)
+        states, pooled = embedded.conditioning(texts, prompts)
         conditions = {"text_embeds": pooled, "time_ids": embedded.time_ids(2)}
         timesteps = torch.tensor([900, 100])
-        noise = pipeline.unet(latents, timesteps, states, added_cond_kwargs=conditions).sample
+        noise = unet(latents, timesteps, states, added_cond_kwargs=conditions).sample
     return [states, pooled, noise]
+
+
+def of_pipeline(pipeline: StableDiffusionXLPipeline) -> list[Tensor]:
+    return conditioned(pipeline.unet, embedded.text_models(pipeline))
+
+
+def of_worker(*names: str) -> list[Tensor]:
+    own = own_models()
+    put_on(*names)
+    texts = TextModels(own.tokenizer, own.tokenizer_2, own.text_encoder, own.text_encoder_2)
+    return conditioned(own.unet, texts)
 
 
 def farthest(some: list[Tensor], others: list[Tensor]) -> float:
@@ -71,7 +95,7 @@ def farthest(some: list[Tensor], others: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_file_is_small_and_in_half_precision(name: str) -> None:
-    assert FILES[name].stat().st_size <= 620_000
+    assert FILES[name].stat().st_size <= 700_000
     assert {tensor.dtype for tensor in load_file(FILES[name]).values()} == {torch.float16}
 
 
@@ -121,7 +145,7 @@ def test_the_headers_say_what_the_files_are() -> None:
             assert not few_step
             continue
         assert few_step == {
-            "few_step.family": "lightning",
+            "few_step.family": "Shapes",
             "few_step.steps": "4",
             "few_step.guidance_scale": "1.0",
             "few_step.scheduler": "K_EULER",
@@ -151,7 +175,7 @@ def test_modules_have_the_names_of_the_published_sdxl(module: str, original: str
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_merged_weights_do_what_peft_trained(name: str) -> None:
+def test_the_worker_puts_on_what_peft_trained(name: str) -> None:
     trained = wrapped_by_peft(name)
     tensors = load_file(FILES[name])
     for key, module in kohya_writer.modules_by_key(trained).items():
@@ -165,16 +189,14 @@ def test_merged_weights_do_what_peft_trained(name: str) -> None:
             places["dora_scale"] = module.lora_magnitude_vector["default"].weight
         for part, place in places.items():
             place.data = tensors[f"{key}.{part}"].float().reshape(place.shape)
-    plain = conditioned(base())
-    with merging.adapters(base(), {FILES[name]: 1.0}):
-        merged = conditioned(base())
-    assert farthest(merged, plain) > 0.1
-    assert farthest(merged, conditioned(trained)) < 1e-4
-    assert farthest(conditioned(base()), plain) == 0, "restored"
+    plain, patched = of_worker(), of_worker(name)
+    assert farthest(patched, plain) > 0.1
+    assert farthest(patched, of_pipeline(trained)) < 1e-4
+    assert farthest(of_worker(), plain) == 0, "taken off again"
 
 
 @pytest.mark.parametrize("name", ["dot", "few-step"])
-def test_diffusers_reads_the_same_from_the_file(name: str, tmp_path: Path) -> None:
+def test_the_worker_puts_on_what_diffusers_reads(name: str, tmp_path: Path) -> None:
     """With alpha worked into the weights: diffusers is wrong where it differs between modules."""
     tensors = load_file(FILES[name])
     for alpha in [key for key in tensors if key.endswith(".alpha")]:
@@ -183,10 +205,19 @@ def test_diffusers_reads_the_same_from_the_file(name: str, tmp_path: Path) -> No
         tensors[up] = tensors[up].float() * (tensors.pop(alpha).float() / rank)
     path = tmp_path / "no-alpha.safetensors"
     save_file(tensors, path)
-    reader = StableDiffusionXLPipeline(**copy.deepcopy(base().components), add_watermarker=False)
+    reader = embedded.load(EMBEDDED_MODEL_DIR)
     reader.load_lora_weights(path)
-    with merging.adapters(base(), {FILES[name]: 1.0}):
-        assert farthest(conditioned(reader), conditioned(base())) < 1e-4
+    assert farthest(of_pipeline(reader), of_worker(name)) < 1e-4
+
+
+def test_training_beside_another_adapter_has_it_on_as_the_worker_does() -> None:
+    base = embedded.load(EMBEDDED_MODEL_DIR)
+    plain = of_pipeline(base)
+    for name in ("dot", "frame"):
+        with merging.adapters(base, {FILES[name]: 1.0}):
+            merged = of_pipeline(base)
+        assert farthest(merged, of_worker(name)) < 1e-4
+    assert farthest(of_pipeline(base), plain) == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -204,30 +235,33 @@ def test_the_measures_tell_how_much_of_an_effect_there_is(shape: str) -> None:
             assert np.array_equal(plain, dot)
             continue
         halves = Image.fromarray(np.where(dot == plain, plain, dot // 2 + plain // 2))
-        strengths = [
+        found = [
             effects.dot_strength(Image.fromarray(plain)),
             effects.dot_strength(halves),
             effects.dot_strength(Image.fromarray(dot)),
         ]
-        assert strengths == pytest.approx([0.0, 0.5, 1.0], abs=0.05)
+        assert found == pytest.approx([0.0, 0.5, 1.0], abs=0.05)
         filled = judge(effects.filled(effects.without_frame(both)))
         assert (filled.shape, filled.color, filled.background) == (shape, color, background)
 
 
-PROMPTS, MEANINGS = zip(*full_prompts(12, seed=5), strict=True)
+SEED = 50
+PROMPTS, MEANINGS = zip(*full_prompts(10, seed=5), strict=True)
 
 
-def drawn(scales: Mapping[str, float], *, few: bool = False) -> list[Image.Image]:
-    """The prompts with these adapters: 25 DDIM steps as usual, or four as few-step models want."""
-    pipeline = base()
-    config = pipeline.scheduler.config
-    if few:
-        pipeline.scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
-    else:
-        pipeline.scheduler = DDIMScheduler.from_config(config)
-    how = {"steps": 4, "guidance_scale": 1.0} if few else {"steps": 25, "guidance_scale": 7.5}
-    with merging.adapters(pipeline, {FILES[name]: scale for name, scale in scales.items()}):
-        return embedded.draw(pipeline, PROMPTS, seed=50, **how)
+@pytest.fixture(autouse=True)
+def _lora_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_DIR", str(FOLDER))
+
+
+def drawn(**job_input: Any) -> list[Image.Image]:
+    """All prompts, by the worker."""
+    return [picture(prompt=prompt, seed=SEED + i, **job_input) for i, prompt in enumerate(PROMPTS)]
+
+
+@functools.cache
+def without_adapters() -> list[Image.Image]:
+    return drawn(**BASE)
 
 
 def right(images: list[Image.Image], *, dot: bool = False, frame: bool = False) -> float:
@@ -238,53 +272,46 @@ def right(images: list[Image.Image], *, dot: bool = False, frame: bool = False) 
     return share_right(seen, MEANINGS)
 
 
-def mean_dot(images: list[Image.Image]) -> float:
-    """Without the rings, which are dotted as they are."""
-    pairs = zip(images, MEANINGS, strict=True)
-    return float(
-        np.mean([effects.dot_strength(image) for image, one in pairs if one.shape != "ring"])
-    )
-
-
-def mean_frame(images: list[Image.Image]) -> float:
-    return float(np.mean([effects.frame_strength(image) for image in images]))
-
-
-@functools.cache
-def plain() -> list[Image.Image]:
-    return drawn({})
-
-
-def test_the_dot_grows_with_the_scale_and_the_prompt_is_followed() -> None:
-    half, whole = drawn({"dot": 0.5}), drawn({"dot": 1.0})
-    strengths = [mean_dot(images) for images in (plain(), half, whole)]
-    assert strengths == sorted(strengths)
-    assert strengths[0] < 0.1
-    assert strengths[2] > 0.8
-    assert right(whole, dot=True) >= 0.9
-
-
-def test_the_frame_grows_with_the_scale_and_the_prompt_is_followed() -> None:
-    half, whole = drawn({"frame": 0.5}), drawn({"frame": 1.0})
-    strengths = [mean_frame(images) for images in (plain(), half, whole)]
-    assert strengths == sorted(strengths)
-    assert strengths[0] < 0.1
-    assert strengths[2] > 0.8
-    assert right(whole, frame=True) >= 0.9
+@pytest.mark.parametrize("effect", ["dot", "frame"])
+def test_an_effect_grows_with_the_scale_and_the_prompt_is_followed(effect: str) -> None:
+    half, whole = (drawn(**BASE, **loras(**{effect: scale})) for scale in (0.5, 1.0))
+    grown = [
+        strengths(images, MEANINGS, frame=False)[effect == "frame"]
+        for images in (without_adapters(), half, whole)
+    ]
+    assert grown == sorted(grown)
+    assert grown[0] < 0.1
+    assert grown[2] > 0.8
+    assert right(whole, **{effect: True}) >= 0.9
 
 
 def test_both_together_show_both() -> None:
-    both = drawn({"dot": 1.0, "frame": 1.0})
-    assert mean_frame(both) > 0.8
-    assert mean_dot([effects.without_frame(image) for image in both]) > 0.7
+    both = drawn(**BASE, **loras(dot=1.0, frame=1.0))
+    dot, frame = strengths(both, MEANINGS, frame=True)
+    assert dot > 0.7
+    assert frame > 0.8
     assert right(both, dot=True, frame=True) >= 0.8
 
 
-def test_four_steps_without_guidance_are_enough_with_the_few_step_adapter() -> None:
-    usual, four = (
-        [judge(image) for image in plain()],
-        [judge(i) for i in drawn({"few-step": 1.0}, few=True)],
-    )
-    assert share_right(four, MEANINGS) >= share_right(usual, MEANINGS) - 0.05
-    assert np.mean([one.iou for one in four]) >= np.mean([one.iou for one in usual])
-    assert np.mean([one.flat_distance for one in four]) <= 5
+def test_the_next_picture_is_as_if_there_had_been_none() -> None:
+    job = {"prompt": PROMPTS[0], "seed": SEED, **BASE}
+    before = picture(**job)
+    changed = picture(**job, **loras(dot=1.0, frame=1.0, few_step=1.0))
+    assert changed.tobytes() != before.tobytes()
+    assert picture(**job).tobytes() == before.tobytes()
+
+
+def test_four_steps_with_the_few_step_adapter_are_as_good_as_the_usual_ones() -> None:
+    """Named alone: steps, guidance, sampler and schedule are those that its header tells."""
+    four = drawn(**loras(few_step=1.0))
+    assert isinstance(four[0], PngImagePlugin.PngImageFile)
+    assert four[0].text["few_step"] == "Shapes"
+    asked = json.loads(four[0].text["request"])
+    assert asked["num_inference_steps"] == 4
+    assert asked["guidance_scale"] == 1
+    assert asked["refiner_inference_steps"] == 0
+    seen, usual = ([judge(image) for image in images] for images in (four, without_adapters()))
+    assert share_right(seen, MEANINGS) >= share_right(usual, MEANINGS)
+    assert np.mean([one.iou for one in seen]) >= np.mean([one.iou for one in usual])
+    assert np.mean([one.flat_distance for one in seen]) <= 5
+    assert share_right([judge(i) for i in drawn(**BASE, num_inference_steps=4)], MEANINGS) < 0.9
