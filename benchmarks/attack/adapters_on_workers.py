@@ -92,16 +92,13 @@ def attack_with_adapter_files(
             for at in range(0, len(files), CONCURRENCY):
                 _try_files(tally, endpoint, files[at : at + CONCURRENCY], folder)
             tally.add("a plain job after the files", _compared(endpoint, before))
-            asked: dict[str, Fields] = {
-                f"path {path!r:.100}": {"loras": [{"path": path}]} for path in paths
-            }
-            asked |= {f"model {name!r:.100}": {"model": name} for name in models}
-            asked |= {
-                f"a redirect {name}": {"loras": [{"path": _at_hub(name)}]} for name in redirects
-            }
-            _try_refused(tally, endpoint, asked, folder)
-            opened = len(elsewhere.connections)
-            tally.add("where redirects lead", f"{opened} connections" if opened else None)
+            led = [*paths, *map(_at_hub, redirects)]
+            asked: list[Fields] = [{"loras": [{"path": path}]} for path in led]
+            _try_refused(tally, endpoint, [*asked, *({"model": name} for name in models)], folder)
+            followed = {one.path for one in hub.connections} >= redirects.keys()
+            opened = bool(elsewhere.connections)
+            told = "a connection was opened" if opened else "the Hub was not asked"
+            tally.add("redirects", told if opened or not followed else None)
             tally.add("a plain job after all", _compared(endpoint, before))
 
 
@@ -213,12 +210,13 @@ def _try_files(
 
 
 def _try_refused(
-    tally: Tally, endpoint: LocalEndpoint, asked: dict[str, Fields], folder: Path
+    tally: Tally, endpoint: LocalEndpoint, asked: Sequence[Fields], folder: Path
 ) -> None:
-    job_ids = {what: endpoint.run({**PLAIN, **fields}) for what, fields in asked.items()}
-    for what, job_id in job_ids.items():
+    job_ids = [endpoint.run({**PLAIN, **fields}) for fields in asked]
+    for fields, job_id in zip(asked, job_ids, strict=True):
         answer = ended(endpoint, job_id, JOB_SECONDS)
-        tally.add(what, unreadable_answer(answer, "FAILED") or _folder_told(answer, folder))
+        complaint = unreadable_answer(answer, "FAILED") or _folder_told(answer, folder)
+        tally.add(f"{fields!r:.100}", complaint)
 
 
 def _folder_told(answer: dict[str, Any], folder: Path) -> str | None:

@@ -341,7 +341,7 @@ class TestABreakIsTold:
         assert [line.partition(":")[0] for line in result.breaks] == [
             "a good LoRA",
             "a pickle, in loras",
-            "path 'one.safetensors'",
+            "{'loras'",
         ]
 
     def test_of_a_token(self) -> None:
