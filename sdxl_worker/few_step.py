@@ -18,6 +18,7 @@ from sdxl_worker.samplers import (
     ScheduleName,
     default_sampler,
 )
+from sdxl_worker.wording import printable
 
 # Of `guidance_scale`. The authors write 0; to other programs that would mean the negative prompt
 # alone, 1 means none to all.
@@ -127,6 +128,8 @@ HASHES: Mapping[str, str] = MappingProxyType(
 # Of a file's metadata: what a name there is called, by the trainers and by the Stability AI Model
 # Metadata Standard (modelspec).
 TITLES = ("modelspec.title", "ss_output_name")
+# A caller's file must not bring as many as `MAX_STEPS` is set against, which holds for requests.
+MAX_TOLD_STEPS = 50
 
 
 def recognise(name: str, sha256: str | None, metadata: Mapping[str, str]) -> FewStep | None:
@@ -177,10 +180,10 @@ def _from_metadata(metadata: Mapping[str, str]) -> FewStep | None:
         steps, guidance_scale = int(told["steps"]), float(told.get("guidance_scale", OFF))
     except (KeyError, ValueError):
         return None
-    if not (1 <= steps <= 1000 and 0 <= guidance_scale <= 100):
+    if not (1 <= steps <= MAX_TOLD_STEPS and 0 <= guidance_scale <= 100):
         return None
     return FewStep(
-        told["family"][:100],
+        printable(told["family"][:100]),
         cast(SamplerName, scheduler),
         cast(ScheduleName, schedule),
         steps,

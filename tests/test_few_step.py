@@ -131,7 +131,7 @@ def test_a_file_may_tell_its_settings_outright() -> None:
     [
         {"few_step.steps": "many"},
         {"few_step.steps": "0"},
-        {"few_step.steps": "1001"},
+        {"few_step.steps": "51"},
         {"few_step.guidance_scale": "nan"},
         {"few_step.scheduler": "best"},
         {"few_step.schedule": "best"},
@@ -139,6 +139,13 @@ def test_a_file_may_tell_its_settings_outright() -> None:
 )
 def test_what_a_file_tells_has_to_be_possible(wrong: dict[str, str]) -> None:
     assert recognise("x", None, TOLD | wrong) is None
+
+
+def test_a_name_that_a_file_tells_can_be_written_anywhere() -> None:
+    found = recognise("x", None, TOLD | {"few_step.family": "L\ud800\n" + "M" * 1000})
+    assert found is not None
+    assert found.family.startswith(r"L\ud800\nMMM")
+    assert len(found.family) < 120
 
 
 LIGHTNING = recognised("sdxl_lightning_4step_lora")
