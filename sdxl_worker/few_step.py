@@ -201,7 +201,8 @@ def with_settings_of(
     """The request with the settings that its models need, where it does not name its own.
 
     The refiner, which was trained to go on with pictures of another model, is off beside a few-step
-    model unless the request names something of it.
+    model and beside LoRAs, whose effect it would paint over, unless the request names something of
+    it.
 
     Args:
         few_step: None: the models are no such ones.
@@ -221,9 +222,10 @@ def with_settings_of(
             settings["schedule"] = few_step.schedule
         if few_step.native_size_px is not None and request.image_url is None:
             settings["width"] = settings["height"] = few_step.native_size_px
-        refiner_alone = request.image_url is not None and request.mode != "img2img"
-        if named.isdisjoint(REFINER_FIELDS) and not refiner_alone:
-            settings["refiner_inference_steps"] = 0
+    is_another_model = few_step is not None or any(lora.scale for lora in request.loras or ())
+    refiner_alone = request.image_url is not None and request.mode != "img2img"
+    if is_another_model and named.isdisjoint(REFINER_FIELDS) and not refiner_alone:
+        settings["refiner_inference_steps"] = 0
     return request.model_copy(
         update={name: value for name, value in settings.items() if name not in named}
     )

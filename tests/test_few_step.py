@@ -190,6 +190,25 @@ def test_the_refiner_is_on_only_where_something_of_it_is_named(named: dict[str, 
     assert is_on == ("strength" not in named)
 
 
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({}, 0),
+        ({"refiner_inference_steps": 50}, 50),
+        ({"high_noise_frac": 0.8}, 50),
+        ({"image_url": "https://example.com/a.png", "mode": "img2img"}, 0),
+        ({"image_url": "https://example.com/a.png", "mode": "img2img", "refiner_strength": 1}, 50),
+    ],
+)
+def test_beside_loras_the_refiner_which_takes_none_is_off(
+    fields: dict[str, Any], steps: int
+) -> None:
+    request = accepted(loras=[{"path": "a.safetensors"}], **fields)
+    assert with_settings_of(request, None).refiner_inference_steps == steps
+    off = accepted(loras=[{"path": "a.safetensors", "scale": 0}], **fields)
+    assert with_settings_of(off, None).refiner_inference_steps == 50
+
+
 def test_a_model_of_another_size_draws_in_its_own() -> None:
     turbo = recognised("sd_xl_turbo_1.0")
     request = with_settings_of(accepted(width=768), turbo)
