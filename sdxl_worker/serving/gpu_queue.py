@@ -12,6 +12,8 @@ T = TypeVar("T")
 
 # How many that came later may begin before one that waits.
 MOST_PASSED_BY = 16
+# The kind of what takes a moment only: it is done between the passes of whatever is drawn.
+A_MOMENT = "a moment"
 
 
 @dataclass
@@ -50,7 +52,7 @@ class GpuQueue:
     ) -> Future[T]:
         """
         Args:
-            kind: what of one kind may be done side by side. None: this is done alone.
+            kind: drawings of one kind may be done side by side. None: this is done alone.
             at_most: how many side by side.
         """
         waiting = _Waiting(function, kind, at_most)
@@ -66,7 +68,7 @@ class GpuQueue:
             if not self._waiting:
                 return
             first = self._waiting.popleft()
-        if first.kind is None:
+        if first.kind in (None, A_MOMENT):
             first.run()
         else:
             self._side_by_side(first)
@@ -78,6 +80,8 @@ class GpuQueue:
 
         def begin(drawn: int) -> Iterator[Callable[[], None]]:
             nonlocal to_begin
+            while (moment := self._next(A_MOMENT)) is not None:
+                moment.run()
             while drawn < first.at_most:
                 one, to_begin = to_begin or self._next(first.kind), None
                 if one is None:
@@ -92,10 +96,11 @@ class GpuQueue:
         with self._lock:
             for i, one in enumerate(self._waiting):
                 if one.kind == kind:
-                    for other in itertools.islice(self._waiting, i):
-                        other.passed_by += 1
+                    if kind != A_MOMENT:
+                        for other in itertools.islice(self._waiting, i):
+                            other.passed_by += 1
                     del self._waiting[i]
                     return one
-                if one.passed_by >= MOST_PASSED_BY:
+                if one.passed_by >= MOST_PASSED_BY and kind != A_MOMENT:
                     return None
         return None

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
 from sdxl_worker.errors import let_go
-from sdxl_worker.serving.gpu_queue import GpuQueue
+from sdxl_worker.serving.gpu_queue import A_MOMENT, GpuQueue
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -16,18 +16,20 @@ _gpu_queue = GpuQueue()
 
 
 async def on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run `function` on the GPU thread. Cancelled before its turn comes, it never runs."""
-    return await asyncio.wrap_future(start_on_gpu_thread(function, *args, **kwargs))
-
-
-def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """As `on_gpu_thread`, without waiting for it."""
-    return _gpu_queue.put(_answering(functools.partial(function, *args, **kwargs)))
+    """Run `function`, which takes a moment, on the GPU thread: between two passes of whatever is
+    drawn. Cancelled before its turn comes, it never runs."""
+    work = _answering(functools.partial(function, *args, **kwargs))
+    return await asyncio.wrap_future(_gpu_queue.put(work, A_MOMENT))
 
 
 async def draw_on_gpu_thread(function: Callable[[], T], kind: Hashable | None, at_most: int) -> T:
-    """As `on_gpu_thread`, for drawings: as `GpuQueue.put`."""
+    """Run `function` on the GPU thread, alone or side by side, as `GpuQueue.put`."""
     return await asyncio.wrap_future(_gpu_queue.put(_answering(function), kind, at_most))
+
+
+def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """Run `function` on the GPU thread, alone, without waiting for it."""
+    return _gpu_queue.put(_answering(functools.partial(function, *args, **kwargs)))
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -17,6 +17,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from sdxl_worker.errors import let_go
+from sdxl_worker.speed.cuda_graphs import GraphedForward
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ class SharedUnet(torch.nn.Module):
     ) -> Any:
         conditions = (added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"])
         rows = (sample, encoder_hidden_states, *conditions)
-        return getcurrent().parent.switch(_Pass(self._shared[0], rows, timestep, rest, self._most_rows))
+        return getcurrent().parent.switch(
+            _Pass(self._shared[0], rows, timestep, rest, self._most_rows)
+        )
 
 
 def draw_side_by_side(begin: Callable[[int], Iterable[Drawing]]) -> None:
@@ -137,12 +140,14 @@ def _in_halves(passes: Sequence[_Pass]) -> list[Any]:
 def _run(passes: Sequence[_Pass]) -> list[Any]:
     first = passes[0]
     if len(passes) == 1:
-        rows, timestep = first.rows, first.timestep
+        rows, timestep = list(first.rows), first.timestep
     else:
-        columns = zip(*(one.rows for one in passes), strict=True)
-        rows = tuple(torch.cat(column) for column in columns)
-        # Whole numbers with some samplers, with others not.
-        timestep = torch.cat([one.timestep.float().expand(one.count) for one in passes])
+        # Timesteps are whole numbers with some samplers, with others not.
+        every = [(*one.rows, one.timestep.float().expand(one.count)) for one in passes]
+        more = _rows_to_add(first.unet, sum(one.count for one in passes))
+        if more:
+            every.append(tuple(column[:1].expand(more, *column.shape[1:]) for column in every[0]))
+        *rows, timestep = (torch.cat(column) for column in zip(*every, strict=True))
     sample, states, pooled, time_ids = rows
     (output,) = first.unet(
         sample,
@@ -151,4 +156,13 @@ def _run(passes: Sequence[_Pass]) -> list[Any]:
         added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
         **first.rest,
     )
-    return [(part,) for part in output.split([one.count for one in passes])]
+    counts = [one.count for one in passes]
+    return [(part,) for part in output[: sum(counts)].split(counts)]
+
+
+def _rows_to_add(unet: Any, count: int) -> int:
+    """Up to a power of two, for a UNet whose passes are recorded: each number of rows would be a
+    recording of its own."""
+    if not isinstance(unet.forward, GraphedForward):
+        return 0
+    return (1 << (count - 1).bit_length()) - count
