@@ -89,7 +89,12 @@ class GpuQueue:
                 yield one.run
                 drawn += 1
 
-        draw_side_by_side(begin)
+        try:
+            draw_side_by_side(begin)
+        except BaseException as error:
+            # Those that stopped in their middle end by themselves, with what greenlets raise then.
+            if not first.future.done():
+                first.future.set_exception(error)
 
     def _next(self, kind: Hashable) -> _Waiting[Any] | None:
         """The next of this kind, unless one was passed by as often as it may be."""
