@@ -213,8 +213,8 @@ class Settings(BaseSettings):
         Field(
             ge=1,
             le=16,
-            description="How many jobs are drawn side by side, where they want the same weights and "
-            "size: more pictures for the money, each a little later. 1: one after the other.",
+            description="How many jobs are drawn side by side, where they want the same weights "
+            "and size: more pictures for the money, each a little later. 1: one after the other.",
         ),
     ] = 1
     max_steps: Annotated[
