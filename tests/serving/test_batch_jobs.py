@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def _batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each pass, how many drawings shared it."""
     seen: list[int] = []
     run_passes = shared_passes._run
@@ -51,7 +50,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return run_passes(some)
 
     monkeypatch.setattr(shared_passes, "_run", counted)
-    yield seen
+    return seen
 
 
 def together(*job_inputs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -165,7 +164,7 @@ def test_one_job_with_loras_fails_and_the_others_keep_them(
     assert alone["images"] != plain
     steps = 0
 
-    def fail_once(self: Any, step: Any) -> None:
+    def fail_once(*_: Any) -> None:
         nonlocal steps
         steps += 1
         if steps == 3:
@@ -284,7 +283,7 @@ def test_what_must_be_equal_and_what_is_drawn_alone() -> None:
 
 def test_random_mixes_of_jobs_are_all_answered(passes: list[int]) -> None:
     """Sizes, steps and samplers that come in any order, some of which cannot be done."""
-    choose = random.Random(15)
+    choose = random.Random(15)  # noqa: S311 - no secret
     jobs = []
     for i in range(24):
         size = choose.choice([64, 72, 80])

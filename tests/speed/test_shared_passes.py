@@ -107,7 +107,7 @@ def any_request(choose: random.Random) -> dict[str, Any]:
 
 def test_each_picture_is_as_it_is_alone_in_any_company(shared_models: Models) -> None:
     """Any sampler, steps, guidance, prompts and stages; they begin at any time."""
-    choose = random.Random(15)
+    choose = random.Random(15)  # noqa: S311 - no secret
     for _ in range(6):
         job_inputs = [any_request(choose) for _ in range(choose.randint(2, 6))]
         drawings = [Drawing(job_input, shared_models) for job_input in job_inputs]
