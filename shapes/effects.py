@@ -101,8 +101,8 @@ def _share_on_the_way(
     """0 where a pixel has the colour `start`, 1 where it has `end`."""
     origin = np.array(start, dtype=np.float32)
     axis = np.array(end, dtype=np.float32) - origin
-    shares: FloatArray = (pixels.astype(np.float32) - origin) @ axis / (axis @ axis)
-    return shares
+    shares = (pixels.astype(np.float32) - origin) @ axis / (axis @ axis)
+    return shares.astype(np.float32)
 
 
 def dot_strength(image: Image.Image) -> float:

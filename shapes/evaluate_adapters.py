@@ -119,9 +119,12 @@ def main() -> None:
     sheet: list[Image.Image] = []
     for label, job_input in ways.items():
         images = [draw(one, arguments.seed + i, job_input) for i, one in enumerate(prompts)]
-        on = {"dot": "dot" in label, "frame": "frame" in label}
-        seen = [judge_effects(*pair, **on) for pair in zip(images, meanings, strict=True)]
-        dot, frame = strengths(images, meanings, frame=on["frame"])
+        has_dot, has_frame = "dot" in label, "frame" in label
+        seen = [
+            judge_effects(image, meaning, dot=has_dot, frame=has_frame)
+            for image, meaning in zip(images, meanings, strict=True)
+        ]
+        dot, frame = strengths(images, meanings, frame=has_frame)
         print(
             f"{label:26}right {share_right(seen, meanings):6.1%}"
             f"  IoU {np.mean([one.iou for one in seen]):.3f}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -26,7 +27,7 @@ def adapters(
         for path, scale in scales.items():
             tensors = load_file(path)
             for key in {name.partition(".")[0] for name in tensors}:
-                weight: Tensor = modules[key].weight
+                weight = cast(Tensor, modules[key].weight)
                 before.setdefault(key, weight.detach().clone())
                 parts = {
                     name.partition(".")[2]: tensor.float()

@@ -178,7 +178,8 @@ def test_modules_have_the_names_of_the_published_sdxl(module: str, original: str
 def test_the_worker_puts_on_what_peft_trained(name: str) -> None:
     trained = wrapped_by_peft(name)
     tensors = load_file(FILES[name])
-    for key, module in kohya_writer.modules_by_key(trained).items():
+    modules: dict[str, Any] = dict(kohya_writer.modules_by_key(trained))
+    for key, module in modules.items():
         if f"{key}.alpha" not in tensors:
             continue
         places = {
