@@ -132,7 +132,7 @@ def main() -> None:
         runpod.serverless.start(
             {
                 "handler": command_line.saving(handler) if is_local_job else handler,
-                "concurrency_modifier": lambda _: settings.worker_concurrency,
+                "concurrency_modifier": lambda _: settings.jobs_at_once,
             }
         )
     finally:

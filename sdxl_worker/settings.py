@@ -202,9 +202,19 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
-            le=8,
-            description="How many jobs the worker takes at once. The GPU works on one job at a "
-            "time; a second one fetches, encodes and posts meanwhile.",
+            le=32,
+            description="How many jobs the worker takes at once, at least `BATCH_JOBS`. Without "
+            "that, the GPU works on one job at a time; a second one fetches, encodes and posts "
+            "meanwhile.",
+        ),
+    ] = 1
+    batch_jobs: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=16,
+            description="How many jobs are drawn side by side, where they want the same weights "
+            "and size: more pictures for the money, each a little later. 1: one after the other.",
         ),
     ] = 1
     max_steps: Annotated[
@@ -275,6 +285,11 @@ class Settings(BaseSettings):
     @property
     def metadata_level(self) -> MetadataLevel:
         return self.metadata or ("no_prompts" if is_on_platform() else "all")
+
+    @property
+    def jobs_at_once(self) -> int:
+        """How many the worker takes."""
+        return max(self.worker_concurrency, self.batch_jobs)
 
     @property
     def lossy(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from sdxl_worker.adapters.changes import Lora, ParameterName
 from sdxl_worker.adapters.module_names import NETWORKS
-from sdxl_worker.errors import RequestError
+from sdxl_worker.errors import RequestError, let_go
 from sdxl_worker.gpu import free_bytes
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import fits
@@ -57,6 +57,8 @@ class Patches:
         self._originals: dict[ParameterName, torch.Tensor] = {}
         self._key: Key = ()
         self._lost = 0.0
+        self._users = 0
+        self._put_back = False
 
     @property
     def key(self) -> Key:
@@ -95,6 +97,8 @@ class Patches:
         key = tuple((lora.sha256, lora.scale) for lora in loras)
         if key == self._key:
             return
+        if self._users:
+            raise RuntimeError("somebody draws with other LoRAs")
         try:
             self._key, self._lost = (), 0.0
             self._change(loras, check)
@@ -102,6 +106,23 @@ class Patches:
         except BaseException:
             self.restore()
             raise
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Around what draws with them. If it fails, all weights are put back, once nobody else
+        draws with them."""
+        self._users += 1
+        try:
+            yield
+        except BaseException as error:
+            let_go(error)
+            self._put_back = True
+            raise
+        finally:
+            self._users -= 1
+            if self._put_back and not self._users:
+                self._put_back = False
+                self.restore()
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -6,7 +6,7 @@ tensors without memory: `python -m benchmarks.memory`.
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Plan:
     """Whether each is decoded in tiles. Their seams are blended, so pixels change a little."""
     encoding_tiled: bool = False
     """Whether the picture that they start from is encoded in tiles."""
+    most_at_once: int | None = field(default=None, compare=False)
+    """Pictures that one pass of a UNet has memory for, of all jobs; None: not known."""
 
     def smaller(self) -> "Plan | None":
         """What to try where the memory did not do; None where there is nothing smaller."""
@@ -107,7 +109,8 @@ def plan(models: Models, *, num_images: int, pixels: int, encodes: bool = False)
         # A UNet that is not resident is moved in for its stage, and out before the decoder is.
         moved_in_bytes = 0 if models.placement.resident else _largest_unet_bytes(models)
         room_for_unet = room - moved_in_bytes
-    batch_size = max(1, min(num_images, room_for_unet // unet_bytes))
+    most_at_once = max(1, room_for_unet // unet_bytes)
+    batch_size = min(num_images, most_at_once)
     if recorded_bytes:
         room -= max(0, batch_size * unet_bytes - recorded_bytes)
     chosen = Plan(
@@ -115,6 +118,7 @@ def plan(models: Models, *, num_images: int, pixels: int, encodes: bool = False)
         slicing=batch_size > 1 and batch_size * decoder_bytes > room,
         tiling=decoder_bytes > room,
         encoding_tiled=encoding_tiled,
+        most_at_once=most_at_once,
     )
     if chosen != Plan(num_images, slicing=False, tiling=False):
         log.info("free on the GPU %.1f GB: %s", free_bytes / 1e9, chosen)

@@ -28,6 +28,7 @@ from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
 from sdxl_worker.speed.cuda_graphs import forget_recordings
 from sdxl_worker.speed.no_waits import host_noise, timesteps_on_device
+from sdxl_worker.speed.shared_passes import SharedUnet
 from sdxl_worker.speed.step_cache import step_cache
 
 # A picture whose brightest value is below this may well become one without any light.
@@ -45,6 +46,7 @@ def generate(
     check: Callable[[], None] = lambda: None,
     adapters: Adapters = NO_ADAPTERS,
     step_cache_interval: int | None = None,
+    shares_passes: bool = False,
 ) -> list[Image.Image]:
     """Make `request.num_images` RGB pictures.
 
@@ -61,6 +63,8 @@ def generate(
             this, at once.
         adapters: what `request.loras` and `request.embeddings` name.
         step_cache_interval: as `STEP_CACHE`.
+
+        shares_passes: whether this is called in a drawing of `draw_side_by_side`.
 
     Raises:
         RequestError: the size is too large for the GPU, for certain.
@@ -92,6 +96,7 @@ def generate(
             may_be_black=canvas is not None and int(np.asarray(canvas.working).max()) < DARK,
             counter=StepCounter(on_step, total_steps(stages), count, models.device),
             step_cache_interval=step_cache_interval,
+            unets=_unets(models, plan, shares_passes=shares_passes),
         )
         return _draw_all(plan, work)
 
@@ -109,12 +114,18 @@ def _patched(models: Models, adapters: Adapters, check: Callable[[], None]) -> I
         _make_room(models)
         second_tries.note("LoRAs applied again")
         patches.apply(adapters.loras, check)
-    try:
+    with patches.in_use():
         yield
-    except BaseException as error:
-        let_go(error)
-        patches.restore()
-        raise
+
+
+def _unets(models: Models, plan: batches.Plan, *, shares_passes: bool) -> dict[str, Any]:
+    unets = {"base": models.unet, "refiner": models.refiner_unet}
+    if not shares_passes:
+        return unets
+    return {
+        name: unet and SharedUnet(unet, most_pictures=plan.most_at_once)
+        for name, unet in unets.items()
+    }
 
 
 def _draw_all(plan: batches.Plan, work: "_Work") -> list[Image.Image]:
@@ -123,8 +134,8 @@ def _draw_all(plan: batches.Plan, work: "_Work") -> list[Image.Image]:
     while len(pictures) < count:
         batch = range(len(pictures), min(len(pictures) + plan.batch_size, count))
         try:
-            with decoding_as_planned(models.vae, plan), timesteps_on_device(*models.unets()):
-                pictures += _draw(batch, work)
+            with timesteps_on_device(*filter(None, work.unets.values())):
+                pictures += _draw(batch, plan, work)
         except RuntimeError as error:
             smaller = plan.smaller()
             if smaller is None or not is_out_of_memory(error):
@@ -149,6 +160,8 @@ class _Work:
     may_be_black: bool
     counter: StepCounter
     step_cache_interval: int | None
+    unets: Mapping[str, Any]
+    """By the name of the stage: what its pipelines call."""
 
 
 def _encode(
@@ -207,7 +220,7 @@ def _make_room(models: Models) -> None:
     free_memory()
 
 
-def _draw(batch: range, work: _Work) -> list[Image.Image]:
+def _draw(batch: range, plan: batches.Plan, work: _Work) -> list[Image.Image]:
     """The pictures with these numbers, drawn a second time if something else came out.
 
     Raises:
@@ -215,7 +228,9 @@ def _draw(batch: range, work: _Work) -> list[Image.Image]:
     """
     for is_last in (False, True):
         latents = _denoise(batch, work)
-        pictures = decode(latents, work.models.vae, may_be_black=work.may_be_black)
+        vae = work.models.vae
+        with decoding_as_planned(vae, plan):
+            pictures = decode(latents, vae, may_be_black=work.may_be_black)
         if pictures is not None:
             return pictures
         if not is_last:
@@ -243,7 +258,7 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
         if canvas.repainted is not None:
             keeper = Keeper(latents, canvas.repainted)
     for stage in work.stages:
-        pipeline = _pipeline(stage, models)
+        pipeline = _pipeline(stage, models, work.unets[stage.name])
         pipeline.scheduler = scheduler_of(stage, request, models, work.few_step)
         after_step = work.counter.callback(stage.name)
         # What the pipeline is about to draw, where it adds noise.
@@ -286,25 +301,24 @@ def _guidance_rescale(stage: Stage, work: _Work) -> float:
     return work.models.guidance_rescale_default if stage.name == "base" else 0.0
 
 
-def _pipeline(stage: Stage, models: Models) -> Any:
+def _pipeline(stage: Stage, models: Models, unet: Any) -> Any:
     """A pipeline over the networks of a stage. Nothing is copied, so making one is cheap."""
     if stage.name == "base":
         own: dict[str, Any] = {
             "tokenizer": models.tokenizer,
             "text_encoder": models.text_encoder,
-            "unet": models.unet,
             "force_zeros_for_empty_prompt": models.zeros_for_empty_prompt,
         }
     else:
         own = {
             "tokenizer": None,
             "text_encoder": None,
-            "unet": models.refiner_unet,
             "force_zeros_for_empty_prompt": models.refiner_zeros_for_empty_prompt,
             "requires_aesthetics_score": models.refiner_takes_aesthetic_score,
         }
     pipeline = stage.pipeline(
         **own,
+        unet=unet,
         tokenizer_2=models.tokenizer_2,
         text_encoder_2=models.text_encoder_2,
         vae=models.vae,

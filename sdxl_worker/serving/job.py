@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -36,7 +37,7 @@ from sdxl_worker.serving.logs import timed
 from sdxl_worker.serving.progress import Progress
 from sdxl_worker.serving.slot import begin_next_job
 from sdxl_worker.serving.start import put_on_card, ready_models
-from sdxl_worker.serving.threads import in_thread, on_gpu_thread
+from sdxl_worker.serving.threads import draw_on_gpu_thread, in_thread
 from sdxl_worker.settings import Settings, load_settings
 from sdxl_worker.wording import without_secrets
 
@@ -92,6 +93,7 @@ async def _answered(
     from sdxl_worker.adapters.of_request import read_adapters
     from sdxl_worker.drawing.prompts import Texts, warnings_of
     from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
+    from sdxl_worker.drawing.together import kind_of
     from sdxl_worker.serving.report import build_report
 
     plan_stages(request, models)  # refuses before anything is fetched
@@ -111,7 +113,8 @@ async def _answered(
 
     told = warnings_of_settings(request, adapters.few_step)
     told += warnings_of(Texts.of(request), adapters.embeddings)
-    pictures, generate_ms, lost = await on_gpu_thread(
+    kind = kind_of(request, stages, models, canvas, adapters, settings)
+    draw = functools.partial(
         _draw,
         job_id,
         time.perf_counter(),
@@ -123,7 +126,9 @@ async def _answered(
         canvas,
         adapters=adapters,
         step_cache_interval=settings.step_cache,
+        shares_passes=kind is not None,
     )
+    pictures, generate_ms, lost = await draw_on_gpu_thread(draw, kind, settings.batch_jobs)
     if models.dtype == torch.bfloat16 and lost > LOST_WORTH_TELLING:
         told.append(
             f"loras: rounding to bfloat16 lost {lost:.0%} of what they change; with DTYPE=float16 "

@@ -2,47 +2,56 @@
 
 import asyncio
 import functools
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
 from sdxl_worker.errors import let_go
+from sdxl_worker.serving.gpu_queue import A_MOMENT, GpuQueue
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# The one thread that uses the GPU. One job after the other: neither the networks nor the GPU's
-# memory allow two at once. The thread starts with its first call.
-_gpu_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
+_gpu_queue = GpuQueue()
 
 
 async def on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run `function` on the GPU thread. Cancelled before its turn comes, it never runs."""
-    return await asyncio.wrap_future(start_on_gpu_thread(function, *args, **kwargs))
+    """Run `function`, which takes a moment, on the GPU thread: between two passes of whatever is
+    drawn. Cancelled before its turn comes, it never runs."""
+    work = _answering(functools.partial(function, *args, **kwargs))
+    return await asyncio.wrap_future(_gpu_queue.put(work, A_MOMENT))
+
+
+async def draw_on_gpu_thread(function: Callable[[], T], kind: Hashable | None, at_most: int) -> T:
+    """Run `function` on the GPU thread, alone or side by side, as `GpuQueue.put`."""
+    return await asyncio.wrap_future(_gpu_queue.put(_answering(function), kind, at_most))
 
 
 def start_on_gpu_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """As `on_gpu_thread`, without waiting for it."""
-    return _gpu_thread.submit(_answering, functools.partial(function, *args, **kwargs))
+    """Run `function` on the GPU thread, alone, without waiting for it."""
+    return _gpu_queue.put(_answering(functools.partial(function, *args, **kwargs)))
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `function`, which takes a moment of CPU time and waits for nobody, in another thread."""
-    return await asyncio.to_thread(_answering, functools.partial(function, *args, **kwargs))
+    return await asyncio.to_thread(_answering(functools.partial(function, *args, **kwargs)))
 
 
-def _answering(function: Callable[[], T]) -> T:
+def _answering(function: Callable[[], T]) -> Callable[[], T]:
+    """A function for a future, which cannot carry everything that `function` may raise.
+
+    StopIteration would let a coroutine wait for ever, and whatever ends a program or a task would,
+    on the way out of a job, end the worker or leave the job unanswered: they become RuntimeErrors.
     """
-    Raises:
-        RuntimeError: for what is no `Exception`, and for StopIteration. A future cannot carry
-            StopIteration to a coroutine, which would wait for ever, and whatever ends a program or
-            a task would, on the way out of a job, end the worker or leave the job unanswered.
-    """
-    try:
-        return function()
-    except BaseException as error:
-        # The error lives until it is reported and logged; other jobs need the memory earlier.
-        let_go(error)
-        if isinstance(error, Exception) and not isinstance(error, StopIteration):
-            raise
-        raise RuntimeError(f"{type(error).__name__} in a job") from error
+
+    def answering() -> T:
+        try:
+            return function()
+        except BaseException as error:
+            # The error lives until it is reported and logged; other jobs need the memory earlier.
+            let_go(error)
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                raise
+            raise RuntimeError(f"{type(error).__name__} in a job") from error
+
+    return answering

@@ -8,8 +8,9 @@ import torch
 
 from sdxl_worker.gpu import graph_memory
 
-# For each UNet. Recording one costs as much as four passes.
-MAX_SHAPES = 4
+# For each UNet: of two sizes, alone and in passes of 2, 4, 8 and 16 pictures that jobs share.
+# Recording one costs as much as four passes.
+MAX_SHAPES = 10
 # What libraries set up or compile at first use must not end up in a recording.
 WARM_UP_RUNS = 3
 
@@ -35,7 +36,7 @@ class GraphedForward:
     ) -> tuple[torch.Tensor]:
         """
         Args:
-            timestep: on the device, without dimensions.
+            timestep: on the device, without dimensions, or one for each row.
             rest: what the pipelines pass and SDXL does not use. Where one is set, no graph is used.
         """
         if any(value is not None for name, value in rest.items() if name != "return_dict"):

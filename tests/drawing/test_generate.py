@@ -397,10 +397,13 @@ def test_pictures_leave_the_gpu_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> No
 def test_base_and_refiner_share_what_they_have_in_common() -> None:
     loaded = models()
     stages = plan_stages(parse_request({"prompt": PROMPT}), loaded)
-    base, refiner = (generate_module._pipeline(stage, loaded) for stage in stages)
+    base, refiner = (
+        generate_module._pipeline(stage, loaded, unet)
+        for stage, unet in zip(stages, loaded.unets(), strict=True)
+    )
     for name in ("text_encoder_2", "tokenizer_2", "vae"):
         assert getattr(refiner, name) is getattr(base, name)
-    assert refiner.unet is not base.unet
+    assert [base.unet, refiner.unet] == loaded.unets()
     assert refiner.text_encoder is None
 
 

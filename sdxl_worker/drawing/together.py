@@ -1,0 +1,39 @@
+"""Which requests may be drawn side by side: the one rule."""
+
+from collections.abc import Hashable, Sequence
+
+from sdxl_worker.adapters.of_request import Adapters
+from sdxl_worker.drawing.stages import Stage, output_size_px
+from sdxl_worker.inputs.canvas import Canvas
+from sdxl_worker.loading.models import Models
+from sdxl_worker.request import Request
+from sdxl_worker.settings import Settings
+
+
+def kind_of(
+    request: Request,
+    stages: Sequence[Stage],
+    models: Models,
+    canvas: Canvas | None,
+    adapters: Adapters,
+    settings: Settings,
+) -> Hashable | None:
+    """Requests of one kind may be drawn side by side; None: this one is drawn alone.
+
+    They need the same weights, LoRAs included, and the same size: passes over pictures of different
+    sizes cannot be one, and done in turn each picture would only come later. Stages, sampler,
+    steps, guidance, prompts and the number of pictures are each one's own.
+
+    Alone is drawn where a UNet's blocks keep something from step to step (`STEP_CACHE`), where
+    networks take turns on the GPU, and what reports on the worker.
+
+    Args:
+        stages: of the request, as for the other arguments.
+    """
+    if settings.batch_jobs == 1 or settings.step_cache is not None or request.check:
+        return None
+    if not stages or not models.placement.resident:
+        return None
+    loras = tuple((lora.sha256, lora.scale) for lora in adapters.loras if lora.scale != 0)
+    size_px = canvas.working.size if canvas is not None else output_size_px(stages, None)
+    return models.model_dir.root, loras, size_px
