@@ -3,6 +3,7 @@ adapters in models/adapters. `python -m tools.readme_picture`"""
 
 import os
 from pathlib import Path
+from typing import Any
 
 from shapes.evaluate_adapters import draw, loras
 from shapes.sheet import contact_sheet
@@ -25,7 +26,7 @@ PROMPTS = (
 )
 
 ADAPTED_PROMPT = "a white square on a green background"
-ADAPTED = (
+ADAPTED: tuple[dict[str, Any], ...] = (
     {},
     loras(dot=0.5),
     loras(dot=1),
