@@ -279,6 +279,8 @@ def test_what_must_be_equal_and_what_is_drawn_alone() -> None:
     assert kinds.of(width=72) != kinds.of()
     assert kinds.of(check=True) is None
     assert _Kinds(step_cache=2).of() is None
+    assert _Kinds(quantize="fp8").of() is None, "one scale for all rows of a pass"
+    assert _Kinds(quantize="int8").of() is not None, "a scale for each row"
 
 
 def test_random_mixes_of_jobs_are_all_answered(passes: list[int]) -> None:
