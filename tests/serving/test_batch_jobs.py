@@ -217,7 +217,10 @@ def test_what_fails_together_is_done_in_halves(
     monkeypatch.setattr(unet, "forward", limited)
     for answer in together(JOB, JOB, JOB, JOB):
         assert_same(answer, alone)
-    assert passes[-3:] == [4, 2, 2]
+    again = isinstance(error, torch.OutOfMemoryError)
+    assert passes[-3:] == ([2, 2, 2] if again else [4, 2, 2]), (
+        "what has no memory is not tried again"
+    )
 
 
 def test_progress_and_previews_are_each_job_s_own(platform: Platform) -> None:
