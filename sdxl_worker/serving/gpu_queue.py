@@ -1,12 +1,17 @@
 """The one thread that uses the GPU, and what waits for it."""
 
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+from sdxl_worker.errors import let_go
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -74,8 +79,6 @@ class GpuQueue:
             self._side_by_side(first)
 
     def _side_by_side(self, first: _Waiting[Any]) -> None:
-        from sdxl_worker.speed.shared_passes import draw_side_by_side  # imports torch
-
         to_begin: _Waiting[Any] | None = first
 
         def begin(drawn: int) -> Iterator[Callable[[], None]]:
@@ -90,15 +93,22 @@ class GpuQueue:
                 drawn += 1
 
         try:
+            from sdxl_worker.speed.shared_passes import draw_side_by_side  # imports torch
+
             draw_side_by_side(begin)
         except BaseException as error:
-            # Those that stopped in their middle end by themselves, with what greenlets raise then.
+            # Those that stopped in their middle end with what greenlets raise then, once nothing
+            # holds them: the error would, as long as the first one's future is kept.
+            log.exception("what is drawn side by side failed")
+            let_go(error)
             if not first.future.done():
                 first.future.set_exception(error)
 
     def _next(self, kind: Hashable) -> _Waiting[Any] | None:
         """The next of this kind, unless one was passed by as often as it may be."""
         with self._lock:
+            # One that is cancelled would hold up those behind it, once it was passed by often.
+            self._waiting = deque(one for one in self._waiting if not one.future.cancelled())
             for i, one in enumerate(self._waiting):
                 if one.kind == kind:
                     if kind != A_MOMENT:

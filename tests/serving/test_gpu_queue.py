@@ -18,6 +18,7 @@ class FakePass:
     """A pass of a UNet in whose place nothing is done."""
 
     kind = "any"
+    unet = None
     most_rows = None
     count = 1
 
@@ -200,3 +201,41 @@ def test_it_goes_on_after_a_pass_that_nothing_catches(monkeypatch: pytest.Monkey
     lost = queue.put(lambda: 1, "kind")
     assert queue.put(lambda: 2).result(SECONDS) == 2
     assert isinstance(lost.exception(SECONDS), SystemError)
+
+
+@pytest.mark.usefixtures("passes")
+def test_those_in_their_middle_are_answered_when_what_draws_them_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(_: list[Any], __: dict[Any, int]) -> None:
+        raise SystemError("broken")
+
+    monkeypatch.setattr(shared_passes, "_outcomes", broken)
+    held = Held()
+    lost = [held.put(name, "kind") for name in "abc"]
+    with pytest.raises(BaseException, match="greenlet"):
+        held.finish()
+    assert all(one.exception(SECONDS) is not None for one in lost)
+
+
+def test_one_that_is_cancelled_holds_up_nobody(passes: list[int]) -> None:
+    """Though it was passed by as often as one may be."""
+    held = Held()
+    count = 0
+
+    def another() -> None:
+        nonlocal count
+        count += 1
+        if count <= MOST_PASSED_BY:
+            held.put(f"more {count}", "busy", do=another)
+        else:
+            impatient.cancel()
+            held.put("last", "busy")
+
+    held.put("first", "busy", do=another)
+    impatient = held.put("impatient", "other")
+    while "last done" not in held.order:
+        held.finish()
+    assert held.order.index("last") < held.order.index(f"more {MOST_PASSED_BY} done")
+    assert "impatient" not in held.order
+    assert passes

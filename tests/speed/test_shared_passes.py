@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -217,7 +218,7 @@ def test_out_of_memory_a_pass_is_done_in_halves(
     tried = out_of_memory(4, monkeypatch, shared_models.unet)
     drawings = [Drawing(job, shared_models) for _ in range(4)]
     all_at_once(drawings)
-    assert tried[:3] == [8, 4, 4]
+    assert tried == [8, 4, 4, 4, 4], "what did not fit is not tried at each pass"
     assert all(largest_difference(one.pictures[0], alone) <= ROUNDING for one in drawings)
 
 
@@ -298,6 +299,48 @@ def test_recorded_passes_have_a_power_of_two_of_rows(
     recorded.rows.clear()
     all_at_once([Drawing({**BASE, "num_images": 3}, shared_models)])
     assert set(recorded.rows) == {6}, "alone, as without company"
+
+
+def test_what_fills_up_a_recorded_pass_is_in_the_memory_plan(
+    shared_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recorded(GraphedForward):
+        def __call__(self, sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            seen.append(len(sample))
+            return self._forward(sample, *arguments, **options)
+
+    seen: list[int] = []
+    recorded = Recorded(shared_models.unet.forward, torch.device("cpu"))
+    monkeypatch.setattr(shared_models.unet, "forward", recorded)
+    original = SharedUnet.__init__
+    monkeypatch.setattr(
+        SharedUnet, "__init__", lambda self, unet, **_: original(self, unet, most_pictures=3)
+    )
+    all_at_once([Drawing({**BASE, "num_inference_steps": 1}, shared_models) for _ in range(3)])
+    assert seen == [2, 4], "6 would be filled up to 8"
+
+
+@pytest.mark.parametrize("error", [SystemExit, ValueError])
+def test_whatever_a_pass_raises_each_drawing_ends(
+    shared_models: Models, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(shared_models.unet, "forward", broken)
+    drawings = [Drawing(BASE, shared_models) for _ in range(3)]
+    all_at_once(drawings)
+    assert [type(one.error) for one in drawings] == [error] * 3
+
+
+def test_a_drawing_sees_the_variables_of_its_thread() -> None:
+    """torch keeps its settings in them, such as how often something may be compiled anew."""
+    variable: ContextVar[int] = ContextVar("variable", default=0)
+    variable.set(1)
+    seen: list[int] = []
+    to_begin = [lambda: seen.append(variable.get())]
+    draw_side_by_side(lambda _: [to_begin.pop()] if to_begin else [])
+    assert seen == [1]
 
 
 def test_gradients_stay_off_when_one_is_done(shared_models: Models) -> None:
