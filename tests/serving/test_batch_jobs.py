@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 import handler
 from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.drawing.together import kind_of
+from sdxl_worker.serving import threads
 from sdxl_worker.serving.progress import JobStopped
+from sdxl_worker.serving.threads import start_on_gpu_thread
 from sdxl_worker.settings import Settings
 from sdxl_worker.speed import shared_passes
 from tests.own_files import write_lora
@@ -31,6 +34,7 @@ JOB: dict[str, Any] = {
 # Of 255: what another order of adding up leaves.
 ROUNDING = 2
 AT_ONCE = 8
+SECONDS = 60
 
 
 @pytest.fixture(autouse=True)
@@ -54,11 +58,20 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def together(*job_inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers to jobs that come at once."""
+    """The answers to jobs of which none begins before all wait, or are refused."""
 
     async def all_jobs() -> list[dict[str, Any]]:
-        jobs = [{"id": f"job-{i}", "input": one} for i, one in enumerate(job_inputs)]
-        return await asyncio.gather(*(handler.handler(job) for job in jobs))
+        go = threading.Event()
+        held = start_on_gpu_thread(go.wait, SECONDS)
+        jobs = [
+            asyncio.create_task(handler.handler({"id": f"job-{i}", "input": one}))
+            for i, one in enumerate(job_inputs)
+        ]
+        while len(threads._gpu_queue._waiting) < sum(not job.done() for job in jobs):
+            await asyncio.sleep(0.005)
+        go.set()
+        assert held.result(SECONDS)
+        return await asyncio.gather(*jobs)
 
     return asyncio.run(all_jobs())
 
