@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import handler
 from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.drawing.together import kind_of
+from sdxl_worker.loading.models import Models
 from sdxl_worker.serving.progress import JobStopped
 from sdxl_worker.settings import Settings
 from sdxl_worker.speed import shared_passes
@@ -250,14 +252,15 @@ class _Kinds:
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings(batch_jobs=4, **settings)
 
-    def of(self, **fields: Any) -> Any:
+    def of(self, by: Models | None = None, **fields: Any) -> Any:
         from sdxl_worker.adapters.of_request import NO_ADAPTERS
         from sdxl_worker.drawing.stages import plan_stages
         from sdxl_worker.request import parse_request
 
         request = parse_request({**JOB, **fields})
-        stages = plan_stages(request, models())
-        return kind_of(request, stages, models(), None, NO_ADAPTERS, self.settings)
+        by = by or models()
+        stages = plan_stages(request, by)
+        return kind_of(request, stages, by, None, NO_ADAPTERS, self.settings)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +283,10 @@ def test_what_may_differ_between_jobs_that_are_drawn_together(fields: dict[str, 
 def test_what_must_be_equal_and_what_is_drawn_alone() -> None:
     kinds = _Kinds()
     assert kinds.of(width=72) != kinds.of()
+    other_dir = replace(models().model_dir, root=Path("other"))
+    assert kinds.of(by=replace(models(), model_dir=other_dir)) != kinds.of()
+    in_turn = replace(models().placement, resident=False)
+    assert kinds.of(by=replace(models(), placement=in_turn)) is None
     assert kinds.of(check=True) is None
     assert _Kinds(step_cache=2).of() is None
     assert _Kinds(quantize="fp8").of() is None, "one scale for all rows of a pass"

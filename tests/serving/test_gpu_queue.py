@@ -169,12 +169,44 @@ def test_what_takes_a_moment_is_done_between_two_passes() -> None:
 
 
 @pytest.mark.usefixtures("passes")
+def test_a_moment_waits_for_nobody_who_was_passed_by() -> None:
+    held = Held()
+    many = {"at_most": MOST_PASSED_BY + 1, "steps": 3}
+    held.put("a", "kind", do=lambda: held.put("moment", A_MOMENT), **many)
+    held.put("other", "other")
+    for _ in range(MOST_PASSED_BY):
+        held.put("b", "kind", **many)
+    order = held.finish()
+    assert order.index("moment") < order.index("a done")
+
+
+@pytest.mark.usefixtures("passes")
+def test_moments_do_not_count_as_passing_by() -> None:
+    held = Held()
+    held.put("a", "kind")
+    held.put("other", "other")
+    for _ in range(MOST_PASSED_BY + 1):
+        held.put("moment", A_MOMENT)
+    held.put("b", "kind")
+    order = held.finish()
+    assert order.index("b") < order.index("other")
+
+
+@pytest.mark.usefixtures("passes")
 def test_what_is_cancelled_while_it_waits_never_runs() -> None:
     held = Held()
     held.put("a", "kind")
     cancelled = [held.put("b", "kind"), held.put("c"), held.put("d", A_MOMENT)]
     assert all(one.cancel() for one in cancelled)
-    assert held.finish() == ["a", "a done"]
+    held.put("last")
+    assert held.finish() == ["a", "a done", "last", "last done"]
+
+
+def test_nor_does_it_where_nothing_is_drawn() -> None:
+    held = Held()
+    assert held.put("a").cancel()
+    held.put("last")
+    assert held.finish() == ["last", "last done"]
 
 
 @pytest.mark.usefixtures("passes")
