@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
+from weakref import ref
 
 import pytest
 from greenlet import getcurrent
@@ -271,3 +272,27 @@ def test_one_that_is_cancelled_holds_up_nobody(passes: list[int]) -> None:
     assert held.order.index("last") < held.order.index(f"more {MOST_PASSED_BY} done")
     assert "impatient" not in held.order
     assert passes
+
+
+@pytest.mark.usefixtures("passes")
+def test_an_answer_is_not_kept_until_all_are_done() -> None:
+    class Answer:
+        pass
+
+    held = Held()
+    kept: list[bool] = []
+    answers: list[ref[Answer]] = []
+
+    def draw() -> Answer:
+        stop_at_a_pass()
+        answers.append(ref(answer := Answer()))
+        return answer
+
+    def note() -> None:
+        stop_at_a_pass()
+        kept.append(answers[0]() is not None)
+
+    held.queue.put(draw, "kind", 4)
+    held.put("long", "kind", do=note)
+    held.finish()
+    assert kept == [False]
