@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sdxl_worker.drawing import second_tries
+from sdxl_worker.drawing import batches, second_tries
+from sdxl_worker.drawing.batches import Plan
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.drawing.steps import Step
@@ -243,13 +244,17 @@ def test_one_that_does_not_fit_even_alone_fails_alone(
     assert len(fits.pictures) == 1
 
 
+def plan_for(most_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(_: Models, *, num_images: int, **__: Any) -> Plan:
+        return Plan(num_images, slicing=False, tiling=False, most_at_once=most_at_once)
+
+    monkeypatch.setattr(batches, "plan", plan)
+
+
 def test_passes_are_as_large_as_the_memory_plan_allows(
     shared_models: Models, rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = SharedUnet.__init__
-    monkeypatch.setattr(
-        SharedUnet, "__init__", lambda self, unet, **_: original(self, unet, most_pictures=2)
-    )
+    plan_for(2, monkeypatch)
     all_at_once([Drawing({**BASE, "num_inference_steps": 1}, shared_models) for _ in range(5)])
     assert sorted(rows) == [2, 4, 4]
     assert max(rows) <= 4
@@ -313,10 +318,7 @@ def test_what_fills_up_a_recorded_pass_is_in_the_memory_plan(
     seen: list[int] = []
     recorded = Recorded(shared_models.unet.forward, torch.device("cpu"))
     monkeypatch.setattr(shared_models.unet, "forward", recorded)
-    original = SharedUnet.__init__
-    monkeypatch.setattr(
-        SharedUnet, "__init__", lambda self, unet, **_: original(self, unet, most_pictures=3)
-    )
+    plan_for(3, monkeypatch)
     all_at_once([Drawing({**BASE, "num_inference_steps": 1}, shared_models) for _ in range(3)])
     assert seen == [2, 4], "6 would be filled up to 8"
 
