@@ -73,21 +73,25 @@ class GpuQueue:
         with self._lock:
             if not self._waiting:
                 return
-            first = self._waiting.popleft()
-        if first.kind in (None, A_MOMENT):
-            first.run()
+            first = [self._waiting.popleft()]
+        if first[0].kind in (None, A_MOMENT):
+            first[0].run()
         else:
             self._side_by_side(first)
 
-    def _side_by_side(self, first: _Waiting[Any]) -> None:
-        to_begin: _Waiting[Any] | None = first
+    def _side_by_side(self, to_begin: list[_Waiting[Any]]) -> None:
+        """
+        Args:
+            to_begin: one, which is taken out: the last may be done much later, and its answer must
+                not be kept until then.
+        """
+        kind, at_most = to_begin[0].kind, to_begin[0].at_most
 
         def begin(drawn: int) -> Iterator[Callable[[], None]]:
-            nonlocal to_begin
             while (moment := self._next(A_MOMENT)) is not None:
                 moment.run()
-            while drawn < first.at_most:
-                one, to_begin = to_begin or self._next(first.kind), None
+            while drawn < at_most:
+                one = to_begin.pop() if to_begin else self._next(kind)
                 if one is None:
                     return
                 yield one.run
@@ -98,12 +102,12 @@ class GpuQueue:
 
             draw_side_by_side(begin)
         except BaseException as error:
-            # Those that stopped in their middle end with what greenlets raise then, once nothing
-            # holds them: the error would, as long as the first one's future is kept.
             log.exception("what is drawn side by side failed")
+            # Those that stopped in their middle end with what greenlets raise then, once nothing
+            # holds them: the error would.
             let_go(error)
-            if not first.future.done():
-                first.future.set_exception(error)
+            for one in to_begin:
+                one.future.set_exception(error)
 
     def _next(self, kind: Hashable) -> _Waiting[Any] | None:
         """The next of this kind, unless one was passed by as often as it may be."""
