@@ -460,21 +460,26 @@ def test_a_vae_that_fails_upcast_is_set_back_for_the_next_job(part: str, narrow:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_plan_s_tiles_and_slices_last_for_its_job(
+def test_a_plan_s_tiles_and_slices_last_as_long_as_it_decodes(
     fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Between the passes, another job that is drawn beside this one may decode in its own way."""
     made = fresh_models()
+    decode, seen = made.vae.decode, []
     monkeypatch.setattr(
         batches, "plan", lambda *_, **__: batches.Plan(1, slicing=True, tiling=True)
     )
 
-    def fail(_: Any) -> None:
-        assert made.vae.use_tiling
+    def decoded(*arguments: Any, **options: Any) -> Any:
+        seen.append((made.vae.use_slicing, made.vae.use_tiling))
         if fails:
             raise OutOfMemoryError
+        return decode(*arguments, **options)
 
+    monkeypatch.setattr(made.vae, "decode", decoded)
     with contextlib.suppress(OutOfMemoryError):
-        draw(parse_request({**BASE_ONLY, "num_inference_steps": 1}), made, on_step=fail)
+        draw(parse_request({**BASE_ONLY, "num_inference_steps": 1}), made)
+    assert seen == [(True, True)]
     assert (made.vae.use_slicing, made.vae.use_tiling) == (False, False)
 
 
