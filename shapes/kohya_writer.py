@@ -11,58 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdxl_worker.adapters.module_names import original_names
+
 ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"
 ADAPTER = "default"
 """The name that peft gives the only adapter there is."""
-
-_IN_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-_OUTSIDE_BLOCKS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-
-
-def sgm_name(module: str, layers_per_block: int) -> str:
-    """The original name of a UNet's module, given in diffusers' spelling.
-
-    Each level has `layers_per_block` + 1 blocks: down, the last is the downsampler; up, each has a
-    resnet. Level i begins at input block (layers_per_block + 1) i + 1, output block
-    (layers_per_block + 1) i.
-    """
-    if module in _OUTSIDE_BLOCKS:
-        return _OUTSIDE_BLOCKS[module]
-    kind, *rest = module.split(".")
-    per_level = layers_per_block + 1
-    if kind == "mid_block":
-        part, index, *rest = rest
-        place = "middle_block." + ("1" if part == "attentions" else str(2 * int(index)))
-        return f"{place}.{_in_block(part, rest)}"
-    level, part, index, *rest = rest
-    if kind == "down_blocks" and part == "downsamplers":
-        return f"input_blocks.{per_level * (int(level) + 1)}.0.op"
-    if kind == "up_blocks" and part == "upsamplers":
-        return f"output_blocks.{per_level * int(level) + layers_per_block}.2.conv"
-    number = per_level * int(level) + int(index)
-    block = f"input_blocks.{number + 1}" if kind == "down_blocks" else f"output_blocks.{number}"
-    return f"{block}.{int(part == 'attentions')}.{_in_block(part, rest)}"
-
-
-def _in_block(part: str, rest: list[str]) -> str:
-    return ".".join(rest) if part == "attentions" else _IN_RESNET[rest[0]]
 
 
 def _key(prefix: str, name: str) -> str:
@@ -70,14 +28,15 @@ def _key(prefix: str, name: str) -> str:
 
 
 def modules_by_key(pipeline: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
-    """Every linear and convolution that an adapter may name, by its kohya key.
+    """Every module that an adapter may name, by its kohya key.
 
     Of a module that peft has wrapped, the wrapper.
     """
     found: dict[str, nn.Module] = {}
-    layers = pipeline.unet.config.layers_per_block
-    for name, module in _modules(pipeline.unet):
-        found[_key("lora_unet", sgm_name(name, layers))] = module
+    with torch.device("meta"):  # as it was before peft put its own within
+        plain = UNet2DConditionModel.from_config(pipeline.unet.config)
+    for name, original in original_names(plain).items():
+        found[_key("lora_unet", original)] = pipeline.unet.get_submodule(name)
     for number, encoder in enumerate((pipeline.text_encoder, pipeline.text_encoder_2), start=1):
         for name, module in _modules(encoder):
             if "encoder.layers." in name:

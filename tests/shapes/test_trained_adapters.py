@@ -152,27 +152,6 @@ def test_the_headers_say_what_the_files_are() -> None:
         }
 
 
-@pytest.mark.parametrize(
-    ("module", "original"),
-    [
-        ("conv_in", "input_blocks.0.0"),
-        ("down_blocks.0.resnets.1.conv1", "input_blocks.2.0.in_layers.2"),
-        ("down_blocks.0.downsamplers.0.conv", "input_blocks.3.0.op"),
-        ("down_blocks.1.attentions.0.proj_in", "input_blocks.4.1.proj_in"),
-        ("down_blocks.2.attentions.1.proj_out", "input_blocks.8.1.proj_out"),
-        ("mid_block.resnets.1.conv2", "middle_block.2.out_layers.3"),
-        ("mid_block.attentions.0.proj_in", "middle_block.1.proj_in"),
-        ("up_blocks.0.resnets.2.time_emb_proj", "output_blocks.2.0.emb_layers.1"),
-        ("up_blocks.0.upsamplers.0.conv", "output_blocks.2.2.conv"),
-        ("up_blocks.1.attentions.2.proj_in", "output_blocks.5.1.proj_in"),
-        ("up_blocks.2.resnets.2.conv_shortcut", "output_blocks.8.0.skip_connection"),
-        ("add_embedding.linear_2", "label_emb.0.2"),
-    ],
-)
-def test_modules_have_the_names_of_the_published_sdxl(module: str, original: str) -> None:
-    assert kohya_writer.sgm_name(module, layers_per_block=2) == original
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_the_worker_puts_on_what_peft_trained(name: str) -> None:
     trained = wrapped_by_peft(name)
