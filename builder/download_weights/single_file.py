@@ -121,9 +121,9 @@ def convert(checkpoint: Path, role: str, folder: Path, what: str) -> None:
             network.save_pretrained(  # type: ignore[operator]
                 folder / name, variant="fp16", max_shard_size="100GB"
             )
-    except NotImplementedError as error:  # torch's own: nothing is left to implement here
-        # Tensors that the file does not have stay on the meta device, without memory, and casting
-        # one of these to fp16 is what torch has not implemented.
+    except NotImplementedError as error:
+        # This is no open end of ours. Tensors that the file does not have stay on the meta device,
+        # without memory, and torch raises this where one of them is cast to fp16.
         raise DownloadError(f"{what}: lacks tensors that an SDXL {role} has") from error
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         # Whatever the library raises for tensors of another shape.

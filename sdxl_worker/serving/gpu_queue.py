@@ -18,15 +18,13 @@ T = TypeVar("T")
 # How many that came later may begin before one that waits: it waits inside the worker, where the
 # platform counts the time as its execution.
 MOST_PASSED_BY = 4
-# The kind of what takes a moment only: it is done between the passes of whatever is drawn.
-A_MOMENT = "a moment"
 
 
 @dataclass
 class _Waiting(Generic[T]):
     function: Callable[[], T]
-    kind: Hashable | None
-    at_most: int
+    kind: Hashable | None = None
+    at_most: int = 1
     future: Future[T] = field(default_factory=Future)
     passed_by: int = 0
     """Those that came later and began before it."""
@@ -49,6 +47,7 @@ class GpuQueue:
 
     def __init__(self) -> None:
         self._waiting: deque[_Waiting[Any]] = deque()
+        self._moments: deque[_Waiting[Any]] = deque()
         self._lock = threading.Lock()
         # It starts with its first call.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
@@ -67,14 +66,23 @@ class GpuQueue:
         self._thread.submit(self._serve)
         return waiting.future
 
+    def put_between(self, function: Callable[[], T]) -> Future[T]:
+        """For what takes a moment: it is done between the passes of whatever is drawn."""
+        moment = _Waiting(function)
+        with self._lock:
+            self._moments.append(moment)
+        self._thread.submit(self._serve)
+        return moment.future
+
     def _serve(self) -> None:
         """The first that waits, with those that may be done beside it. Called once for each that
         was put: there is none left where some were done together."""
+        self._run_moments()
         with self._lock:
             if not self._waiting:
                 return
             first = [self._waiting.popleft()]
-        if first[0].kind in (None, A_MOMENT):
+        if first[0].kind is None:
             first[0].run()
         else:
             self._side_by_side(first)
@@ -88,8 +96,7 @@ class GpuQueue:
         kind, at_most = to_begin[0].kind, to_begin[0].at_most
 
         def begin(drawn: int) -> Iterator[Callable[[], None]]:
-            while (moment := self._next(A_MOMENT)) is not None:
-                moment.run()
+            self._run_moments()
             while drawn < at_most:
                 one = to_begin.pop() if to_begin else self._next(kind)
                 if one is None:
@@ -109,6 +116,14 @@ class GpuQueue:
             for one in to_begin:
                 one.future.set_exception(error)
 
+    def _run_moments(self) -> None:
+        while True:
+            with self._lock:
+                if not self._moments:
+                    return
+                one = self._moments.popleft()
+            one.run()
+
     def _next(self, kind: Hashable) -> _Waiting[Any] | None:
         """The next of this kind, unless one was passed by as often as it may be."""
         with self._lock:
@@ -116,11 +131,10 @@ class GpuQueue:
             self._waiting = deque(one for one in self._waiting if not one.future.cancelled())
             for i, one in enumerate(self._waiting):
                 if one.kind == kind:
-                    if kind != A_MOMENT:
-                        for other in itertools.islice(self._waiting, i):
-                            other.passed_by += 1
+                    for other in itertools.islice(self._waiting, i):
+                        other.passed_by += 1
                     del self._waiting[i]
                     return one
-                if one.passed_by >= MOST_PASSED_BY and kind != A_MOMENT:
+                if one.passed_by >= MOST_PASSED_BY:
                     return None
         return None

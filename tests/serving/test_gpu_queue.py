@@ -9,10 +9,14 @@ from weakref import ref
 import pytest
 from greenlet import getcurrent
 
-from sdxl_worker.serving.gpu_queue import A_MOMENT, MOST_PASSED_BY, GpuQueue
+from sdxl_worker.serving.gpu_queue import MOST_PASSED_BY, GpuQueue
 from sdxl_worker.speed import shared_passes
 
 SECONDS = 30
+
+
+# Of the tests' own: what is put as a moment.
+A_MOMENT = "a moment"
 
 
 class FakePass:
@@ -67,7 +71,8 @@ class Held:
             self.order.append(f"{name} done")
             return name
 
-        future = self.queue.put(draw, kind, at_most)
+        is_moment = kind == A_MOMENT
+        future = self.queue.put_between(draw) if is_moment else self.queue.put(draw, kind, at_most)
         self._futures.append(future)
         return future
 
