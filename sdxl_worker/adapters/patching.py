@@ -8,7 +8,7 @@ fp32 and rounded once. Subtracting them would not give the weights back, so the 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary, ref
 
@@ -24,6 +24,12 @@ from sdxl_worker.placement import fits
 log = logging.getLogger(__name__)
 
 Key = tuple[tuple[str, float], ...]
+
+
+def key_of(loras: Iterable[Lora]) -> Key:
+    """Of a list of LoRAs, what tells it from others: those of scale 0 do not count."""
+    return tuple((lora.sha256, lora.scale) for lora in loras if lora.scale != 0)
+
 
 _patches: "WeakKeyDictionary[torch.nn.Module, Patches]" = WeakKeyDictionary()
 
@@ -93,8 +99,8 @@ class Patches:
             BaseException: whatever else goes wrong. In each case all weights are as they were
                 loaded.
         """
+        key = key_of(loras)
         loras = [lora for lora in loras if lora.scale != 0]
-        key = tuple((lora.sha256, lora.scale) for lora in loras)
         if key == self._key:
             return
         if self._users:

@@ -95,7 +95,10 @@ def generate(
             may_be_black=canvas is not None and int(np.asarray(canvas.working).max()) < DARK,
             counter=StepCounter(on_step, total_steps(stages), count, models.device),
             step_cache_interval=step_cache_interval,
-            unets=_unets(models, plan, shares_passes=shares_passes),
+            unets={
+                stage.name: _unet(stage, models, plan, shares_passes=shares_passes)
+                for stage in stages
+            },
         )
         return _draw_all(plan, work)
 
@@ -117,14 +120,9 @@ def _patched(models: Models, adapters: Adapters, check: Callable[[], None]) -> I
         yield
 
 
-def _unets(models: Models, plan: batches.Plan, *, shares_passes: bool) -> dict[str, Any]:
-    unets = {"base": models.unet, "refiner": models.refiner_unet}
-    if not shares_passes:
-        return unets
-    return {
-        name: unet and SharedUnet(unet, most_pictures=plan.most_at_once)
-        for name, unet in unets.items()
-    }
+def _unet(stage: Stage, models: Models, plan: batches.Plan, *, shares_passes: bool) -> Any:
+    unet = models.unet if stage.name == "base" else models.refiner_unet
+    return SharedUnet(unet, most_pictures=plan.most_at_once) if shares_passes else unet
 
 
 def _draw_all(plan: batches.Plan, work: "_Work") -> list[Image.Image]:
@@ -133,7 +131,7 @@ def _draw_all(plan: batches.Plan, work: "_Work") -> list[Image.Image]:
     while len(pictures) < count:
         batch = range(len(pictures), min(len(pictures) + plan.batch_size, count))
         try:
-            with timesteps_on_device(*filter(None, work.unets.values())):
+            with timesteps_on_device(*work.unets.values()):
                 pictures += _draw(batch, plan, work)
         except RuntimeError as error:
             smaller = plan.smaller()

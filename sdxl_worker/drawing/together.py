@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 
 from sdxl_worker.adapters.of_request import Adapters
+from sdxl_worker.adapters.patching import key_of
 from sdxl_worker.drawing.stages import Stage, output_size_px
 from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.loading.models import Models
@@ -31,12 +32,11 @@ def kind_of(
     Args:
         stages: of the request, as for the other arguments.
     """
-    if settings.batch_jobs == 1 or settings.step_cache is not None or request.check:
+    if settings.batch_jobs == 1 or request.check:
         return None
-    if settings.quantize == "fp8":
+    if settings.step_cache is not None or settings.quantize == "fp8":
         return None
     if not stages or not models.placement.resident:
         return None
-    loras = tuple((lora.sha256, lora.scale) for lora in adapters.loras if lora.scale != 0)
     size_px = canvas.working.size if canvas is not None else output_size_px(stages, None)
-    return models.model_dir.root, loras, size_px
+    return models.model_dir.root, key_of(adapters.loras), size_px
