@@ -64,7 +64,6 @@ class Patches:
         self._key: Key = ()
         self._lost = 0.0
         self._users = 0
-        self._put_back = False
 
     @property
     def key(self) -> Key:
@@ -115,20 +114,18 @@ class Patches:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Around what draws with them. If it fails, all weights are put back, once nobody else
-        draws with them."""
+        """Around what draws with them. If it fails, all weights are put back, unless somebody else
+        draws with them as well."""
         self._users += 1
         try:
             yield
         except BaseException as error:
             let_go(error)
-            self._put_back = True
+            if self._users == 1:
+                self.restore()
             raise
         finally:
             self._users -= 1
-            if self._put_back and not self._users:
-                self._put_back = False
-                self.restore()
 
     @torch.no_grad()
     def restore(self) -> None:
