@@ -18,8 +18,8 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from sdxl_worker.errors import let_go
-from sdxl_worker.gpu import is_out_of_memory
-from sdxl_worker.speed.cuda_graphs import GraphedForward
+from sdxl_worker.gpu import free_memory, is_out_of_memory
+from sdxl_worker.speed.cuda_graphs import GraphedForward, forget_recordings
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ def _outcomes(passes: Sequence[_Pass], too_many: dict[Any, int]) -> list[Any]:
             return [error]
         if is_out_of_memory(error):
             too_many[kind] = count
+            forget_recordings({one.unet for one in passes})
+            free_memory()
         log.warning("a pass of %d drawings failed: tried in halves", len(passes))
     return _in_halves(passes, too_many)
 

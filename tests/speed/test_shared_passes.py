@@ -18,6 +18,7 @@ from sdxl_worker.drawing.steps import Step
 from sdxl_worker.errors import PictureError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import parse_request
+from sdxl_worker.speed import shared_passes
 from sdxl_worker.speed.cuda_graphs import GraphedForward
 from sdxl_worker.speed.shared_passes import SharedUnet, _Pass, draw_side_by_side
 from tests.support import PROMPT, canvas_of, fresh_models, largest_difference, noise_picture
@@ -222,6 +223,30 @@ def test_out_of_memory_a_pass_is_done_in_halves(
     all_at_once(drawings)
     assert tried == [8, 4, 4, 4, 4], "what did not fit is not tried at each pass"
     assert all(largest_difference(one.pictures[0], alone) <= ROUNDING for one in drawings)
+
+
+def test_before_a_pass_is_tried_in_halves_memory_is_freed(
+    shared_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of recordings too, which is what most of it is."""
+    freed: list[str] = []
+
+    class Recorded(GraphedForward):
+        def forget(self) -> None:
+            freed.append("recordings")
+
+        def __call__(self, sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            if len(sample) > 4:
+                raise torch.OutOfMemoryError("out of memory")
+            return self._forward(sample, *arguments, **options)
+
+    unet = shared_models.unet
+    monkeypatch.setattr(unet, "forward", Recorded(unet.forward, torch.device("cpu")))
+    monkeypatch.setattr(shared_passes, "free_memory", lambda: freed.append("the rest"))
+    drawings = [Drawing({**BASE, "num_inference_steps": 1}, shared_models) for _ in range(3)]
+    all_at_once(drawings)
+    assert freed == ["recordings", "the rest"]
+    assert all(one.pictures for one in drawings)
 
 
 def test_one_that_does_not_fit_even_alone_fails_alone(
