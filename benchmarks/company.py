@@ -77,7 +77,8 @@ def side_by_side(draw: Sequence[Callable[[], T]], choose: random.Random) -> list
             drawn += 1
             yield to_begin.pop(0)
 
-    draw_side_by_side(begin)
+    while to_begin:  # it ends where those that began did nothing
+        draw_side_by_side(begin)
     return [future.result(0) for future in futures]
 
 

@@ -1,16 +1,16 @@
 """How many jobs a minute, and how long each waits and executes, with BATCH_JOBS and without.
 
-Real worker processes on the local endpoint, with the embedded model, or that of MODEL_DIR. It takes
-a quarter of an hour on two CPU cores.
+Real worker processes on the local endpoint, with the embedded model, which takes a quarter of an
+hour on two CPU cores, or, on a GPU, with one of SDXL's size and random weights.
 
     python -m benchmarks.throughput
+    python -m benchmarks.throughput --model full
 """
 
 import argparse
 import contextlib
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import torch
 from scipy.stats import binom
 from tqdm import tqdm
 
-from benchmarks import common
+from benchmarks import coldstart, common
 from local_endpoint.local import LocalEndpoint
 from local_endpoint.queue import Job, Status
 from sdxl_worker.settings import Settings
@@ -108,12 +108,8 @@ def ready(worker: Worker, sizes_px: Sequence[int], *, workers: int = 1) -> Itera
     """An endpoint whose workers have done what only first jobs cost: for each size, passes of as
     many rows as there may be."""
     environment = {**worker.environment, "OMP_NUM_THREADS": str(threads_of_each(workers))}
-    command = (sys.executable, "-m", "benchmarks.offline_worker", "handler.py")
     with LocalEndpoint(
-        worker_command=command,
-        workers=workers,
-        environment=environment,
-        start_timeout_seconds=TIMEOUT_SECONDS,
+        workers=workers, environment=environment, start_timeout_seconds=TIMEOUT_SECONDS
     ) as endpoint:
         for size in sizes_px:
             steps = range(1, 1 + max(2, worker.batch_jobs) * workers)
@@ -347,12 +343,17 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=20, help="of lone jobs (default: 20)")
     parser.add_argument(
-        "--native-px", type=int, default=128, help="the model's native size (default: 128)"
+        "--model", choices=("full",), default="", help="not given: the embedded one"
     )
     parser.add_argument("--out", type=Path, default=common.RESULTS_DIR)
     arguments = parser.parse_args()
-    given = vars(arguments)
-    options = Options(**{name: given[name] for name in Options.__dataclass_fields__})
+    options = Options(
+        jobs=arguments.jobs,
+        rounds=arguments.rounds,
+        arrivals=arguments.arrivals,
+        pairs=arguments.pairs,
+        native_px=1024 if arguments.model == "full" else 128,
+    )
 
     machine = common.machine("cuda" if torch.cuda.is_available() else "cpu")
     results = common.CsvFile(arguments.out / "throughput.csv", [*machine, *COLUMNS])
@@ -362,7 +363,8 @@ def main() -> None:
         results.add({**machine, "threads": threads, **figures})
 
     total = options.rounds * len(WORKERS) + 1 + 2 * len(LOADS) + len(WORKERS_IN_TWOS)
-    with tqdm(total=total) as progress:
+    with coldstart.model_dir(arguments.model) as variables, tqdm(total=total) as progress:
+        os.environ.update(variables)  # which the workers inherit
         capacity = all_at_once(options, add, progress.update)
         over_time(options, capacity, add, progress.update)
         in_twos(options, add, progress.update)

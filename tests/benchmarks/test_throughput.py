@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common, throughput
+from benchmarks import coldstart, common, throughput
 from benchmarks.throughput import ONE_BY_ONE, TOGETHER, JobInput, Measured, Ratio, Worker
 from local_endpoint.local import LocalEndpoint
 from sdxl_worker.request import parse_request
@@ -61,9 +61,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
     return result
 
 
-def rows_of(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[dict[str, str]]:
+def rows_of(monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> list[dict[str, str]]:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    arguments = ["--jobs", "6", "--arrivals", "5", "--pairs", "4", "--out", str(folder)]
+    arguments = ["--jobs", "6", "--arrivals", "5", "--pairs", "4", "--out", str(folder), *more]
     monkeypatch.setattr(sys, "argv", ["throughput", *arguments])
     throughput.main()
     assert (folder / "throughput.png").read_bytes().startswith(b"\x89PNG")
@@ -134,6 +134,21 @@ def test_lone_jobs_alternate(
     lone = [one for one in sent if len(one.jobs) == 1]
     assert [one.to.worker for one in lone] == [ONE_BY_ONE, TOGETHER, TOGETHER, ONE_BY_ONE] * 2
     assert [one.jobs[0]["seed"] for one in lone] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_full_size_model_draws_in_its_own_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sent: list[Sent]
+) -> None:
+    @contextlib.contextmanager
+    def model_dir(name: str) -> Iterator[dict[str, str]]:
+        yield {"MODEL_DIR": name}
+
+    monkeypatch.setattr(coldstart, "model_dir", model_dir)
+    monkeypatch.setenv("MODEL_DIR", "")
+    rows_of(monkeypatch, tmp_path, "--model", "full")
+    assert os.environ["MODEL_DIR"] == "full", "which the workers inherit"
+    assert {one.jobs[0]["width"] for one in sent[::2]} == {1024}, "equal jobs come first"
+    assert {job["width"] for job in sent[1].jobs} == {768, 1024, 1280}
 
 
 def test_a_worker_has_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
