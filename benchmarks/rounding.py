@@ -12,6 +12,7 @@ any kind that begin at any time, and the three things that a worker does where m
 import argparse
 import functools
 import random
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -36,7 +37,7 @@ from sdxl_worker.samplers import SAMPLERS
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 
 PROMPT = "a red circle on a blue background"
-WAYS: dict[str, dict[str, object]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "base alone": {"refiner_inference_steps": 0},
     "default": {},
     "ensemble": {"high_noise_frac": 0.8},
@@ -61,7 +62,7 @@ def models_on(device: str) -> Models:
     return add_refiner(load_base(weights), weights)
 
 
-def draw(models: Models, *, shares_passes: bool = False, **job_input: object) -> list[Image.Image]:
+def draw(models: Models, *, shares_passes: bool = False, **job_input: Any) -> list[Image.Image]:
     request = parse_request({"prompt": PROMPT, "seed": 100, **job_input})
     coarse = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize((request.width or 128, request.height or 128))
@@ -83,7 +84,7 @@ def batches_and_seeds(models: Models) -> list[Row]:
     rows = []
     for way, options in tqdm(WAYS.items(), unit="way"):
         for sampler in SAMPLERS:
-            job: dict[str, object] = {**options, "scheduler": sampler}
+            job = {**options, "scheduler": sampler}
             alone = [draw(models, **job, seed=100 + i)[0] for i in range(8)]
             rows.append((f"{way}, {sampler}", *compared(draw(models, **job, num_images=8), alone)))
     return rows

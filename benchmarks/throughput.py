@@ -307,7 +307,9 @@ def over_time(
             worker: stack.enter_context(ready(worker, [options.native_px]))
             for worker in (ONE_BY_ONE, TOGETHER)
         }
-        pairs = lone_jobs(*endpoints.values(), options.pairs, options.native_px)
+        pairs = lone_jobs(
+            endpoints[ONE_BY_ONE], endpoints[TOGETHER], options.pairs, options.native_px
+        )
         ratio = ratio_of_pairs(pairs)
         for i, worker in enumerate(endpoints):
             of_worker = [pair[i] for pair in pairs]

@@ -1,6 +1,7 @@
 """`benchmarks.rounding` draws in all of its ways, and tells one picture from another."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_each_way_is_drawn(way: str, models: Models) -> None:
 
 
 def test_the_psnr_is_that_of_the_worst_picture(models: Models) -> None:
-    job = {"num_inference_steps": 2, "refiner_inference_steps": 0}
+    job: dict[str, Any] = {"num_inference_steps": 2, "refiner_inference_steps": 0}
     one, other = (rounding.draw(models, **job, seed=seed)[0] for seed in (1, 2))
     worst = rounding.compared([one], [other])[2]
     assert worst != "99 dB"
