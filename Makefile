@@ -26,7 +26,8 @@ endpoint: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Sends the worker everything that a caller, a picture server or the platform may do wrong.
+# Sends the worker everything that a caller, a server of pictures or LoRAs, or the platform may do
+# wrong.
 attack: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.attack
 

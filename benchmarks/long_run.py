@@ -1,5 +1,8 @@
 """Thousands of jobs of every kind through three real workers, and whether anything is left behind.
 
+LoRAs, embeddings and models of a job's own are among them, and between them the same requests
+again, whose answers have to be the same bit for bit.
+
 The platform answers badly one time in ten, workers are killed now and then, jobs are cancelled. One
 worker is never killed: its memory, file handles, threads and children are noted on the way. The
 exit status is 1 where a target was missed.
@@ -27,20 +30,33 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks import common
-from benchmarks.attack.hostile_server import HostileServer
+from benchmarks.attack.hostile_server import Behaviour, HostileServer, once, with_length
 from benchmarks.attack.job_inputs import CHEAP, Fields, mask_uri, picture_uri, valid
 from benchmarks.attack.on_workers import refused
 from benchmarks.attack.real_workers import came_true, ended, real_workers
 from benchmarks.attack.tally import unreadable_answer
+from benchmarks.own_samples import (
+    OTHER_MODEL,
+    WORD,
+    file_bytes,
+    lora,
+    write_loras,
+    write_models,
+)
 from local_endpoint.faults import PASSING, Fault
 from local_endpoint.local import LocalEndpoint
 from local_endpoint.queue import Receipt
 from local_endpoint.workers import Worker
+from sdxl_worker.inputs.adapter_sources import SUFFIX
 from sdxl_worker.request import SIDE_MULTIPLE_PX
+from sdxl_worker.samplers import SAMPLERS
 
 CHART = common.RESULTS_DIR.parents[1] / "docs" / "long_run.svg"
 PLAIN: Fields = {"prompt": "a red circle on a blue background", **CHEAP}
 REFINER: Fields = {"refiner_inference_steps": 4, "strength": 0.5}  # What certainly succeeds.
+# At the beginning and at the end.
+FIRST: Fields = {**PLAIN, "seed": 1, **REFINER}
+HUB_LORA = "lora-"
 REDRAWN: Fields = {"mode": "img2img", "image_url": picture_uri(), "num_inference_steps": 4}
 INPAINTED: Fields = {**REDRAWN, "mask_url": mask_uri()}
 SHAPES: dict[str, Fields] = {
@@ -63,8 +79,38 @@ SHAPES: dict[str, Fields] = {
     "JPEG": {"output_format": "jpeg"},
     "WebP": {"output_format": "webp", "output_quality": 100, "duplicate_first": False},
     "uploaded": {"num_images": 2},
+    "LoRA": {"loras": [{"path": "one.safetensors"}]},
+    "LoRAs and an embedding": {
+        "prompt": f"a (red:1.3) circle, {WORD}",
+        "prompt_weighting": True,
+        "loras": [{"path": "one.safetensors"}, {"path": "two.safetensors", "scale": -0.5}],
+        "embeddings": [{"path": "word.safetensors", "token": WORD}],
+    },
+    "LoRA of the Hub": {},
+    "few-step LoRA": {"loras": [{"path": "fast.safetensors"}], "num_inference_steps": 4},
+    "another model": {"model": OTHER_MODEL},
+    "another model, LoRA": {"model": OTHER_MODEL, "loras": [{"path": "two.safetensors"}]},
+    "any sampler": {"num_inference_steps": 4},
+    "the first again": REFINER,
 }
+# Asked with the same seed each time, between jobs that change weights and models: the answer is the
+# same each time.
+REPEATED = (
+    "LoRA",
+    "LoRAs and an embedding",
+    "LoRA of the Hub",
+    "few-step LoRA",
+    "another model",
+    "another model, LoRA",
+    "the first again",
+)
 KINDS = (*SHAPES, "any size", "any fields", "check", "refused", "cancelled")
+SAMPLERS_AND_SCHEDULES = [
+    (name, schedule) for name, sampler in SAMPLERS.items() for schedule in sampler.schedules
+]
+HUB_LORAS = 4
+# Less than these files take.
+LORA_CACHE_BYTES = 2.5 * len(file_bytes(lora(0)))
 # Takes many seconds, unless it is cancelled.
 LONG: Fields = {**PLAIN, "num_inference_steps": 150, "num_images": 8, "height": 128, "width": 128}
 CANCELLED_WITHIN_SECONDS = 3.0
@@ -119,6 +165,12 @@ class Result:
     faults: int = 0
     delivered_again: int = 0
     repeats_exactly: bool = False
+    repeated: int = 0
+    """Jobs of the same request as one before."""
+    changed: list[str] = field(default_factory=list)
+    """Those of them that were answered otherwise than the first."""
+    downloads: int = 0
+    """Of LoRAs, which the cache does not hold all at once."""
     left_behind: list[str] = field(default_factory=list)
     seconds: float = 0
     samples: list[Sample] = field(default_factory=list)
@@ -138,6 +190,7 @@ class Result:
             f"doubled: {self.doubled[:5]}": self.doubled,
             f"wrong: {self.wrong[:5]}": self.wrong,
             f"left behind: {self.left_behind}": self.left_behind,
+            f"answered otherwise than before: {self.changed[:5]}": self.changed,
             "the first request was answered otherwise at the end": not self.repeats_exactly,
             f"memory grew by {self.growth:.1%}": self.growth > GROWTH_MAX,
         }
@@ -162,11 +215,12 @@ class LongRun:
         self._survivor = endpoint.workers[0]
         self._process = psutil.Process(self._survivor.pid)
         self._waiting: dict[str, Sent] = {}
+        self._answers: dict[str, object] = {}
 
     def drive(self, jobs: int, kills: int, tick: Callable[[], object]) -> Result:
         result = Result(jobs)
         started = time.monotonic()
-        first = self._first_picture()
+        first = self._answers[json.dumps(FIRST)] = self._first_picture()
         self._endpoint.faults.at_random(
             *FAULTY_ROUTES, faults=FAULTS, share=FAULT_SHARE, seed=self._random.randrange(2**32)
         )
@@ -194,6 +248,7 @@ class LongRun:
                 kill_at.pop(0)
             time.sleep(0.05)
         self._endpoint.faults.clear()
+        result.downloads = sum(one.path.startswith(HUB_LORA) for one in self._server.connections)
         result.faults = sum(one.fault is not None for one in self._endpoint.record.exchanges)
         result.statuses = dict(statuses)
         result.repeats_exactly = self._first_picture() == first
@@ -202,11 +257,12 @@ class LongRun:
         return result
 
     def _first_picture(self) -> object:
-        job_id = self._endpoint.run({**PLAIN, **REFINER, "seed": 1})
+        job_id = self._endpoint.run(FIRST)
         return ended(self._endpoint, job_id, STUCK_SECONDS).get("output")
 
     def _send(self, kind: str) -> None:
-        job_input: Any = {**PLAIN, "seed": self._random.randrange(2**32), **SHAPES.get(kind, {})}
+        seed = FIRST["seed"] if kind in REPEATED else self._random.randrange(2**32)
+        job_input: Any = {**PLAIN, "seed": seed, **SHAPES.get(kind, {})}
         now = time.monotonic()
         cancel_at = None
         if kind == "check":
@@ -224,8 +280,14 @@ class LongRun:
         elif kind == "uploaded":
             count = job_input["num_images"]
             job_input["upload_urls"] = [self._server.address("good", str(i)) for i in range(count)]
+        elif kind == "LoRA of the Hub":
+            number = self._random.randrange(HUB_LORAS)
+            job_input["loras"] = [{"path": f"own/loras/{HUB_LORA}{number}{SUFFIX}"}]
+        elif kind == "any sampler":
+            sampler, schedule = self._random.choice(SAMPLERS_AND_SCHEDULES)
+            job_input |= {"scheduler": sampler, "schedule": schedule}
         elif kind == "cancelled":
-            job_input = LONG
+            job_input = {**LONG, **self._random.choice(({}, SHAPES["LoRAs and an embedding"]))}
             cancel_at = now + self._random.uniform(0, CANCELLED_WITHIN_SECONDS)
         self._waiting[self._endpoint.run(job_input)] = Sent(kind, job_input, now, cancel_at)
 
@@ -268,6 +330,11 @@ class LongRun:
             complaint = output["warning"]
         if complaint:
             result.wrong.append(f"{what}: {complaint}")
+        elif sent.kind in REPEATED:
+            key = json.dumps(sent.job_input)
+            result.repeated += key in self._answers
+            if self._answers.setdefault(key, output) != output:
+                result.changed.append(what)
 
     def _kill_one(self) -> bool:
         """Kill a worker that is at work; False where there is none."""
@@ -316,8 +383,22 @@ def measure(
     *, jobs: int, kills: int, seed: int, workers: int = 3, tick: Callable[[], object] = lambda: None
 ) -> Result:
     """Run, stop the workers, and look for what they left on the machine."""
-    with tempfile.TemporaryDirectory() as temporary:
-        environment = {"RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true", "TMPDIR": temporary}
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        tempfile.TemporaryDirectory() as own,
+        HostileServer(_hub_loras()) as server,
+    ):
+        write_loras(Path(own) / "loras")
+        write_models(Path(own) / "models")
+        environment = {
+            "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",
+            "TMPDIR": temporary,
+            "LORA_DIR": f"{own}/loras",
+            "MODELS_DIR": f"{own}/models",
+            "LORA_CACHE_DIR": f"{own}/cache",
+            "LORA_CACHE_GB": f"{LORA_CACHE_BYTES / 1e9}",
+            "HF_ENDPOINT": server.origin,
+        }
         endpoint = real_workers(
             workers, environment=environment, command=(sys.executable, "-c", WORKER)
         )
@@ -329,7 +410,7 @@ def measure(
             seen.update((worker.id, worker) for worker in endpoint.workers)
             tick()
 
-        with HostileServer() as server, endpoint:
+        with endpoint:
             result = LongRun(endpoint, server, seed).drive(jobs, kills, note_and_tick)
         groups = {worker.pid for worker in seen.values()}
         came_true(lambda: not _processes_of(groups), 5)
@@ -337,6 +418,14 @@ def measure(
         files = [path.name for path in Path(temporary).iterdir()]
         result.left_behind += [f"file {name}" for name in files if not name.startswith(CACHE)]
     return result
+
+
+def _hub_loras() -> dict[str, Behaviour]:
+    files = [file_bytes(lora(10 + number)) for number in range(HUB_LORAS)]
+    return {
+        f"{HUB_LORA}{number}": once(with_length(data, len(data)))
+        for number, data in enumerate(files)
+    }
 
 
 def _processes_of(groups: set[int]) -> list[int]:
@@ -400,7 +489,9 @@ def main() -> int:
     print(
         f"{result.jobs} jobs in {result.seconds:.0f} s, {result.killed} kills, {result.faults} "
         f"faults: {len(result.lost)} lost, {len(result.doubled)} doubled, {len(result.wrong)} "
-        f"wrong, {result.delivered_again} delivered again; memory {result.growth:+.1%}"
+        f"wrong, {result.delivered_again} delivered again; {result.repeated} repeated, "
+        f"{len(result.changed)} of them changed; {result.downloads} downloads; "
+        f"memory {result.growth:+.1%}"
     )
     for words in result.missed:
         print(f"missed: {words}")

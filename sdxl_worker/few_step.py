@@ -18,6 +18,7 @@ from sdxl_worker.samplers import (
     ScheduleName,
     default_sampler,
 )
+from sdxl_worker.wording import printable
 
 # Of `guidance_scale`. The authors write 0; to other programs that would mean the negative prompt
 # alone, 1 means none to all.
@@ -127,6 +128,8 @@ HASHES: Mapping[str, str] = MappingProxyType(
 # Of a file's metadata: what a name there is called, by the trainers and by the Stability AI Model
 # Metadata Standard (modelspec).
 TITLES = ("modelspec.title", "ss_output_name")
+# A caller's file must not bring as many as `MAX_STEPS` is set against, which holds for requests.
+MAX_TOLD_STEPS = 50
 
 
 def recognise(name: str, sha256: str | None, metadata: Mapping[str, str]) -> FewStep | None:
@@ -177,10 +180,10 @@ def _from_metadata(metadata: Mapping[str, str]) -> FewStep | None:
         steps, guidance_scale = int(told["steps"]), float(told.get("guidance_scale", OFF))
     except (KeyError, ValueError):
         return None
-    if not (1 <= steps <= 1000 and 0 <= guidance_scale <= 100):
+    if not (1 <= steps <= MAX_TOLD_STEPS and 0 <= guidance_scale <= 100):
         return None
     return FewStep(
-        told["family"][:100],
+        printable(told["family"][:100]),
         cast(SamplerName, scheduler),
         cast(ScheduleName, schedule),
         steps,
@@ -198,7 +201,8 @@ def with_settings_of(
     """The request with the settings that its models need, where it does not name its own.
 
     The refiner, which was trained to go on with pictures of another model, is off beside a few-step
-    model unless the request names something of it.
+    model and beside LoRAs, whose effect it would paint over, unless the request names something of
+    it.
 
     Args:
         few_step: None: the models are no such ones.
@@ -218,9 +222,10 @@ def with_settings_of(
             settings["schedule"] = few_step.schedule
         if few_step.native_size_px is not None and request.image_url is None:
             settings["width"] = settings["height"] = few_step.native_size_px
-        refiner_alone = request.image_url is not None and request.mode != "img2img"
-        if named.isdisjoint(REFINER_FIELDS) and not refiner_alone:
-            settings["refiner_inference_steps"] = 0
+    is_another_model = few_step is not None or any(lora.scale for lora in request.loras or ())
+    refiner_alone = request.image_url is not None and request.mode != "img2img"
+    if is_another_model and named.isdisjoint(REFINER_FIELDS) and not refiner_alone:
+        settings["refiner_inference_steps"] = 0
     return request.model_copy(
         update={name: value for name, value in settings.items() if name not in named}
     )

@@ -419,7 +419,8 @@ class Request(InputModel):
         default=50,
         description="Length of the refiner's schedule, of which it runs the share `strength`, "
         "with mode `img2img` the share `refiner_strength`. 0, or a share of less than one step: "
-        "no refiner.",
+        "no refiner. Beside `loras`, which it does not take, it is off unless the request names "
+        "it, `refiner_strength` or `high_noise_frac`.",
     )
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
         default=7.5,

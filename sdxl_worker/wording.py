@@ -244,8 +244,12 @@ def shown(value: object) -> str:
         if len(text) > MAX_SHOWN_CHARACTERS:
             text = text[:MAX_SHOWN_CHARACTERS] + "..."
             break
-    # JSON can carry half a character (a lone surrogate), which no answer can be encoded with, and
-    # characters that end lines or turn them around.
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """JSON, also that of a file's header, can carry half a character (a lone surrogate), which no
+    answer can be encoded with, and characters that end lines or turn them around."""
     return "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
 
 

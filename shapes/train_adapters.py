@@ -1,6 +1,6 @@
 """Trains the adapters of the miniature: `python -m shapes.train_adapters --out models/adapters`.
 
-A quarter of an hour of one CPU core; all that is needed is the model itself, in models/shapes.
+An hour of one CPU core that is shared; all that is needed is the model itself, in models/shapes.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_a_file_may_tell_its_settings_outright() -> None:
     [
         {"few_step.steps": "many"},
         {"few_step.steps": "0"},
-        {"few_step.steps": "1001"},
+        {"few_step.steps": "51"},
         {"few_step.guidance_scale": "nan"},
         {"few_step.scheduler": "best"},
         {"few_step.schedule": "best"},
@@ -139,6 +139,13 @@ def test_a_file_may_tell_its_settings_outright() -> None:
 )
 def test_what_a_file_tells_has_to_be_possible(wrong: dict[str, str]) -> None:
     assert recognise("x", None, TOLD | wrong) is None
+
+
+def test_a_name_that_a_file_tells_can_be_written_anywhere() -> None:
+    found = recognise("x", None, TOLD | {"few_step.family": "L\ud800\n" + "M" * 1000})
+    assert found is not None
+    assert found.family.startswith(r"L\ud800\nMMM")
+    assert len(found.family) < 120
 
 
 LIGHTNING = recognised("sdxl_lightning_4step_lora")
@@ -181,6 +188,25 @@ def test_a_named_sampler_is_not_spaced_as_another_s() -> None:
 def test_the_refiner_is_on_only_where_something_of_it_is_named(named: dict[str, Any]) -> None:
     is_on = with_settings_of(accepted(**named), LIGHTNING).refiner_inference_steps == 50
     assert is_on == ("strength" not in named)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({}, 0),
+        ({"refiner_inference_steps": 50}, 50),
+        ({"high_noise_frac": 0.8}, 50),
+        ({"image_url": "https://example.com/a.png", "mode": "img2img"}, 0),
+        ({"image_url": "https://example.com/a.png", "mode": "img2img", "refiner_strength": 1}, 50),
+    ],
+)
+def test_beside_loras_the_refiner_which_takes_none_is_off(
+    fields: dict[str, Any], steps: int
+) -> None:
+    request = accepted(loras=[{"path": "a.safetensors"}], **fields)
+    assert with_settings_of(request, None).refiner_inference_steps == steps
+    off = accepted(loras=[{"path": "a.safetensors", "scale": 0}], **fields)
+    assert with_settings_of(off, None).refiner_inference_steps == 50
 
 
 def test_a_model_of_another_size_draws_in_its_own() -> None:

@@ -1,11 +1,12 @@
 """Writes what is derived from the code: the documents' tables, the input's JSON Schema, the
-settings in the Hub's form, what the attack, the long run and uploading told, and the publisher's
+settings in the Hub's form, what the attack, the long run and benchmarks told, and the publisher's
 name.
 
 Run as `make docs`; a test checks that all of it is up to date.
 """
 
 import json
+import statistics
 import tomllib
 from pathlib import Path
 
@@ -30,6 +31,7 @@ FORMATS = REPOSITORY / "benchmarks" / "results" / "formats.json"
 ATTACK = REPOSITORY / "benchmarks" / "results" / "attack.json"
 ADAPTERS = REPOSITORY / "benchmarks" / "results" / "adapters-cpu.json"
 LORA = REPOSITORY / "docs" / "lora.md"
+SWAP = REPOSITORY / "benchmarks" / "results" / "swap-cpu.json"
 UPLOADING = REPOSITORY / "benchmarks" / "results" / "uploading.json"
 
 
@@ -178,12 +180,18 @@ def long_run() -> str:
     """What `make long-run` told when it was run last."""
     run = json.loads(LONG_RUN.read_text(encoding="utf-8"))
     lost, doubled, wrong = (len(run[name]) for name in ("lost", "doubled", "wrong"))
+    again = ""
+    if "repeated" in run:  # not in runs before there were LoRAs
+        again = (
+            f"{run['repeated']:,} asked the same again\nbetween LoRAs and other models: "
+            f"{len(run['changed'])} answers were not the same bit for bit. "
+        )
     return (
         f"`make long-run`: {run['jobs']:,} jobs of every kind through three workers, which were "
         f"killed {run['killed']} times, on a\nplatform that answers badly one time in ten "
-        f"({run['faults']:,} times): {lost} lost, {doubled} doubled, {wrong} answered wrongly. The "
-        f"memory\nof a worker that lived through it grew by {run['growth']:.1%} from job 200 on "
-        "([chart](docs/platform.md#long-runs))."
+        f"({run['faults']:,} times): {lost} lost, {doubled} doubled, {wrong} answered wrongly. "
+        f"{again}The memory\nof a worker that lived through it grew by {run['growth']:.1%} from "
+        "job 200 on ([chart](docs/platform.md#long-runs))."
     )
 
 
@@ -270,6 +278,53 @@ def lora_figures() -> str:
     )
 
 
+def swap_figures() -> str:
+    """What `benchmarks.swap` told of checkpoints when it was run last, on a CPU."""
+    run = json.loads(SWAP.read_text(encoding="utf-8"))
+    swap, start = run["swap"], run["start"]
+
+    def seconds(state: str, layout: str) -> str:
+        return _median_and_range([one["seconds"] for one in swap["from_disk"][state][layout]])
+
+    least, most = start["file_by_folder"]["range"]
+    return (
+        f"Measured by `python -m benchmarks.swap` on {swap['cores']} CPU cores that others used "
+        "as well, not on a GPU, at SDXL's full size\n"
+        f"({swap['weights_gb']:.1f} GB of random fp16 weights, no refiner, held in "
+        f"{swap['dtype']}); medians, least and most in seconds. A model took the place\nof "
+        f"another, its first picture included, in {seconds('warm', 'folder')} from a folder and "
+        f"{seconds('warm', 'file')} from a single file\nwhose weights are the same, with the "
+        f"files in the system's page cache; in {seconds('cold', 'folder')}\nand "
+        f"{seconds('cold', 'file')} without. A worker was ready in "
+        f"{_median_and_range(start['ready_s']['folder'])} from the\nfolder and in "
+        f"{_median_and_range(start['ready_s']['file'])} from the single file, "
+        f"{start['file_by_folder']['median']:.2f} of the time ({least:.2f} to {most:.2f},"
+        f" {len(start['ready_s']['file'])} pairs). How\nlong models take between card and host "
+        "is not measured: without a GPU, both are one."
+    )
+
+
+def _median_and_range(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+
+
+def few_step_figures() -> str:
+    """What `benchmarks.swap` told of pictures when it was run last, on a CPU."""
+    run = json.loads(SWAP.read_text(encoding="utf-8"))["pictures"]
+    took, of_default = run["median_s"], run["by_default"]
+    default, few = took["default"], took["few_steps"]
+    lora = "and its few-step LoRA" if run["few_step_lora"] else "without a few-step LoRA"
+    return (
+        f"Measured by `python -m benchmarks.swap` on {run['cores']} CPU cores, not on a GPU, with "
+        f"the miniature model {lora}:\nthe default picture (25 steps and the refiner's 15) took "
+        f"{default:.2f} s, the base's 25 steps alone {took['base']:.2f} s, and 4 steps without "
+        f"guidance\n{few:.2f} s, {of_default['few_steps']['median']:.2f} of "
+        f"the default's time (medians of {run['rounds']} rounds). Of SDXL's "
+        f"operations at 1024x1024,\n4 steps are {run['few_steps_of_operations']:.3f} of the "
+        "default's, computed."
+    )
+
+
 def icon_url() -> str:
     return f"https://raw.githubusercontent.com/{publisher()}/main/docs/icon.png"
 
@@ -302,12 +357,13 @@ def derived() -> dict[Path, str]:
             uploading=uploading_table(),
         ),
         LORA: with_tables(LORA, figures=lora_figures()),
-        MODELS: with_tables(MODELS, settings=settings_table()),
+        MODELS: with_tables(MODELS, settings=settings_table(), figures=swap_figures()),
         SAMPLERS_DOCUMENT: with_tables(
             SAMPLERS_DOCUMENT,
             samplers=samplers_table(),
             nearest=nearest_table(),
             schedules=schedules_table(),
+            figures=few_step_figures(),
             **{"few-step": few_step_table()},
         ),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),

@@ -36,8 +36,9 @@ def random_network(
 
 
 def write_weights(root: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
-    """Write them beside the configurations of a MODEL_DIR."""
-    for network in (bar := tqdm(NETWORKS.values(), unit="network")):
+    """Write them beside the configurations of a MODEL_DIR, with a refiner or without."""
+    networks = [network for network in NETWORKS.values() if (root / network.folder).is_dir()]
+    for network in (bar := tqdm(networks, unit="network")):
         bar.set_description(network.folder)
         folder = root / network.folder
         module: Any = random_network(network, folder, dtype, device)

@@ -3,8 +3,9 @@ adapters in models/adapters. `python -m tools.readme_picture`"""
 
 import os
 from pathlib import Path
+from typing import Any
 
-from shapes.evaluate_adapters import BASE, draw, loras
+from shapes.evaluate_adapters import draw, loras
 from shapes.sheet import contact_sheet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -24,13 +25,13 @@ PROMPTS = (
     "a green triangle on a black background",
 )
 
-ADAPTED_PROMPT = "a yellow star on a blue background"
-ADAPTED = (
-    BASE,
-    {**BASE, **loras(dot=0.5)},
-    {**BASE, **loras(dot=1)},
-    {**BASE, **loras(frame=1)},
-    {**BASE, **loras(dot=1, frame=1)},
+ADAPTED_PROMPT = "a white square on a green background"
+ADAPTED: tuple[dict[str, Any], ...] = (
+    {},
+    loras(dot=0.5),
+    loras(dot=1),
+    loras(frame=1),
+    loras(dot=1, frame=1),
     loras(few_step=1),
 )
 ICON_PROMPT = "a yellow star on a blue background"

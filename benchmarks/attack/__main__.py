@@ -13,17 +13,28 @@ import asyncio
 import itertools
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks import common
-from benchmarks.attack import hostile_addresses, hostile_pictures, in_process, on_workers
+from benchmarks.attack import (
+    adapters_on_workers,
+    hostile_adapters,
+    hostile_addresses,
+    hostile_pictures,
+    in_process,
+    on_workers,
+)
+from benchmarks.attack.hostile_adapters import HostileFile
 from benchmarks.attack.tally import Tally, table, write
 from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.adapter_files import fetch_adapters
 from sdxl_worker.inputs.decode import decode, decode_mask
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.outputs.upload import UploadFailure, destination, upload
@@ -67,6 +78,18 @@ def kinds(*, quick: bool, seed: int) -> dict[str, tuple[str, Callable[[Tally], N
             "private and special addresses, uploaded to",
             lambda tally: in_process.attack_addresses(tally, put, hostile_addresses.addresses()),
         ),
+        "adapters": (
+            "hostile LoRAs and embeddings, put on and off",
+            lambda tally: attack_networks(
+                tally, itertools.islice(hostile_adapters.files(), 20 if quick else None)
+            ),
+        ),
+        "adapter-addresses": (
+            "private and special addresses, LoRAs fetched from",
+            lambda tally: in_process.attack_addresses(
+                tally, fetch_adapter, hostile_addresses.addresses()
+            ),
+        ),
         "jobs": (
             "good and bad jobs through real workers",
             lambda tally: on_workers.attack_with_jobs(tally, count=20 if quick else 300, seed=seed),
@@ -98,6 +121,18 @@ def kinds(*, quick: bool, seed: int) -> dict[str, tuple[str, Callable[[Tally], N
                 tally, *([("good", "missing", "html", "redirect-loop")] if quick else [])
             ),
         ),
+        "adapter-files": (
+            "the same LoRAs, and names that lead elsewhere, through a real worker",
+            lambda tally: adapters_on_workers.attack_with_adapter_files(
+                tally, list(itertools.islice(hostile_adapters.files(), 20 if quick else None))
+            ),
+        ),
+        "adapter-server": (
+            "a hostile server of LoRAs",
+            lambda tally: adapters_on_workers.attack_with_an_adapter_server(
+                tally, *([("lora", "lora-cut", "html", "lora-in-drips")] if quick else [])
+            ),
+        ),
         "platform": (
             "a platform in trouble",
             lambda tally: on_workers.attack_as_the_platform(
@@ -119,6 +154,26 @@ def put(url: str) -> str:
     if isinstance(stored, UploadFailure):
         raise RequestError(stored.cause)
     return stored
+
+
+def fetch_adapter(url: str) -> object:
+    """A LoRA from an address, over TLS, for others are not asked at all.
+
+    Raises:
+        RequestError: it is not possible.
+    """
+    url = re.sub("^http:", "https:", url, flags=re.IGNORECASE)
+    field = "loras[0].path"
+    return asyncio.run(fetch_adapters({field: url}, Settings(), lambda *_: None))
+
+
+def attack_networks(tally: Tally, files: Iterable[HostileFile]) -> None:
+    # Imported here, for torch takes seconds.
+    from benchmarks.attack.own_networks import OwnNetworks
+
+    with tempfile.TemporaryDirectory() as folder:
+        networks = OwnNetworks(Path(folder))
+        in_process.attack_adapters(tally, networks.put_on, networks.digest, files)
 
 
 def main() -> int:

@@ -17,27 +17,30 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Self
+from urllib.parse import unquote
 
 from PIL import Image
 
 from benchmarks.attack.job_inputs import png_bytes
+from sdxl_worker.inputs.adapter_sources import SUFFIX
 
 Sent = Iterator[bytes | float]
+Behaviour = Callable[[], Sent]
 DRIP_SECONDS = 5.0
 REQUEST_MAX_BYTES = 65536
 TLS_HANDSHAKE = b"\x16"
 
 
-def _head(status: str = "200 OK", *headers: str) -> bytes:
+def head(status: str = "200 OK", *headers: str) -> bytes:
     lines = (f"HTTP/1.1 {status}", "Content-Type: image/png", *headers)
     return "\r\n".join((*lines, "", "")).encode("latin-1")
 
 
-def _with_length(body: bytes, length: object, status: str = "200 OK") -> bytes:
-    return _head(status, f"Content-Length: {length}", "Connection: close") + body
+def with_length(body: bytes, length: object, status: str = "200 OK") -> bytes:
+    return head(status, f"Content-Length: {length}", "Connection: close") + body
 
 
-def _for_ever(first: bytes, again: bytes, pause_seconds: float = 0) -> Callable[[], Sent]:
+def for_ever(first: bytes, again: bytes, pause_seconds: float = 0) -> Behaviour:
     def behaviour() -> Sent:
         yield first
         while True:
@@ -47,22 +50,22 @@ def _for_ever(first: bytes, again: bytes, pause_seconds: float = 0) -> Callable[
     return behaviour
 
 
-def _once(*sent: bytes | float) -> Callable[[], Sent]:
+def once(*sent: bytes | float) -> Behaviour:
     return lambda: iter(sent)
 
 
-def _redirect(to: str) -> Callable[[], Sent]:
-    return _once(_head("302 Found", f"Location: {to}", "Content-Length: 0"))
+def redirect(to: str) -> Behaviour:
+    return once(head("302 Found", f"Location: {to}", "Content-Length: 0"))
 
 
 PICTURE = png_bytes(Image.linear_gradient("L").resize((64, 64)).convert("RGB"))
-PLAIN = _head()
-CHUNKED = _head("200 OK", "Transfer-Encoding: chunked")
+PLAIN = head()
+CHUNKED = head("200 OK", "Transfer-Encoding: chunked")
 BLOCK = bytes(65536)
 
 
 def _gzip_bomb() -> Sent:
-    yield _head("200 OK", "Content-Encoding: gzip")
+    yield head("200 OK", "Content-Encoding: gzip")
     yield gzip.compress(gzip.compress(bytes(200_000_000), 6), 1)
     block = gzip.compress(bytes(10_000_000))
     for _ in range(100):
@@ -70,68 +73,68 @@ def _gzip_bomb() -> Sent:
 
 
 def _cut() -> Sent:
-    yield _with_length(PICTURE[: len(PICTURE) // 2], len(PICTURE))
+    yield with_length(PICTURE[: len(PICTURE) // 2], len(PICTURE))
 
 
 def _slow_redirects() -> Sent:
     yield 4.0
-    yield _head("302 Found", "Location: /slow-redirects", "Content-Length: 0")
+    yield head("302 Found", "Location: /slow-redirects", "Content-Length: 0")
 
 
 # What never ends by itself: the worker has to.
-ENDLESS: dict[str, Callable[[], Sent]] = {
-    "silence": _for_ever(b"", b"", DRIP_SECONDS),
-    "drip": _for_ever(PLAIN, b"x", DRIP_SECONDS),
-    "drip-head": _for_ever(b"", b"H", DRIP_SECONDS),
-    "drip-chunks": _for_ever(CHUNKED, b"1\r\nx\r\n", DRIP_SECONDS),
-    "drip-headers": _for_ever(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n", DRIP_SECONDS),
-    "drip-error": _for_ever(_head("500 Oops"), b"x", DRIP_SECONDS),
-    "continue": _for_ever(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.01),
-    "early-hints": _for_ever(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.01),
-    "continue-headers": _for_ever(b"HTTP/1.1 100 Continue\r\n", b"X-A: b\r\n", 0.01),
-    "headers": _for_ever(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n" * 1000),
-    "header-line": _for_ever(b"HTTP/1.1 200 OK\r\nX-A: ", BLOCK),
-    "status-line": _for_ever(b"HTTP/1.1 200 ", b"O" * 65536),
-    "body": _for_ever(PLAIN, BLOCK),
-    "chunk-size": _for_ever(CHUNKED, b"0" * 65536),
-    "chunk-extension": _for_ever(CHUNKED + b"1;", b"x" * 65536),
-    "trailers": _for_ever(CHUNKED + b"0\r\n", b"X-A: b\r\n" * 1000),
+ENDLESS: dict[str, Behaviour] = {
+    "silence": for_ever(b"", b"", DRIP_SECONDS),
+    "drip": for_ever(PLAIN, b"x", DRIP_SECONDS),
+    "drip-head": for_ever(b"", b"H", DRIP_SECONDS),
+    "drip-chunks": for_ever(CHUNKED, b"1\r\nx\r\n", DRIP_SECONDS),
+    "drip-headers": for_ever(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n", DRIP_SECONDS),
+    "drip-error": for_ever(head("500 Oops"), b"x", DRIP_SECONDS),
+    "continue": for_ever(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.01),
+    "early-hints": for_ever(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.01),
+    "continue-headers": for_ever(b"HTTP/1.1 100 Continue\r\n", b"X-A: b\r\n", 0.01),
+    "headers": for_ever(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n" * 1000),
+    "header-line": for_ever(b"HTTP/1.1 200 OK\r\nX-A: ", BLOCK),
+    "status-line": for_ever(b"HTTP/1.1 200 ", b"O" * 65536),
+    "body": for_ever(PLAIN, BLOCK),
+    "chunk-size": for_ever(CHUNKED, b"0" * 65536),
+    "chunk-extension": for_ever(CHUNKED + b"1;", b"x" * 65536),
+    "trailers": for_ever(CHUNKED + b"0\r\n", b"X-A: b\r\n" * 1000),
 }
-OTHERS: dict[str, Callable[[], Sent]] = {
+OTHERS: dict[str, Behaviour] = {
     "gzip-bomb": _gzip_bomb,
-    "redirect-loop": _redirect("/redirect-loop"),
+    "redirect-loop": redirect("/redirect-loop"),
     "slow-redirects": _slow_redirects,
-    "redirect-to-file": _redirect("file:///etc/passwd"),
-    "redirect-to-ftp": _redirect("ftp://127.0.0.1/a.png"),
-    "redirect-to-junk": _redirect("http://["),
-    "redirect-to-data": _redirect("data:image/png;base64,AAAA"),
-    "redirect-without-location": _once(_head("302 Found", "Content-Length: 0")),
-    "length-too-long": _once(_with_length(PICTURE, len(PICTURE) + 1000)),
-    "length-too-short": _once(_with_length(PICTURE, 30)),
-    "length-negative": _once(_with_length(PICTURE, -1)),
-    "length-huge": _once(_with_length(PICTURE, 10**18)),
-    "length-junk": _once(_with_length(PICTURE, "many")),
-    "length-twice": _once(_head("200 OK", "Content-Length: 9", "Content-Length: 99") + PICTURE),
+    "redirect-to-file": redirect("file:///etc/passwd"),
+    "redirect-to-ftp": redirect("ftp://127.0.0.1/a.png"),
+    "redirect-to-junk": redirect("http://["),
+    "redirect-to-data": redirect("data:image/png;base64,AAAA"),
+    "redirect-without-location": once(head("302 Found", "Content-Length: 0")),
+    "length-too-long": once(with_length(PICTURE, len(PICTURE) + 1000)),
+    "length-too-short": once(with_length(PICTURE, 30)),
+    "length-negative": once(with_length(PICTURE, -1)),
+    "length-huge": once(with_length(PICTURE, 10**18)),
+    "length-junk": once(with_length(PICTURE, "many")),
+    "length-twice": once(head("200 OK", "Content-Length: 9", "Content-Length: 99") + PICTURE),
     "cut": _cut,
-    "nothing": _once(),
-    "empty": _once(_with_length(b"", 0)),
-    "html": _once(_with_length(b"<html><body>Sign in</body></html>", 33)),
-    "missing": _once(_with_length(b"no", 2, "404 Not Found")),
-    "broken": _once(_with_length(b"no", 2, "500 Internal Server Error")),
-    "no-content": _once(_head("204 No Content")),
-    "odd-status": _once(_with_length(b"no", 2, "999 ")),
-    "long-reason": _once(_with_length(b"no", 2, "404 " + "x" * 60_000)),
-    "strange-reason": _once(_with_length(b"no", 2, "404 \x1b[2J\x00\xff Traceback")),
-    "chunk-junk": _once(CHUNKED + b"zz\r\n" + PICTURE),
-    "chunk-cut": _once(CHUNKED + b"ffff\r\nabc"),
-    "gzip-junk": _once(_head("200 OK", "Content-Encoding: gzip") + PICTURE),
-    "unknown-coding": _once(_head("200 OK", "Content-Encoding: br, zstd, gzip") + PICTURE),
-    "no-http": _once(PICTURE),
-    "old-http": _once(b"<html>hello</html>\r\n"),
+    "nothing": once(),
+    "empty": once(with_length(b"", 0)),
+    "html": once(with_length(b"<html><body>Sign in</body></html>", 33)),
+    "missing": once(with_length(b"no", 2, "404 Not Found")),
+    "broken": once(with_length(b"no", 2, "500 Internal Server Error")),
+    "no-content": once(head("204 No Content")),
+    "odd-status": once(with_length(b"no", 2, "999 ")),
+    "long-reason": once(with_length(b"no", 2, "404 " + "x" * 60_000)),
+    "strange-reason": once(with_length(b"no", 2, "404 \x1b[2J\x00\xff Traceback")),
+    "chunk-junk": once(CHUNKED + b"zz\r\n" + PICTURE),
+    "chunk-cut": once(CHUNKED + b"ffff\r\nabc"),
+    "gzip-junk": once(head("200 OK", "Content-Encoding: gzip") + PICTURE),
+    "unknown-coding": once(head("200 OK", "Content-Encoding: br, zstd, gzip") + PICTURE),
+    "no-http": once(PICTURE),
+    "old-http": once(b"<html>hello</html>\r\n"),
 }
-GOOD = {"good": _once(_with_length(PICTURE, len(PICTURE)))}
+GOOD = {"good": once(with_length(PICTURE, len(PICTURE)))}
 # Its address begins with https: the handshake drips.
-TLS = {"tls": _for_ever(b"\x16\x03\x03\x40\x00", b"\x02", DRIP_SECONDS)}
+TLS = {"tls": for_ever(b"\x16\x03\x03\x40\x00", b"\x02", DRIP_SECONDS)}
 
 
 @dataclass(eq=False)
@@ -139,13 +142,17 @@ class Connection:
     """One that a worker opened. Times are those of time.monotonic()."""
 
     path: str
+    request: bytes
+    """Its head, and what of its body came with it."""
     closed_at: float | None = None
 
 
 @dataclass
 class HostileServer:
-    """For a `with` block."""
+    """For a `with` block. It stands for the Hub as well: of a path, the last part counts."""
 
+    more: dict[str, Behaviour] = field(default_factory=dict)
+    """Behaviours beside those above."""
     connections: list[Connection] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -166,9 +173,13 @@ class HostileServer:
         self._server.shutdown()
         self._server.server_close()
 
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
     def address(self, name: str, query: str = "") -> str:
-        scheme = "https" if name in TLS else "http"
-        return f"{scheme}://127.0.0.1:{self._server.server_address[1]}/{name}?{query}"
+        origin = self.origin.replace("http", "https") if name in TLS else self.origin
+        return f"{origin}/{name}?{query}"
 
     def open_count(self, name: str) -> int:
         """How many connections for this misbehaviour the worker holds open."""
@@ -191,14 +202,16 @@ class HostileServer:
                 if not received or request.startswith(TLS_HANDSHAKE):
                     break
         address = (request.split(b" ", 2)[1:2] or [b""])[0]
-        name = address.partition(b"?")[0].strip(b"/").decode("latin-1")
+        path = unquote(address.partition(b"?")[0].strip(b"/").decode("latin-1"))
+        name = path.rpartition("/")[2].removesuffix(SUFFIX)
         if request.startswith(TLS_HANDSHAKE):
             name = "tls"
         with contextlib.suppress(OSError):
             self._read_body(connection, request)
-        noted = Connection(name)
+        noted = Connection(name, request)
         self.connections.append(noted)
-        behaviour = {**ENDLESS, **OTHERS, **GOOD, **TLS}.get(name, OTHERS["missing"])
+        known = {**ENDLESS, **OTHERS, **GOOD, **TLS, **self.more}
+        behaviour = known.get(name, OTHERS["missing"])
         with contextlib.suppress(OSError):
             connection.settimeout(0.5)
             for what in behaviour():

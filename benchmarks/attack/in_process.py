@@ -1,4 +1,4 @@
-"""Attacks on functions in this process: validation, decoding, fetching from closed addresses."""
+"""Attacks on functions in this process: validation, decoding, LoRAs, closed addresses."""
 
 import contextlib
 import functools
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.attack.hostile_adapters import HostileFile
 from benchmarks.attack.hostile_addresses import DECOY
 from benchmarks.attack.hostile_pictures import HostilePicture
 from benchmarks.attack.job_inputs import fuzzed
@@ -73,6 +74,27 @@ def attack_addresses(
         tally.add(f"{address!r:.100}", complaint)
 
 
+def attack_adapters(
+    tally: Tally,
+    put_on: Callable[[HostileFile], object],
+    digest: Callable[[], str],
+    files: Iterable[HostileFile],
+) -> None:
+    """Files of LoRAs and embeddings: each is put on and off again, or refused, and all weights are
+    afterwards as they were.
+
+    Args:
+        digest: of the weights.
+    """
+    before = digest()
+    for hostile in files:
+        complaint = _outcome(_put_on, put_on, hostile)
+        if digest() != before:
+            complaint = "the weights are not as they were"
+            before = digest()
+        tally.add(hostile.name, complaint)
+
+
 def _outcome(attempt: Callable[[Any, Any], str | None], attacked: Any, what: Any) -> str | None:
     """The attempt's complaint, if it has one; a refusal has to be readable."""
     try:
@@ -85,6 +107,16 @@ def _outcome(attempt: Callable[[Any, Any], str | None], attacked: Any, what: Any
 
 def _parsed(parse: Callable[[object], object], job_input: object) -> None:
     parse(job_input)
+
+
+def _put_on(put_on: Callable[[HostileFile], object], hostile: HostileFile) -> str | None:
+    try:
+        put_on(hostile)
+    except RequestError as error:
+        if hostile.is_taken:
+            return f"refused: {error!s:.200}"
+        raise
+    return "taken" if hostile.is_taken is False else None
 
 
 def _fetched(fetch: Callable[[str], object], address: str) -> str:

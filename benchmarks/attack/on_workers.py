@@ -87,10 +87,10 @@ def attack_with_pictures(
     with real_workers() as endpoint:
         for hostile in pictures:
             [worker] = endpoint.workers
-            before = _memory_bytes(worker.pid)
+            before = memory_bytes(worker.pid)
             job_input = {**beside, field: data_uri(hostile.data)}
             job_id = endpoint.run(job_input)
-            grown = _peak_bytes_until_ended(endpoint, job_id, worker.pid) - before
+            grown = peak_bytes_until_ended(endpoint, job_id, worker.pid) - before
             must_be = {None: (), True: ("COMPLETED",), False: ("FAILED",)}[hostile.is_taken]
             complaint = unreadable_answer(endpoint.status(job_id), *must_be, asked=job_input)
             tally.raise_to("most_memory_mb", grown / 1e6)
@@ -103,19 +103,19 @@ def attack_with_pictures(
                 replace(endpoint, worker)
 
 
-def _peak_bytes_until_ended(endpoint: LocalEndpoint, job_id: str, pid: int) -> int:
+def peak_bytes_until_ended(endpoint: LocalEndpoint, job_id: str, pid: int) -> int:
     """The most memory seen while the job ran."""
     seen: list[int] = []
 
     def has_ended() -> bool:
-        seen.append(_memory_bytes(pid))
+        seen.append(memory_bytes(pid))
         return endpoint.status(job_id)["status"] in ENDED
 
     came_true(has_ended, JOB_SECONDS)
     return max(seen)
 
 
-def _memory_bytes(pid: int) -> int:
+def memory_bytes(pid: int) -> int:
     """Of the process and its children; 0 where it has ended."""
     try:
         process = psutil.Process(pid)
@@ -138,7 +138,7 @@ def attack_with_a_picture_server(
     ):
 
         def asked(name: str) -> Fields:
-            return {**ON_PICTURE, "image_url": _with_secrets(server, name, secret)}
+            return {**ON_PICTURE, "image_url": with_secrets(server, name, secret)}
 
         def send(name: str) -> str:
             return endpoint.run(asked(name))
@@ -149,15 +149,15 @@ def attack_with_a_picture_server(
 
         for at in range(0, len(names), GROUP):
             some = names[at : at + GROUP]
-            _answers_in_time(tally, endpoint, send, some, FETCH_TIMEOUT_SECONDS, complaint, secret)
-        tally.add("a plain job afterwards", _plain_job(endpoint))
+            answers_in_time(tally, endpoint, send, some, FETCH_TIMEOUT_SECONDS, complaint, secret)
+        tally.add("a plain job afterwards", plain_job(endpoint))
         for name in [name for name in names if name in {**ENDLESS, **TLS}]:
-            tally.add(f"{name}, cancelled", _cancel(endpoint, server, send, name))
-        tally.add("a plain job after the cancelled ones", _plain_job(endpoint))
+            tally.add(f"{name}, cancelled", cancelled(endpoint, server, send, name))
+        tally.add("a plain job after the cancelled ones", plain_job(endpoint))
         job_ids = [send("drip") for _ in range(3)]
-        tally.add("the end of the worker amid drips", _end_amid(endpoint, server, "drip", job_ids))
+        tally.add("the end of the worker amid drips", end_amid(endpoint, server, "drip", job_ids))
         tally.add("the secrets of addresses, in all that was posted and logged",
-                  _secret_told(endpoint, secret))  # fmt: skip
+                  secret_told(endpoint, secret))  # fmt: skip
 
 
 def attack_with_storage(
@@ -172,7 +172,7 @@ def attack_with_storage(
     ):
 
         def asked(name: str) -> Fields:
-            return {**PLAIN, "upload_urls": [_with_secrets(server, name, secret)]}
+            return {**PLAIN, "upload_urls": [with_secrets(server, name, secret)]}
 
         def send(name: str) -> str:
             return endpoint.run(asked(name))
@@ -185,14 +185,14 @@ def attack_with_storage(
 
         for at in range(0, len(names), STORAGE_GROUP):
             some = names[at : at + STORAGE_GROUP]
-            _answers_in_time(tally, endpoint, send, some, UPLOAD_SECONDS, complaint, secret)
+            answers_in_time(tally, endpoint, send, some, UPLOAD_SECONDS, complaint, secret)
         tries = sum(one.path == "redirect-loop" for one in server.connections)
         followed = f"{tries} requests, of which one is the upload" if tries > 1 else None
         tally.add("a redirect is not followed", followed)
         for name in [name for name in names if name in {**ENDLESS, **TLS}]:
-            tally.add(f"{name}, cancelled", _cancel(endpoint, server, send, name))
+            tally.add(f"{name}, cancelled", cancelled(endpoint, server, send, name))
         job_ids = [send("silence") for _ in range(3)]
-        end = _end_amid(endpoint, server, "silence", job_ids)
+        end = end_amid(endpoint, server, "silence", job_ids)
         for job_id in job_ids:
             answer = ended(endpoint, job_id, PROMPT_SECONDS)
             end = end or complaint("silence", answer)
@@ -200,19 +200,19 @@ def attack_with_storage(
                 end = "what was drawn was not sent, and is drawn again"
         tally.add("the end of the worker amid uploads", end)
         tally.add("the secrets of addresses, in all that was posted and logged",
-                  _secret_told(endpoint, secret))  # fmt: skip
+                  secret_told(endpoint, secret))  # fmt: skip
 
 
-def _with_secrets(server: HostileServer, name: str, secret: str) -> str:
+def with_secrets(server: HostileServer, name: str, secret: str) -> str:
     return server.address(name, f"token={secret}").replace("://", f"://user:{secret}@")
 
 
-def _secret_told(endpoint: LocalEndpoint, secret: str) -> str | None:
+def secret_told(endpoint: LocalEndpoint, secret: str) -> str | None:
     told = [line for line in written(endpoint).splitlines() if secret in line]
     return f"told {len(told)} times, first in {told[0]:.200}" if told else None
 
 
-def _answers_in_time(
+def answers_in_time(
     tally: Tally,
     endpoint: LocalEndpoint,
     send: Callable[[str], str],
@@ -236,7 +236,7 @@ def _answers_in_time(
         replace(endpoint, endpoint.workers[0])
 
 
-def _cancel(
+def cancelled(
     endpoint: LocalEndpoint, server: HostileServer, send: Callable[[str], str], name: str
 ) -> str | None:
     job_id = send(name)
@@ -250,11 +250,11 @@ def _cancel(
     return None
 
 
-def _plain_job(endpoint: LocalEndpoint) -> str | None:
+def plain_job(endpoint: LocalEndpoint) -> str | None:
     return unreadable_answer(ended(endpoint, endpoint.run(PLAIN), PROMPT_SECONDS), "COMPLETED")
 
 
-def _end_amid(
+def end_amid(
     endpoint: LocalEndpoint, server: HostileServer, name: str, job_ids: Sequence[str]
 ) -> str | None:
     """The end of the worker while these jobs wait for the server."""

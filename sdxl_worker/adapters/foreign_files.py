@@ -7,6 +7,9 @@ from sdxl_worker.safetensors_header import SafetensorsHeader
 ADVICE = "use a LoRA that was made for SDXL"
 # Where trainers note the model that they started from.
 BASE_MODEL_KEYS = ("modelspec.architecture", "ss_base_model_version")
+# All that is read of such a note, for which they use a word or two. Looking for what is below
+# takes the square of its length.
+MAX_NOTED_CHARACTERS = 200
 # By what they note; the first that is found. Spellings:
 # https://github.com/Stability-AI/ModelSpec, https://github.com/kohya-ss/sd-scripts
 BASE_MODELS = (
@@ -98,5 +101,6 @@ def of_text_width(width: int, own: int) -> str:
 
 
 def _noted(header: SafetensorsHeader) -> str | None:
-    noted = "\n".join(header.metadata.get(key, "") for key in BASE_MODEL_KEYS)
+    notes = [header.metadata.get(key, "")[:MAX_NOTED_CHARACTERS] for key in BASE_MODEL_KEYS]
+    noted = "\n".join(notes)
     return next((model for it, model in BASE_MODELS if re.search(it, noted, re.M | re.I)), None)

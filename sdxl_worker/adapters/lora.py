@@ -3,7 +3,7 @@ used."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,14 @@ from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.loading.models import Models
 from sdxl_worker.safetensors_header import SafetensorsHeader
+from sdxl_worker.wording import printable
 
 # Of the keys that are wrong, how many a message names.
 SHOWN = 3
 LONGEST_SHOWN = 120
+# The largest in common use is 256. A file of some hundred MB may have one of a million, which takes
+# many GB to multiply.
+MAX_RANK = 4096
 # What attends to the text.
 KEYS_OF_THE_TEXT = re.compile(r"attn2[._](processor\.)?to_k$")
 WEIGHT_PARTS = frozenset[str]().union(*WEIGHT_FORMATS)
@@ -188,6 +192,7 @@ class _Reader:
             shape = _shape(format_, shapes)
             if not fits(shape, weight):
                 raise _MisfitError(_misfit(next(iter(weight_keys.values())), shape, weight))
+            self._check_rank(weight_keys.values(), weight)
             if format_.rank:
                 config = self._peft.get(target.network)
                 rank = format_.rank(shapes)
@@ -216,6 +221,14 @@ class _Reader:
                 None,
             )
         return changes
+
+    def _check_rank(self, keys: Iterable[str], weight: Shape) -> None:
+        """Of parts that fit the weight, what is longer than it is a rank."""
+        most = max(MAX_RANK, *weight, math.prod(weight[1:]))
+        if key := next((key for key in keys if max(self._shapes[key], default=0) > most), None):
+            raise _RefusedError(
+                f"has a rank of more than {MAX_RANK}, in {_shown([key])}; use one of a smaller rank"
+            )
 
     def _own_shape(self, name: ParameterName) -> Shape:
         """() for a bias that is not there."""
@@ -272,5 +285,5 @@ def _misfit(key: str, shape: Shape, own: Shape) -> str:
 
 
 def _shown(items: Sequence[str]) -> str:
-    first = ", ".join(item[:LONGEST_SHOWN] for item in items[:SHOWN])
+    first = ", ".join(printable(item[:LONGEST_SHOWN]) for item in items[:SHOWN])
     return first if len(items) <= SHOWN else f"{first} and {len(items) - SHOWN} more"

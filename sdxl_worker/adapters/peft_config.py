@@ -68,7 +68,7 @@ def peft_configs(metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
                     bool(own.get("use_rslora")),
                     bool(own.get("use_dora")),
                 )
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"{PEFT_CONFIG} is not understood") from None
     return configs
 

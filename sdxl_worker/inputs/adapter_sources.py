@@ -124,7 +124,8 @@ def _local(name: str, folder: Path | None) -> LocalFile | None:
         path = (folder / name).resolve(strict=True)
         if path.is_file() and path.is_relative_to(folder.resolve()):
             return LocalFile(path, name)
-    except (OSError, ValueError):  # not there, too long, or with a zero byte
+    # Not there, too long, a link that leads to itself (before Python 3.13), or with a zero byte.
+    except (OSError, RuntimeError, ValueError):
         pass
     return None
 

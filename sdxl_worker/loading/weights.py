@@ -63,6 +63,11 @@ def choose_placement(files: Mapping[str, list[Path]], dtype_name: str | None) ->
     on_gpu = device.type == "cuda"
     dtype = _dtype(dtype_name, device)
     if not on_gpu:
+        if dtype == torch.float16:
+            log.warning(
+                "DTYPE is float16 and there is no GPU: CPUs without fp16 of their own take "
+                "hundreds of times longer for it; take bfloat16, or leave DTYPE unset"
+            )
         return Placement(device, dtype, resident=True)
     weights_bytes = bytes_of(files, dtype_name)
     free_bytes = torch.cuda.mem_get_info()[0]

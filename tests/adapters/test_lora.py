@@ -1,5 +1,8 @@
 """What is refused, and by which name. Each file but the first ones is a good one with one fault."""
 
+import json
+import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from sdxl_worker.adapters.foreign_files import of_text_width
-from sdxl_worker.adapters.lora import read_lora
+from sdxl_worker.adapters.lora import MAX_RANK, read_lora
 from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from tests.adapters.lora_files import FIELD, lora_of, saved, weights
-from tests.original_format import base_checkpoint, save
+from tools.original_format import base_checkpoint, save
 
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -152,6 +155,26 @@ WRONG: dict[str, tuple[Shapes, str]] = {
         "gives no shape, here",
     ),
     "no rank": (lora(TO_Q, rank=0), "gives no shape, here"),
+    "a rank that takes much memory": (
+        lora(TO_Q, rank=MAX_RANK + 1),
+        rf"has a rank of more than 4096, in {TO_Q}\.lora_down\.weight; use one of a smaller rank",
+    ),
+    "a Tucker core that does": (
+        {
+            f"{CONVOLUTION}.lora_up.weight": (80, 1, 1, 1),
+            f"{CONVOLUTION}.lora_mid.weight": (1, MAX_RANK + 1, 3, 3),
+            f"{CONVOLUTION}.lora_down.weight": (MAX_RANK + 1, 80, 1, 1),
+        },
+        r"rank of more than 4096, in \S+lora_(mid|down)\.weight",
+    ),
+    "a factor of LoKr that does": (
+        {
+            f"{TO_Q}.lokr_w1_a": (8, MAX_RANK + 1),
+            f"{TO_Q}.lokr_w1_b": (MAX_RANK + 1, 8),
+            f"{TO_Q}.lokr_w2": (10, 10),
+        },
+        r"rank of more than 4096, in \S+lokr_w1_a",
+    ),
     "too few dimensions": (
         {f"{TO_Q}.lora_down.weight": (80,), f"{TO_Q}.lora_up.weight": (80,)},
         "gives no shape",
@@ -235,6 +258,19 @@ def test_a_file_is_refused_by_what_it_is_or_by_the_keys_that_are_wrong(
         lora_of(tmp_path, models, zeros(shapes))
 
 
+def test_a_rank_that_is_large_is_taken(models: Models, tmp_path: Path) -> None:
+    assert lora_of(tmp_path, models, zeros(lora(TO_Q, rank=MAX_RANK))).changes
+
+
+def test_keys_are_told_in_characters_that_can_be_told(models: Models, tmp_path: Path) -> None:
+    header = {"\ud800\n\x1b[2J.alpha": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"12")
+    with pytest.raises(RequestError, match=r"no part of SDXL: \\ud800\\n\\u001b\[2J\.alpha;"):
+        read_lora(saved(path), 1.0, FIELD, models)
+
+
 def test_full_size_models_are_told_apart_by_the_width_of_their_text() -> None:
     assert of_text_width(768, 2048) == (
         "for Stable Diffusion 1.x, not for SDXL; use a LoRA that was made for SDXL"
@@ -280,6 +316,13 @@ def test_other_metadata_are_no_reason_to_refuse(
     metadata: dict[str, str], models: Models, tmp_path: Path
 ) -> None:
     assert len(lora_of(tmp_path, models, zeros(GOOD), metadata=metadata).changes) == 1
+
+
+def test_a_long_note_takes_no_time(models: Models, tmp_path: Path) -> None:
+    metadata = {"ss_base_model_version": "xl" * 50_000}
+    began = time.perf_counter()
+    lora_of(tmp_path, models, zeros(GOOD), metadata=metadata)
+    assert time.perf_counter() - began < 1, "it took the square of the note's length"
 
 
 def whole_checkpoint(path: Path) -> Path:

@@ -13,7 +13,7 @@ from benchmarks.sdxl_architecture import CONFIGS
 from sdxl_worker.adapters.module_names import Target, names_of, original_names
 from sdxl_worker.loading.models import Models
 from tests.adapters.lora_files import apply, changed_weights, lora_of, low_rank, weights
-from tests.original_format import _unet as original_keys
+from tools.original_format import _unet as original_keys
 
 # The modules of a UNet that trainers of LoRAs reach, by diffusers' names and by those of the
 # published checkpoint.

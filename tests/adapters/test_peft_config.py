@@ -108,6 +108,7 @@ def test_what_peft_itself_saves_is_read_too(models: Models, tmp_path: Path) -> N
         "[1]",
         '{"unet.lora_alpha": "large"}',
         '{"unet.lora_alpha": NaN}',
+        f'{{"unet.lora_alpha": 1{"0" * 400}}}',
         '{"unet.alpha_pattern": [1]}',
         '{"unet.alpha_pattern": {"(a+)+$": 1}}',
         "[" * 100_000,

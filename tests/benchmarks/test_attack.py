@@ -19,10 +19,27 @@ import pytest
 from PIL import Image
 
 from benchmarks.attack import __main__ as program
-from benchmarks.attack import hostile_pictures, in_process, job_inputs, on_workers, tally
+from benchmarks.attack import (
+    adapters_on_workers,
+    hostile_adapters,
+    hostile_pictures,
+    in_process,
+    job_inputs,
+    on_workers,
+    tally,
+)
+from benchmarks.attack.hostile_adapters import HostileFile, behaviours, endless_behaviours
 from benchmarks.attack.hostile_addresses import addresses
 from benchmarks.attack.hostile_pictures import HostilePicture
-from benchmarks.attack.hostile_server import ENDLESS, GOOD, OTHERS, PICTURE, TLS, HostileServer
+from benchmarks.attack.hostile_server import (
+    ENDLESS,
+    GOOD,
+    OTHERS,
+    PICTURE,
+    TLS,
+    Connection,
+    HostileServer,
+)
 from benchmarks.attack.tally import Tally, unreadable, unreadable_answer
 from local_endpoint.local import LocalEndpoint
 from sdxl_worker.errors import RequestError
@@ -81,6 +98,40 @@ class TestTheWorkerHolds:
         some = [*addresses()[::20], "http://:80/"]
         in_process.attack_addresses(result, program.put, some)
         assert (result.tried, result.breaks) == (len(some), [])
+
+    def test_adapters(self, result: Tally) -> None:
+        """But those that take seconds."""
+        files = [one for one in hostile_adapters.files() if len(one.data) < 10_000_000]
+        some = [one for one in files if not one.zeros and "keys" not in one.name]
+        program.attack_networks(result, some)
+        assert result.tried > 90
+        assert result.breaks == []
+
+    def test_addresses_of_adapters(self, result: Tally) -> None:
+        in_process.attack_addresses(result, program.fetch_adapter, addresses())
+        assert result.tried > 150
+        assert result.breaks == []
+
+    def test_hostile_adapters(self, result: Tally) -> None:
+        names = (
+            "a good LoRA",
+            "a pickle, in loras",
+            "nan in .alpha",
+            "a LoRA of rank 10^6",
+            "half a character as the family",
+            "a key of half a character",
+        )
+        files = [one for one in hostile_adapters.files() if one.name in names]
+        paths = (f"../{hostile_adapters.OUTSIDE}/one.safetensors", "linked.safetensors", "none")
+        adapters_on_workers.attack_with_adapter_files(result, files, paths, ("../x",))
+        assert result.tried == len(names) + 4 + 3 + 3
+        assert result.breaks == []
+
+    def test_a_hostile_server_of_adapters(self, result: Tally) -> None:
+        names = ["lora", "lora-cut", "lora-longer", "html", "redirect-to-file", "lora-in-drips"]
+        adapters_on_workers.attack_with_an_adapter_server(result, names)
+        assert result.tried == len(names) + 7
+        assert result.breaks == []
 
     def test_masks(self, result: Tally) -> None:
         masks = [*hostile_pictures.odd_masks(), HostilePicture("noise", b"noise")]
@@ -251,6 +302,68 @@ class TestABreakIsTold:
         on_workers.attack_with_pictures(result, wrong, "mask_url", on_workers.UNDER_MASK)
         assert len(result.breaks) == 2
 
+    def test_of_networks(self, result: Tally) -> None:
+        """What is put on and not taken off, and what is taken or refused where it should not be."""
+        weights = ["as loaded"]
+
+        def put_on(hostile: HostileFile) -> None:
+            if hostile.name == "good":
+                raise RequestError("loras: is no LoRA")
+            if hostile.name == "sticky":
+                weights.append(hostile.name)
+            if hostile.name == "strange":
+                raise OverflowError
+
+        files = [
+            HostileFile("good", b"", is_taken=True),
+            HostileFile("sticky", b"", is_taken=True),
+            HostileFile("wrong", b"", is_taken=False),
+            HostileFile("strange", b"", is_taken=None),
+            HostileFile("fine", b"", is_taken=None),
+        ]
+        in_process.attack_adapters(result, put_on, lambda: weights[-1], files)
+        assert result.breaks == [
+            "good: refused: loras: is no LoRA",
+            "sticky: the weights are not as they were",
+            "wrong: taken",
+            "strange: OverflowError: ",
+        ]
+
+    def test_of_adapters_on_a_worker(self, result: Tally) -> None:
+        """A file that should be refused is taken, one that should be taken is refused, and a path
+        that should lead nowhere leads to a file."""
+        right = {one.name: one for one in hostile_adapters.files()}
+        files = [
+            replace(right["a good LoRA"], is_taken=False),
+            replace(right["a pickle, in loras"], is_taken=True),
+        ]
+        adapters_on_workers.attack_with_adapter_files(result, files, ["one.safetensors"], [])
+        assert [line.partition(":")[0] for line in result.breaks] == [
+            "a good LoRA",
+            "a pickle, in loras",
+            "{'loras'",
+        ]
+
+    def test_of_a_token(self) -> None:
+        without = HostileServer(connections=[Connection("a", b"GET /a HTTP/1.1")])
+        having = HostileServer(connections=[Connection("a", b"Authorization: Bearer token")])
+        nobody = HostileServer()
+        told = [
+            adapters_on_workers.misled(hub, elsewhere, "token")
+            for hub, elsewhere in (
+                (having, without),
+                (without, without),
+                (having, nobody),
+                (having, having),
+            )
+        ]
+        assert told == [
+            None,
+            "not sent to its own host",
+            "the redirect was not followed",
+            "sent on to another host",
+        ]
+
     def test_of_a_message_about_this_machine(self) -> None:
         assert unreadable(f"no file {tally.REPOSITORY}/models") is not None
         assert unreadable("half a character: \ud800") is not None
@@ -342,13 +455,24 @@ class TestHostileServer:
                 assert server.wait_for("drip", 1, 5)
             assert server.wait_for("drip", 0, 2)
 
-    @pytest.mark.parametrize("name", [*ENDLESS, *OTHERS, *GOOD, *TLS])
+    def test_it_stands_for_the_hub_as_well(self) -> None:
+        with (
+            HostileServer(behaviours()) as server,
+            urllib.request.urlopen(f"{server.origin}/own/a/resolve/main/lora.safetensors") as file,
+        ):
+            assert b"lora_down.weight" in file.read()
+            assert server.connections[0].request.startswith(b"GET /own/a/")
+
+    @pytest.mark.parametrize(
+        "name", [*ENDLESS, *endless_behaviours(), *OTHERS, *behaviours(), *GOOD, *TLS]
+    )
     def test_every_misbehaviour_sends_bytes_or_waits(self, name: str) -> None:
-        behaviour = {**ENDLESS, **OTHERS, **GOOD, **TLS}[name]
+        endless = {**ENDLESS, **endless_behaviours()}
+        behaviour = {**endless, **OTHERS, **behaviours(), **GOOD, **TLS}[name]
         for _ in range(2):  # for each connection anew
             sent = list(itertools.islice(behaviour(), 4))
             assert all(isinstance(what, bytes | float | int) for what in sent)
-            assert len(sent) == 4 or name not in ENDLESS
+            assert len(sent) == 4 or name not in endless
 
 
 def test_bombs_are_small_and_large_inside() -> None:

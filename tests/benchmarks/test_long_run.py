@@ -26,15 +26,22 @@ def test_the_first_request_is_answered_the_same_at_the_end(result: Result) -> No
     assert result.repeats_exactly
 
 
+def test_other_requests_are_answered_the_same_after_loras_and_models(result: Result) -> None:
+    assert result.changed == []
+    asked = len(long_run.REPEATED) * 2
+    assert asked / 2 - 1 <= result.repeated < asked
+    assert result.downloads > 0
+
+
 def test_nothing_is_left_behind(result: Result) -> None:
     assert result.left_behind == []
 
 
 def test_the_worker_is_watched(result: Result, tmp_path: Path) -> None:
-    assert [one.jobs for one in result.samples] == [10, 20, 30]
+    assert [one.jobs for one in result.samples] == [*range(10, result.jobs + 1, 10)]
     assert all(one.memory_mb > 100 and one.handles > 3 for one in result.samples)
     long_run.write(result, tmp_path / "long_run.json", seed=1)
-    assert len(json.loads((tmp_path / "long_run.json").read_text())["samples"]) == 3
+    assert len(json.loads((tmp_path / "long_run.json").read_text())["samples"]) == 5
     long_run.draw_chart(result, tmp_path / "chart.svg")
     assert "memory, MB" in (tmp_path / "chart.svg").read_text()
 
@@ -65,6 +72,11 @@ class TestAMissedTargetIsTold:
         result = self.good()
         result.repeats_exactly = False
         assert result.missed == ["the first request was answered otherwise at the end"]
+
+    def test_an_answer_that_is_not_as_before(self) -> None:
+        result = self.good()
+        result.changed = ["LoRA, 1"]
+        assert result.missed == ["answered otherwise than before: ['LoRA, 1']"]
 
     def test_what_is_left_behind(self) -> None:
         result = self.good()

@@ -26,9 +26,10 @@ from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests import inpainting_model, original_format
+from tests import inpainting_model
 from tests.hub_server import COMMIT, Fault, Hub, serving
 from tests.support import REPOSITORY, draw
+from tools import original_format
 
 TABLE = sources.pinned()
 JOB = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "refiner_inference_steps": 4}

@@ -207,6 +207,7 @@ def lora_dir(tmp_path: Path) -> Path:
     (folder / "link.safetensors").symlink_to(folder / "one.safetensors")
     (folder / "out.safetensors").symlink_to(tmp_path / "secret.safetensors")
     (folder / "up").symlink_to(tmp_path)
+    (folder / "round.safetensors").symlink_to(folder / "round.safetensors")
     return folder
 
 
@@ -229,6 +230,7 @@ def test_a_file_in_lora_dir_wins_over_the_hub(lora_dir: Path) -> None:
         "style/../../secret.safetensors",
         "../secret.safetensors",
         "style",
+        "round.safetensors",
         "x\0.safetensors",
         "x" * 1900,
     ],

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models_by_name import find_by_name
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests import original_format
+from tools import original_format
 
 
 @pytest.fixture(scope="module")

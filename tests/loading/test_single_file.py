@@ -21,8 +21,9 @@ from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests import inpainting_model, original_format
+from tests import inpainting_model
 from tests.support import PROMPT, difference, draw, largest_difference, plain_base
+from tools import original_format
 
 BASE = EMBEDDED_MODEL_DIR / "base"
 JOB = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 4, "scheduler": "K_EULER"}

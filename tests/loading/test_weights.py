@@ -92,6 +92,16 @@ def test_weights_stay_on_the_gpu_where_they_leave_room_to_work(
     assert ("too small" in caplog.text) == (not resident)
 
 
+@pytest.mark.parametrize(("dtype", "warned"), [("float16", True), ("bfloat16", False)])
+def test_fp16_on_a_cpu_is_warned_of(
+    dtype: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With SDXL's weights, a worker did not come to its first picture within ten minutes."""
+    monkeypatch.setattr(weights_module, "choose_device", lambda: torch.device("cpu"))
+    choose_placement(EMBEDDED.weight_files("float16"), dtype)
+    assert ("DTYPE is float16 and there is no GPU" in caplog.text) == warned
+
+
 def test_weights_that_do_not_stay_on_the_gpu_are_read_to_the_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

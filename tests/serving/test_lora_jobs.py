@@ -21,9 +21,9 @@ from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request, parse_request
 from sdxl_worker.serving.progress import JobStopped
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests import original_format
 from tests.own_files import TEXT_MODULE, UNET_MODULES, write_lora
 from tests.support import PROMPT, decoded, fresh_models, models, run
+from tools import original_format
 
 SMALL: dict[str, Any] = {"prompt": PROMPT, "seed": 3, "height": 64, "width": 64}
 FEW_STEP = {

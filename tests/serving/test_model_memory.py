@@ -24,8 +24,8 @@ from sdxl_worker.serving.models_kept import ModelsKept
 from sdxl_worker.serving.start import put_on_card, ready_models, start
 from sdxl_worker.serving.threads import on_gpu_thread, start_on_gpu_thread
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
-from tests import original_format
 from tests.support import draw
+from tools import original_format
 
 JOB = {
     "prompt": "a red circle",

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
-from tests.original_format import base_checkpoint, save
 from tests.own_files import WORD, write_embedding, write_lora
 from tests.support import data_uri, decoded, largest_difference, noise_picture, run
+from tools.original_format import base_checkpoint, save
 
 SIZE = (64, 64)
 

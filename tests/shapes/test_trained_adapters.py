@@ -46,10 +46,9 @@ def own_models() -> Models:
 def put_on(*names: str) -> None:
     """On the worker's own models, by the worker; none: off."""
     own = own_models()
-    files = {name: AdapterFile(FILES[name], "", name, read_header(FILES[name])) for name in names}
-    patches_of(own).apply(
-        [read_lora(file, 1.0, f"loras.{name}", own) for name, file in files.items()]
-    )
+    # A file is told from another one by its SHA-256, in whose place the name does here.
+    files = [AdapterFile(FILES[name], name, name, read_header(FILES[name])) for name in names]
+    patches_of(own).apply([read_lora(file, 1.0, f"loras.{file.name}", own) for file in files])
 
 
 def wrapped_by_peft(name: str) -> StableDiffusionXLPipeline:
@@ -266,11 +265,12 @@ def without_adapters() -> list[Image.Image]:
 
 
 def right(images: list[Image.Image], *, dot: bool = False, frame: bool = False) -> float:
+    """Share that shows what is told; a dot that touches the side of a star opens its outline."""
     seen = [
         judge_effects(image, meaning, dot=dot, frame=frame)
         for image, meaning in zip(images, MEANINGS, strict=True)
     ]
-    return share_right(seen, MEANINGS)
+    return share_right(seen, MEANINGS, least_iou=0.0)
 
 
 @pytest.mark.parametrize("effect", ["dot", "frame"])
@@ -291,7 +291,7 @@ def test_both_together_show_both() -> None:
     dot, frame = strengths(both, MEANINGS, frame=True)
     assert dot > 0.7
     assert frame > 0.8
-    assert right(both, dot=True, frame=True) >= 0.8
+    assert right(both, dot=True, frame=True) >= 0.9
 
 
 def test_the_next_picture_is_as_if_there_had_been_none() -> None:

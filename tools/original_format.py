@@ -1,4 +1,4 @@
-"""The embedded model as a single-file checkpoint, with the names that SDXL was published with.
+"""A model in diffusers layout as a single-file checkpoint, with the names SDXL was published with.
 
 The inverse of what diffusers' `from_single_file` does.
 """
