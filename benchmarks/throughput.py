@@ -100,7 +100,9 @@ class Ratio:
 
 
 def threads_of_each(workers: int) -> int:
-    return max(1, (os.cpu_count() or 1) // workers)
+    """OMP_NUM_THREADS, or the cores that there are for each."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return int(given) if given else max(1, (os.cpu_count() or 1) // workers)
 
 
 @contextlib.contextmanager

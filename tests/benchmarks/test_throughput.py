@@ -62,6 +62,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
 
 def rows_of(monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> list[dict[str, str]]:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     arguments = ["--jobs", "6", "--arrivals", "5", "--pairs", "4", "--out", str(folder), *more]
     monkeypatch.setattr(sys, "argv", ["throughput", *arguments])
     throughput.main()
@@ -148,6 +149,16 @@ def test_a_full_size_model_draws_in_its_own_size(
     assert os.environ["MODEL_DIR"] == "full", "which the workers inherit"
     assert {one.jobs[0]["width"] for one in sent[::2]} == {1024}, "equal jobs come first"
     assert {job["width"] for job in sent[1].jobs} == {768, 1024, 1280}
+
+
+def test_where_other_processes_compete_the_threads_can_be_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert throughput.threads_of_each(2) == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert throughput.threads_of_each(2) == 4
 
 
 def test_a_worker_has_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
