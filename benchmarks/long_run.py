@@ -126,8 +126,9 @@ SAMPLE_EVERY = 10
 # compiled: of 300 sizes the first 60 took 50 MB, the others nothing. Without it, as on a GPU, what
 # grows is the worker's own.
 WORKER = "import torch; torch.backends.mkldnn.enabled = False; import handler; handler.main()"
-# What a worker holds is compared from here on, when all kinds of jobs have been seen.
-SETTLED_AFTER = 200
+# What a worker holds is compared from here on, when it has seen jobs of all kinds: the first with
+# KLMS and with a schedule of "beta" load 57 MB of scipy, the first of another model takes 22 MB.
+SETTLED_AFTER = 600
 GROWTH_MAX = 0.05
 # How many more of each may be held at the end. asyncio's pool of threads grows when it has to, and
 # the loop that fetches, with three handles of its own, begins with the first address.
@@ -460,7 +461,8 @@ def draw_chart(result: Result, path: Path) -> None:
 
 def write(result: Result, path: Path, seed: int) -> None:
     figures = {**common.machine(), "seed": seed, **dataclasses.asdict(result)}
-    figures |= {"growth": round(result.growth, 4), "missed": result.missed}
+    figures |= {"growth": round(result.growth, 4), "settled_after": SETTLED_AFTER}
+    figures["missed"] = result.missed
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -239,8 +239,8 @@ def warnings_of_settings(request: Request, few_step: FewStep | None) -> list[str
         if not least <= request.num_inference_steps <= most:
             made_for = f"{least}" if least == most else f"{least} to {most}"
             told.append(
-                f"num_inference_steps: this {few_step.family} was made for {made_for} steps; got "
-                f"{request.num_inference_steps}"
+                f"num_inference_steps: a model or LoRA of few steps ({few_step.family}) was made "
+                f"for {made_for} steps; got {request.num_inference_steps}"
             )
     if request.guidance_scale <= 1:
         told += [

@@ -597,9 +597,11 @@ class Request(InputModel):
             yield "scheduler", no_sampler
         embeddings = given.get("embeddings")
         if isinstance(embeddings, list):
-            tokens = [str(one.get("token")) for one in embeddings if isinstance(one, Mapping)]
+            tokens = [
+                str(one.get("token")).lower() for one in embeddings if isinstance(one, Mapping)
+            ]
             if len(set(tokens)) < len(tokens):
-                yield "embeddings", "each needs a token of its own"
+                yield "embeddings", "each needs a token of its own, whatever its capitals"
         urls, num_images = given.get("upload_urls"), given.get("num_images", 1)
         if isinstance(urls, list) and any(urls.count(url) > 1 for url in urls[: MAX_IMAGES + 1]):
             yield "upload_urls", "must all differ, or one picture would overwrite another"
@@ -620,7 +622,7 @@ class Request(InputModel):
         if isinstance(scheduler, str) and scheduler in SPELLINGS:
             name, of_name = SPELLINGS[scheduler]
             given = {**given, "scheduler": name}
-            if of_name is not None:
+            if of_name is not None and given.get("schedule") in (None, of_name):
                 given["schedule"] = of_name
         if any(_hold(mask, given) for mask in MASKED):
             given = {"mode": "img2img", **given}

@@ -202,7 +202,7 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
-            le=32,
+            le=8,
             description="How many jobs the worker takes at once, at least `BATCH_JOBS`. Without "
             "that, the GPU works on one job at a time; a second one fetches, encodes and posts "
             "meanwhile.",

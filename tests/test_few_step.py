@@ -246,7 +246,8 @@ def test_a_model_of_continuous_noise_levels_has_its_own_default(
 def test_a_number_of_steps_that_the_file_is_not_for_is_told() -> None:
     request = with_settings_of(accepted(num_inference_steps=25), LIGHTNING)
     assert warnings_of_settings(request, LIGHTNING) == [
-        "num_inference_steps: this SDXL-Lightning was made for 4 steps; got 25"
+        "num_inference_steps: a model or LoRA of few steps (SDXL-Lightning) was made for 4 steps; "
+        "got 25"
     ]
     assert warnings_of_settings(with_settings_of(accepted(), LIGHTNING), LIGHTNING) == []
     unified = recognised("Hyper-SDXL-1step-lora")

@@ -94,7 +94,7 @@ def test_a_worker_serves_it_and_its_report_says_what_it_is(
     assert np.array_equal(inpainted[~HOLE], np.asarray(PICTURE)[~HOLE])
     assert not np.array_equal(inpainted, np.asarray(PICTURE))
     told = error({"prompt": PROMPT, "image_url": image["image_url"]})
-    assert told.startswith("image_url: needs the refiner, and this worker has none")
+    assert told.startswith("image_url: needs the refiner, and this model has none")
 
 
 def test_other_models_are_not_told_to_be_for_inpainting() -> None:

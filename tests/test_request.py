@@ -580,3 +580,18 @@ def test_a_large_picture_in_the_input_is_neither_copied_nor_searched() -> None:
     begin = time.thread_time()
     assert accepted(image_url=picture).image_url is picture
     assert time.thread_time() - begin < 0.5
+
+
+def test_tokens_differ_by_more_than_capitals() -> None:
+    embeddings = [{"path": "a", "token": "my-style"}, {"path": "b", "token": "MY-Style"}]
+    with pytest.raises(RequestError, match="embeddings: each needs a token of its own"):
+        accepted(embeddings=embeddings)
+
+
+@pytest.mark.parametrize("schedule", ["norma", 3, ["karras"]])
+def test_a_schedule_that_is_none_is_told_though_the_sampler_s_name_gives_one(
+    schedule: object,
+) -> None:
+    with pytest.raises(RequestError, match="schedule: must be"):
+        accepted(scheduler="LMS Karras", schedule=schedule)
+    assert accepted(scheduler="LMS Karras", schedule="karras").schedule == "karras"

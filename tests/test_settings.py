@@ -18,6 +18,8 @@ from sdxl_worker.settings import Settings, load_settings
         ("WORKER_CONCURRENCY", "0"),
         ("WORKER_CONCURRENCY", "9"),
         ("WORKER_CONCURRENCY", "two"),
+        ("BATCH_JOBS", "0"),
+        ("BATCH_JOBS", "17"),
         ("STEP_CACHE", "1"),
         ("STEP_CACHE", "6"),
         ("MAX_STEPS", "0"),
@@ -38,6 +40,13 @@ def test_a_wrong_setting_is_named_with_its_value(
         ModelError, match=f"wrong environment variable: {name}: .*{re.escape(value)}"
     ):
         load_settings()
+
+
+def test_a_worker_takes_as_many_jobs_as_it_draws_side_by_side() -> None:
+    assert Settings().jobs_at_once == 1
+    assert Settings(worker_concurrency=3).jobs_at_once == 3
+    assert Settings(batch_jobs=16).jobs_at_once == 16
+    assert Settings(batch_jobs=2, worker_concurrency=3).jobs_at_once == 3
 
 
 @pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])

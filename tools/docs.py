@@ -180,18 +180,14 @@ def long_run() -> str:
     """What `make long-run` told when it was run last."""
     run = json.loads(LONG_RUN.read_text(encoding="utf-8"))
     lost, doubled, wrong = (len(run[name]) for name in ("lost", "doubled", "wrong"))
-    again = ""
-    if "repeated" in run:  # not in runs before there were LoRAs
-        again = (
-            f"{run['repeated']:,} asked the same again\nbetween LoRAs and other models: "
-            f"{len(run['changed'])} answers were not the same bit for bit. "
-        )
     return (
         f"`make long-run`: {run['jobs']:,} jobs of every kind through three workers, which were "
         f"killed {run['killed']} times, on a\nplatform that answers badly one time in ten "
         f"({run['faults']:,} times): {lost} lost, {doubled} doubled, {wrong} answered wrongly. "
-        f"{again}The memory\nof a worker that lived through it grew by {run['growth']:.1%} from "
-        "job 200 on ([chart](docs/platform.md#long-runs))."
+        f"Of {run['repeated']:,} that\nasked the same again between LoRAs and other models, "
+        f"{len(run['changed'])} differed in a bit. The memory of a worker that lived through it\n"
+        f"grew by {run['growth']:.1%} from job {run['settled_after']} on "
+        "([chart](docs/platform.md#long-runs))."
     )
 
 

@@ -63,7 +63,6 @@ def generate(
             this, at once.
         adapters: what `request.loras` and `request.embeddings` name.
         step_cache_interval: as `STEP_CACHE`.
-
         shares_passes: whether this is called in a drawing of `draw_side_by_side`.
 
     Raises:
@@ -140,6 +139,7 @@ def _draw_all(plan: batches.Plan, work: "_Work") -> list[Image.Image]:
             smaller = plan.smaller()
             if smaller is None or not is_out_of_memory(error):
                 raise
+            let_go(error)
             _make_room(models)
             second_tries.note("drawn in smaller batches")
             plan = smaller

@@ -103,14 +103,14 @@ def _stages(request: Request, models: Models) -> tuple[Stage, ...]:
     # The refiner is there by default: only a request that names it is refused for lack of one.
     if stages[0].name == "refiner":
         raise RequestError(
-            "image_url: needs the refiner, and this worker has none; let the base redraw it, with "
+            "image_url: needs the refiner, and this model has none; let the base redraw it, with "
             'mode "img2img", or serve a MODEL_DIR with a refiner/ folder'
         )
     asked = request.model_fields_set & {"refiner_inference_steps", "refiner_strength"}
     asked |= {"high_noise_frac"} if "denoising_start" in stages[-1].options else set()
     if asked:
         raise RequestError(
-            f"{', '.join(sorted(asked))}: needs the refiner, and this worker has none; leave it "
+            f"{', '.join(sorted(asked))}: needs the refiner, and this model has none; leave it "
             "out, or serve a MODEL_DIR with a refiner/ folder"
         )
     return (_base(request, models, until=None),)

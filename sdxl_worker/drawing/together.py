@@ -25,12 +25,15 @@ def kind_of(
     steps, guidance, prompts and the number of pictures are each one's own.
 
     Alone is drawn where a UNet's blocks keep something from step to step (`STEP_CACHE`), where
-    networks take turns on the GPU, and what reports on the worker.
+    pictures of one pass depend on each other (fp8 has one scale for all rows), where networks take
+    turns on the GPU, and what reports on the worker.
 
     Args:
         stages: of the request, as for the other arguments.
     """
     if settings.batch_jobs == 1 or settings.step_cache is not None or request.check:
+        return None
+    if settings.quantize == "fp8":
         return None
     if not stages or not models.placement.resident:
         return None

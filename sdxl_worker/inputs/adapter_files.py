@@ -77,12 +77,14 @@ async def fetch_adapters(
 async def _fetch_all(
     paths: Mapping[str, str], settings: Settings, tell: Callable[..., Any]
 ) -> dict[str, AdapterFile]:
-    sources = {}
+    sources, problems = {}, []
     for name, path in paths.items():
         try:
             sources[name] = await asyncio.to_thread(find_source, path, settings)
         except SourceError as error:
-            raise RequestError(f"{name}: {error}") from None
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise RequestError("\n".join(problems))
     joined = {source: _join(source, settings) for source in set(sources.values())}
     progress = [shared.progress for shared in joined.values()]
     telling = asyncio.create_task(_tell_at_times(progress, tell))

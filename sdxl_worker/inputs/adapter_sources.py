@@ -133,6 +133,11 @@ def _local(name: str, folder: Path | None) -> LocalFile | None:
 def _not_there(name: str, folder: Path | None) -> str:
     if folder is None:
         return f"no such file: this worker has no LORA_DIR; {PATH_FORMS}; got {shown(name)}"
+    if _is_link(folder, name):
+        return (
+            f"{shown(name)} is a link that leads out of LORA_DIR, or nowhere, and is not followed; "
+            "its owner should put the file itself there"
+        )
     names = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob(f"*{SUFFIX}")
@@ -144,6 +149,15 @@ def _not_there(name: str, folder: Path | None) -> str:
     hint = f"did you mean {_listed([stems[stem] for stem in near])}? " if near else ""
     there = f"there are {_listed(names)}" if names else f"it has no {SUFFIX} files"
     return f"LORA_DIR has no such file; {hint}{there}; got {shown(name)}"
+
+
+def _is_link(folder: Path, name: str) -> bool:
+    if name.startswith("/") or ".." in name.split("/"):
+        return False
+    try:
+        return (folder / name).is_symlink()
+    except (OSError, ValueError):
+        return False
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -8,26 +8,32 @@ from sdxl_worker.settings import Settings
 from sdxl_worker.wording import near_match, shown
 
 SUFFIX = ".safetensors"
+# In diffusers' layout, or in the hub's cache.
+PARTS_OF_FOLDERS = ("base", "model_index.json", "snapshots")
 MAX_NAMES_TOLD = 20
 MAX_REASON_CHARACTERS = 300
 
 
-def find_by_name(name: str, settings: Settings) -> ModelDir:
+def find_by_name(name: str, settings: Settings, default: ModelDir) -> ModelDir:
     """
     Args:
-        name: of a folder, or of a .safetensors file, with or without that ending.
+        name: of a folder, or of a .safetensors file, with or without that ending; or that of the
+            default.
+        default: that of `MODEL_DIR`, which one in `MODELS_DIR` of the same name comes before.
 
     Raises:
         RequestError: there is none of that name, or it cannot be served.
     """
     folder = settings.models_dir
+    stem = name.removesuffix(SUFFIX)
+    places = {} if folder is None else _places(folder)
+    if stem not in places and stem == default.name.removesuffix(SUFFIX):
+        return default
     if folder is None:
         raise RequestError(
             "model: this worker has one model and chooses among no others: leave the field out, or "
             "let the worker's owner set MODELS_DIR"
         )
-    places = _places(folder)
-    stem = name.removesuffix(SUFFIX)
     place = places.get(stem)
     if place is None or (name.endswith(SUFFIX) and place.name != name):
         raise RequestError(
@@ -69,9 +75,14 @@ def _places(folder: Path) -> dict[str, Path]:
     return folders | files
 
 
-def _told(names: dict[str, Path]) -> str:
+def _may_be_model(place: Path) -> bool:
+    return place.is_file() or any((place / part).exists() for part in PARTS_OF_FOLDERS)
+
+
+def _told(places: dict[str, Path]) -> str:
+    names = sorted(name for name, place in places.items() if _may_be_model(place))
     if not names:
-        return "none: its MODELS_DIR is empty, or cannot be read"
-    told = ", ".join(shown(name) for name in list(names)[:MAX_NAMES_TOLD])
+        return "none: its MODELS_DIR has no models, or cannot be read"
+    told = ", ".join(shown(name) for name in names[:MAX_NAMES_TOLD])
     more = len(names) - MAX_NAMES_TOLD
     return f"{told} and {more} more" if more > 0 else told

@@ -1,6 +1,7 @@
 """The one thread that uses the GPU, and what waits for it."""
 
 import itertools
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
@@ -8,10 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from sdxl_worker.errors import let_go
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
-# How many that came later may begin before one that waits.
-MOST_PASSED_BY = 16
+# How many that came later may begin before one that waits: it waits inside the worker, where the
+# platform counts the time as its execution.
+MOST_PASSED_BY = 4
 # The kind of what takes a moment only: it is done between the passes of whatever is drawn.
 A_MOMENT = "a moment"
 
@@ -67,38 +73,47 @@ class GpuQueue:
         with self._lock:
             if not self._waiting:
                 return
-            first = self._waiting.popleft()
-        if first.kind in (None, A_MOMENT):
-            first.run()
+            first = [self._waiting.popleft()]
+        if first[0].kind in (None, A_MOMENT):
+            first[0].run()
         else:
             self._side_by_side(first)
 
-    def _side_by_side(self, first: _Waiting[Any]) -> None:
-        from sdxl_worker.speed.shared_passes import draw_side_by_side  # imports torch
-
-        to_begin: _Waiting[Any] | None = first
+    def _side_by_side(self, to_begin: list[_Waiting[Any]]) -> None:
+        """
+        Args:
+            to_begin: one, which is taken out: the last may be done much later, and its answer must
+                not be kept until then.
+        """
+        kind, at_most = to_begin[0].kind, to_begin[0].at_most
 
         def begin(drawn: int) -> Iterator[Callable[[], None]]:
-            nonlocal to_begin
             while (moment := self._next(A_MOMENT)) is not None:
                 moment.run()
-            while drawn < first.at_most:
-                one, to_begin = to_begin or self._next(first.kind), None
+            while drawn < at_most:
+                one = to_begin.pop() if to_begin else self._next(kind)
                 if one is None:
                     return
                 yield one.run
                 drawn += 1
 
         try:
+            from sdxl_worker.speed.shared_passes import draw_side_by_side  # imports torch
+
             draw_side_by_side(begin)
         except BaseException as error:
-            # Those that stopped in their middle end by themselves, with what greenlets raise then.
-            if not first.future.done():
-                first.future.set_exception(error)
+            log.exception("what is drawn side by side failed")
+            # Those that stopped in their middle end with what greenlets raise then, once nothing
+            # holds them: the error would.
+            let_go(error)
+            for one in to_begin:
+                one.future.set_exception(error)
 
     def _next(self, kind: Hashable) -> _Waiting[Any] | None:
         """The next of this kind, unless one was passed by as often as it may be."""
         with self._lock:
+            # One that is cancelled would hold up those behind it, once it was passed by often.
+            self._waiting = deque(one for one in self._waiting if not one.future.cancelled())
             for i, one in enumerate(self._waiting):
                 if one.kind == kind:
                     if kind != A_MOMENT:

@@ -86,7 +86,7 @@ async def ready_models(
     first = await asyncio.shield(asyncio.wrap_future(start(settings)))
     if name is None:
         return _kept.get(first.model_dir.root) or first
-    model_dir = await in_thread(find_by_name, name, settings)
+    model_dir = await in_thread(find_by_name, name, settings, first.model_dir)
     if model_dir.root == first.model_dir.root:
         return _kept.get(model_dir.root) or first
     if (kept := _kept.get(model_dir.root)) is not None:
@@ -144,12 +144,20 @@ def _start(settings: Settings, before_drawing: Callable[[], object]) -> "Models"
     # took a sixth of the time.
     gc.disable()
     try:
+        _check_folders(settings)
         model_dir = find_model_dir(settings)
         models = _load_and_draw(model_dir, settings, before_drawing)
         return _kept.bring(model_dir.root, size_bytes_of(models), lambda: models)
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _check_folders(settings: Settings) -> None:
+    for name in ("lora_dir", "models_dir"):
+        folder = getattr(settings, name)
+        if folder is not None and not folder.is_dir():
+            raise ModelError(f"{name.upper()}: {folder} must be a folder; is its volume attached?")
 
 
 def _load_and_draw(

@@ -7,6 +7,7 @@ done: those of one UNet, whose inputs have the same shape, as one. So a drawing 
 any pass of the others, with its own sampler, steps and guidance, and knows nothing of them.
 """
 
+import contextvars
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from sdxl_worker.errors import let_go
+from sdxl_worker.gpu import is_out_of_memory
 from sdxl_worker.speed.cuda_graphs import GraphedForward
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ def draw_side_by_side(begin: Callable[[int], Iterable[Drawing]]) -> None:
             that begin now.
     """
     stopped: list[tuple[greenlet, _Pass]] = []
+    too_many: dict[Any, int] = {}
 
     def go_on(function: Callable[..., _Pass | None], one: greenlet, *outcome: Any) -> None:
         asked = function(*outcome)
@@ -102,6 +105,8 @@ def draw_side_by_side(begin: Callable[[int], Iterable[Drawing]]) -> None:
         while True:
             for drawing in begin(len(stopped)):
                 one = greenlet(drawing)
+                # It would begin with an empty one: torch keeps its settings in such variables.
+                one.gr_context = contextvars.copy_context()
                 go_on(one.switch, one)
             if not stopped:
                 return
@@ -110,31 +115,42 @@ def draw_side_by_side(begin: Callable[[int], Iterable[Drawing]]) -> None:
                 alike[asked.kind].append((one, asked))
             stopped.clear()
             for group in alike.values():
-                outcomes = _outcomes([asked for _, asked in group])
+                outcomes = _outcomes([asked for _, asked in group], too_many)
                 for (one, _), outcome in zip(group, outcomes, strict=True):
-                    failed = isinstance(outcome, Exception)
+                    failed = isinstance(outcome, BaseException)
                     go_on(one.throw if failed else one.switch, one, outcome)
 
 
-def _outcomes(passes: Sequence[_Pass]) -> list[Any]:
+def _outcomes(passes: Sequence[_Pass], too_many: dict[Any, int]) -> list[Any]:
     """Of each pass its output, or what it raised. What fails together is tried in halves: they need
-    less memory, and a fault of one drawing is not one of the others."""
-    most_rows = passes[0].most_rows
-    if len(passes) > 1 and most_rows is not None and sum(one.count for one in passes) > most_rows:
-        return _in_halves(passes)
+    less memory, and a fault of one drawing is not one of the others.
+
+    Args:
+        too_many: by kind, the fewest rows that there was no memory for; they are not tried again.
+    """
+    kind, count = passes[0].kind, sum(one.count for one in passes)
+    if len(passes) > 1 and (count >= too_many.get(kind, count + 1) or _is_over_plan(passes, count)):
+        return _in_halves(passes, too_many)
     try:
         return _run(passes)
-    except Exception as error:
+    except BaseException as error:
         let_go(error)
         if len(passes) == 1:
             return [error]
+        if is_out_of_memory(error):
+            too_many[kind] = count
         log.warning("a pass of %d drawings failed: tried in halves", len(passes))
-    return _in_halves(passes)
+    return _in_halves(passes, too_many)
 
 
-def _in_halves(passes: Sequence[_Pass]) -> list[Any]:
+def _is_over_plan(passes: Sequence[_Pass], count: int) -> bool:
+    most_rows, unet = passes[0].most_rows, passes[0].unet
+    return most_rows is not None and count + _rows_to_add(unet, count) > most_rows
+
+
+def _in_halves(passes: Sequence[_Pass], too_many: dict[Any, int]) -> list[Any]:
     half = len(passes) // 2
-    return [*_outcomes(passes[:half]), *_outcomes(passes[half:])]
+    return [*_outcomes(passes[:half], too_many), *_outcomes(passes[half:], too_many)]
 
 
 def _run(passes: Sequence[_Pass]) -> list[Any]:

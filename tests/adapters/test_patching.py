@@ -411,3 +411,31 @@ def test_after_200_changing_lists_with_failures_all_is_as_it_was_loaded(
     assert min(outcomes.count(it) for it in ("on", "RequestError", "CancelledError")) > 10
     early, late = max(memory[:75]), max(memory[75:])
     assert late - early < 5e6
+
+
+def test_nothing_is_changed_under_the_hands_of_whoever_draws(
+    models: Models, tmp_path: Path
+) -> None:
+    patches = patches_of(models)
+    first = lora_of(tmp_path, models, lora_tensors(models, TO_Q), name="a")
+    apply(models, first)
+    on = weights(models)
+    with patches.in_use():
+        with pytest.raises(RuntimeError, match="somebody draws"):
+            apply(models)
+        assert changed_weights(models, on) == {}
+
+
+def test_a_failure_is_forgotten_once_the_weights_are_put_back(
+    models: Models, tmp_path: Path
+) -> None:
+    patches = patches_of(models)
+    first = lora_of(tmp_path, models, lora_tensors(models, TO_Q), name="a")
+    apply(models, first)
+    with pytest.raises(ValueError, match="odd"), patches.in_use():
+        raise ValueError("odd")
+    assert patches.key == ()
+    apply(models, first)
+    with patches.in_use():
+        pass
+    assert patches.key == ((first.sha256, 1.0),), "it stays for the next job"

@@ -130,6 +130,16 @@ def test_a_job_takes_the_largest_batch_that_fits_and_tiles_only_where_it_must(
     assert planned == expected
 
 
+def test_of_all_jobs_as_many_are_drawn_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, many = (
+        plan_on_gpu(12e9, monkeypatch, num_images=count, pixels=4 * MEGAPIXEL) for count in (1, 8)
+    )
+    assert (one.batch_size, many.batch_size) == (1, 6)
+    assert one.most_at_once == many.most_at_once == 6
+    tight = plan_on_gpu(0.5e9, monkeypatch, num_images=8, pixels=MEGAPIXEL)
+    assert tight.most_at_once == 1
+
+
 def test_a_decoder_that_runs_in_32_bits_needs_twice_the_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -208,6 +209,25 @@ class TestOutOfMemory:
             assert largest_difference(one, other) <= 1
         assert percents[-1] == 100
         assert percents == sorted(percents)
+
+    def test_what_the_failed_pass_held_is_free_before_room_is_made(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else torch could not give its memory back."""
+        held: list[ref[torch.Tensor]] = []
+        free: list[bool] = []
+
+        def fail(_: Any, __: Any) -> None:
+            if not held:
+                activation = torch.zeros(8)
+                held.append(ref(activation))
+                raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(generate_module, "_make_room", lambda _: free.append(held[0]() is None))
+        hook = models().unet.register_forward_pre_hook(fail)
+        draw(parse_request(BASE), models())
+        hook.remove()
+        assert free == [True]
 
     def test_a_step_that_fails_late_draws_the_same_picture(self) -> None:
         """Its generators have drawn noise by then."""

@@ -1190,3 +1190,12 @@ def test_hashing_ends_when_nobody_waits(
         assert len(hashed) == ended_at < len(A)
 
     play(scene)
+
+
+def test_all_paths_that_name_nothing_are_told_at_once(tmp_path: Path) -> None:
+    paths = {"loras[0].path": "nope", "loras[1].path": "one", "embeddings[0].path": "/etc/a"}
+    (tmp_path / "one").write_bytes(b"x")
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(fetch_adapters(paths, Settings(lora_dir=tmp_path), lambda *_: None))
+    told = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in told] == ["loras[0].path", "embeddings[0].path"]

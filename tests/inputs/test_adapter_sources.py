@@ -240,6 +240,11 @@ def test_nothing_outside_of_lora_dir_and_nothing_but_files(lora_dir: Path, name:
     assert str(lora_dir.parent) not in told
 
 
+@pytest.mark.parametrize("name", ["out.safetensors", "round.safetensors"])
+def test_a_link_that_is_not_followed_is_told(lora_dir: Path, name: str) -> None:
+    assert "is a link that leads out of LORA_DIR" in refusal(name, Settings(lora_dir=lora_dir))
+
+
 def test_an_absolute_path_is_refused_even_into_lora_dir(lora_dir: Path) -> None:
     told = refusal(str(lora_dir / "one.safetensors"), Settings(lora_dir=lora_dir))
     assert "no absolute path" in told

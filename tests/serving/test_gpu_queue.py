@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
+from weakref import ref
 
 import pytest
 from greenlet import getcurrent
@@ -18,6 +19,7 @@ class FakePass:
     """A pass of a UNet in whose place nothing is done."""
 
     kind = "any"
+    unet = None
     most_rows = None
     count = 1
 
@@ -168,12 +170,44 @@ def test_what_takes_a_moment_is_done_between_two_passes() -> None:
 
 
 @pytest.mark.usefixtures("passes")
+def test_a_moment_waits_for_nobody_who_was_passed_by() -> None:
+    held = Held()
+    many = {"at_most": MOST_PASSED_BY + 1, "steps": 3}
+    held.put("a", "kind", do=lambda: held.put("moment", A_MOMENT), **many)
+    held.put("other", "other")
+    for _ in range(MOST_PASSED_BY):
+        held.put("b", "kind", **many)
+    order = held.finish()
+    assert order.index("moment") < order.index("a done")
+
+
+@pytest.mark.usefixtures("passes")
+def test_moments_do_not_count_as_passing_by() -> None:
+    held = Held()
+    held.put("a", "kind")
+    held.put("other", "other")
+    for _ in range(MOST_PASSED_BY + 1):
+        held.put("moment", A_MOMENT)
+    held.put("b", "kind")
+    order = held.finish()
+    assert order.index("b") < order.index("other")
+
+
+@pytest.mark.usefixtures("passes")
 def test_what_is_cancelled_while_it_waits_never_runs() -> None:
     held = Held()
     held.put("a", "kind")
     cancelled = [held.put("b", "kind"), held.put("c"), held.put("d", A_MOMENT)]
     assert all(one.cancel() for one in cancelled)
-    assert held.finish() == ["a", "a done"]
+    held.put("last")
+    assert held.finish() == ["a", "a done", "last", "last done"]
+
+
+def test_nor_does_it_where_nothing_is_drawn() -> None:
+    held = Held()
+    assert held.put("a").cancel()
+    held.put("last")
+    assert held.finish() == ["last", "last done"]
 
 
 @pytest.mark.usefixtures("passes")
@@ -200,3 +234,65 @@ def test_it_goes_on_after_a_pass_that_nothing_catches(monkeypatch: pytest.Monkey
     lost = queue.put(lambda: 1, "kind")
     assert queue.put(lambda: 2).result(SECONDS) == 2
     assert isinstance(lost.exception(SECONDS), SystemError)
+
+
+@pytest.mark.usefixtures("passes")
+def test_those_in_their_middle_are_answered_when_what_draws_them_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(_: list[Any], __: dict[Any, int]) -> None:
+        raise SystemError("broken")
+
+    monkeypatch.setattr(shared_passes, "_outcomes", broken)
+    held = Held()
+    lost = [held.put(name, "kind") for name in "abc"]
+    with pytest.raises(BaseException, match="greenlet"):
+        held.finish()
+    assert all(one.exception(SECONDS) is not None for one in lost)
+
+
+def test_one_that_is_cancelled_holds_up_nobody(passes: list[int]) -> None:
+    """Though it was passed by as often as one may be."""
+    held = Held()
+    count = 0
+
+    def another() -> None:
+        nonlocal count
+        count += 1
+        if count <= MOST_PASSED_BY:
+            held.put(f"more {count}", "busy", do=another)
+        else:
+            impatient.cancel()
+            held.put("last", "busy")
+
+    held.put("first", "busy", do=another)
+    impatient = held.put("impatient", "other")
+    while "last done" not in held.order:
+        held.finish()
+    assert held.order.index("last") < held.order.index(f"more {MOST_PASSED_BY} done")
+    assert "impatient" not in held.order
+    assert passes
+
+
+@pytest.mark.usefixtures("passes")
+def test_an_answer_is_not_kept_until_all_are_done() -> None:
+    class Answer:
+        pass
+
+    held = Held()
+    kept: list[bool] = []
+    answers: list[ref[Answer]] = []
+
+    def draw() -> Answer:
+        stop_at_a_pass()
+        answers.append(ref(answer := Answer()))
+        return answer
+
+    def note() -> None:
+        stop_at_a_pass()
+        kept.append(answers[0]() is not None)
+
+    held.queue.put(draw, "kind", 4)
+    held.put("long", "kind", do=note)
+    held.finish()
+    assert kept == [False]

@@ -45,7 +45,7 @@ def test_no_refiner_is_told_before_the_picture_is_fetched(
     monkeypatch.setenv("MODEL_DIR", str(tmp_path))
     monkeypatch.setattr(job, "fetch", lambda *_: pytest.fail("fetched"))
     message = error({"prompt": PROMPT, "image_url": "https://example.com/a.png"})
-    assert message.startswith("image_url: needs the refiner, and this worker has none")
+    assert message.startswith("image_url: needs the refiner, and this model has none")
 
 
 def test_while_one_picture_is_made_another_job_s_input_picture_is_fetched(

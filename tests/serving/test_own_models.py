@@ -59,8 +59,8 @@ REFUSED = {
         "loras",
         "refine",
     ): "loras: are for the base, and image_url alone is for the refiner: add mode img2img",
-    ("model", "refine"): "image_url: needs the refiner, and this worker has none",
-    ("model", "refined"): "refiner_inference_steps: needs the refiner, and this worker has none",
+    ("model", "refine"): "image_url: needs the refiner, and this model has none",
+    ("model", "refined"): "refiner_inference_steps: needs the refiner, and this model has none",
     ("model", "ensemble"): "high_noise_frac, refiner_inference_steps: needs the refiner",
 }
 EVERYTHING = {

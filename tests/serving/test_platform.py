@@ -1,6 +1,7 @@
 """The worker on the platform: real `python handler.py` processes against the local endpoint."""
 
 import base64
+import functools
 import hashlib
 import io
 import itertools
@@ -25,7 +26,7 @@ from local_endpoint.local import LocalEndpoint
 from local_endpoint.queue import Rules
 from local_endpoint.workers import EndpointError
 from tests import tutorial
-from tests.support import REPOSITORY, decoded, picture
+from tests.support import REPOSITORY, decoded, largest_difference, picture
 
 QUICK = {
     "prompt": "a red circle on a blue background",
@@ -418,6 +419,22 @@ class TestTwoWorkers:
         assert answer["status"] == "COMPLETED"
         assert answer["workerId"] != first
         assert answer["retries"] == 1
+
+
+def test_jobs_are_drawn_side_by_side_and_one_that_is_cancelled_leaves_the_others() -> None:
+    job = {**QUICK, "num_inference_steps": 300}
+    with endpoint_with(BATCH_JOBS="3") as endpoint:
+        job_ids = [endpoint.run({**job, "seed": seed}) for seed in range(3)]
+        for job_id in job_ids:
+            wait_for(functools.partial(steps_seen, endpoint, job_id))
+        statuses = [endpoint.status(job_id)["status"] for job_id in job_ids]
+        assert statuses == ["IN_PROGRESS"] * 3
+        endpoint.call(f"cancel/{job_ids[1]}", {})
+        answers = [endpoint.wait(job_id) for job_id in job_ids]
+    assert [answer["status"] for answer in answers] == ["COMPLETED", "CANCELLED", "COMPLETED"]
+    for seed in (0, 2):
+        alone = picture(**job, seed=seed)
+        assert largest_difference(decoded(answers[seed]["output"]["image_url"]), alone) <= 2
 
 
 def test_a_worker_without_its_models_ends_as_unhealthy() -> None:

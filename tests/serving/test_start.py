@@ -90,6 +90,13 @@ def test_weights_that_are_not_numbers_end_the_worker(network: str, tmp_path: Pat
         start(Settings(model_dir=root)).result()
 
 
+@pytest.mark.parametrize("name", ["lora_dir", "models_dir"])
+def test_a_folder_that_is_not_there_ends_the_worker(name: str, tmp_path: Path) -> None:
+    settings = Settings(**{name: tmp_path / "missing"})  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=f"{name.upper()}: .*missing must be a folder"):
+        start(settings).result()
+
+
 def test_a_start_that_failed_is_tried_again(tmp_path: Path) -> None:
     settings = Settings(model_dir=tmp_path / "model")
     with pytest.raises(ModelError, match="must be a folder"):

@@ -2,13 +2,16 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 from PIL import Image
 
-from sdxl_worker.drawing import second_tries
+from sdxl_worker.drawing import batches, second_tries
+from sdxl_worker.drawing.batches import Plan
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.drawing.steps import Step
@@ -16,7 +19,7 @@ from sdxl_worker.errors import PictureError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import parse_request
 from sdxl_worker.speed.cuda_graphs import GraphedForward
-from sdxl_worker.speed.shared_passes import SharedUnet, draw_side_by_side
+from sdxl_worker.speed.shared_passes import SharedUnet, _Pass, draw_side_by_side
 from tests.support import PROMPT, canvas_of, fresh_models, largest_difference, noise_picture
 
 SMALL = {"prompt": PROMPT, "seed": 3, "height": 64, "width": 64, "num_inference_steps": 4}
@@ -217,7 +220,7 @@ def test_out_of_memory_a_pass_is_done_in_halves(
     tried = out_of_memory(4, monkeypatch, shared_models.unet)
     drawings = [Drawing(job, shared_models) for _ in range(4)]
     all_at_once(drawings)
-    assert tried[:3] == [8, 4, 4]
+    assert tried == [8, 4, 4, 4, 4], "what did not fit is not tried at each pass"
     assert all(largest_difference(one.pictures[0], alone) <= ROUNDING for one in drawings)
 
 
@@ -241,13 +244,17 @@ def test_one_that_does_not_fit_even_alone_fails_alone(
     assert len(fits.pictures) == 1
 
 
+def plan_for(most_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(_: Models, *, num_images: int, **__: Any) -> Plan:
+        return Plan(num_images, slicing=False, tiling=False, most_at_once=most_at_once)
+
+    monkeypatch.setattr(batches, "plan", plan)
+
+
 def test_passes_are_as_large_as_the_memory_plan_allows(
     shared_models: Models, rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = SharedUnet.__init__
-    monkeypatch.setattr(
-        SharedUnet, "__init__", lambda self, unet, **_: original(self, unet, most_pictures=2)
-    )
+    plan_for(2, monkeypatch)
     all_at_once([Drawing({**BASE, "num_inference_steps": 1}, shared_models) for _ in range(5)])
     assert sorted(rows) == [2, 4, 4]
     assert max(rows) <= 4
@@ -298,6 +305,78 @@ def test_recorded_passes_have_a_power_of_two_of_rows(
     recorded.rows.clear()
     all_at_once([Drawing({**BASE, "num_images": 3}, shared_models)])
     assert set(recorded.rows) == {6}, "alone, as without company"
+
+
+def test_what_fills_up_a_recorded_pass_is_in_the_memory_plan(
+    shared_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recorded(GraphedForward):
+        def __call__(self, sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            seen.append(len(sample))
+            return self._forward(sample, *arguments, **options)
+
+    seen: list[int] = []
+    recorded = Recorded(shared_models.unet.forward, torch.device("cpu"))
+    monkeypatch.setattr(shared_models.unet, "forward", recorded)
+    plan_for(3, monkeypatch)
+    all_at_once([Drawing({**BASE, "num_inference_steps": 1}, shared_models) for _ in range(3)])
+    assert seen == [2, 4], "6 would be filled up to 8"
+
+
+@pytest.mark.parametrize("error", [SystemExit, ValueError])
+def test_whatever_a_pass_raises_each_drawing_ends(
+    shared_models: Models, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(shared_models.unet, "forward", broken)
+    drawings = [Drawing(BASE, shared_models) for _ in range(3)]
+    all_at_once(drawings)
+    assert [type(one.error) for one in drawings] == [error] * 3
+
+
+def test_a_drawing_sees_the_variables_of_its_thread() -> None:
+    """torch keeps its settings in them, such as how often something may be compiled anew."""
+    variable: ContextVar[int] = ContextVar("variable", default=0)
+    variable.set(1)
+    seen: list[int] = []
+    to_begin = [lambda: seen.append(variable.get())]
+    draw_side_by_side(lambda _: [to_begin.pop()] if to_begin else [])
+    assert seen == [1]
+
+
+def test_passes_are_one_only_where_unet_inputs_and_options_are_alike() -> None:
+    def kind(unet: str = "base", dtype: torch.dtype = torch.float16, **rest: Any) -> Any:
+        rows = (torch.zeros(2, 4, 8, 8, dtype=dtype),)
+        return _Pass(unet, rows, torch.zeros(()), {"return_dict": False, **rest}, None).kind
+
+    assert kind() == kind()
+    condition = torch.zeros(2, 8)
+    others = (kind("refiner"), kind(dtype=torch.float32), kind(timestep_cond=condition))
+    assert all(kind() != other for other in others)
+
+
+def test_what_a_failed_pass_held_is_free_before_the_next(
+    shared_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its error waits for the drawings that it was tried with."""
+    held: list[ref[torch.Tensor]] = []
+    free: list[bool] = []
+    forward = shared_models.unet.forward
+
+    def limited(*arguments: Any, **options: Any) -> Any:
+        free.append(all(one() is None for one in held))
+        if len(held) < 2:
+            activation = torch.zeros(8)
+            held.append(ref(activation))
+            raise torch.OutOfMemoryError
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(shared_models.unet, "forward", limited)
+    all_at_once([Drawing({**BASE, "num_inference_steps": 1}, shared_models) for _ in range(2)])
+    # Together, one, the other, and the one again.
+    assert free == [True] * 4
 
 
 def test_gradients_stay_off_when_one_is_done(shared_models: Models) -> None:
