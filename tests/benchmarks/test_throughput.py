@@ -228,7 +228,7 @@ def endpoint() -> Iterator[LocalEndpoint]:
 
 
 def test_jobs_are_sent_at_their_times(endpoint: LocalEndpoint) -> None:
-    jobs = [{"sleep_seconds": 0.3}, {"sleep_seconds": 0}]
+    jobs: list[JobInput] = [{"sleep_seconds": 0.3}, {"sleep_seconds": 0}]
     found = throughput.send(endpoint, jobs, [0.0, 2.0])
     assert found.executed_s[0] >= 0.3
     assert found.seconds >= 2
