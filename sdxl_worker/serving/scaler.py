@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 # An answer without a job that comes sooner was not held back by the platform.
 HELD_SECONDS = 0.5
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
+# How often a full worker looks whether it may take another job.
+PLACE_LOOKED_FOR_SECONDS = 0.02
 # Jobs that may wait, for storage or for the platform, before the worker takes no more.
 MAX_WAITING_RESULTS = 8
 MAX_ID_CHARACTERS = 500
@@ -75,12 +77,21 @@ class WorkerScaler(rp_scale.JobScaler):
         await super().run_jobs(session)
         await self._deliveries.all_done()
 
+    async def set_scale(self) -> None:
+        """As the SDK's; then until the worker may take a job. The SDK would sleep for a second, in
+        which a place that becomes free stays empty."""
+        await super().set_scale()
+        while self.is_alive() and self.current_occupancy() >= self.current_concurrency:
+            await asyncio.sleep(PLACE_LOOKED_FOR_SECONDS)
+
     async def _take(self, session: Any, count: int) -> list[dict[str, Any]]:
         """Jobs that can be run, whatever the platform says.
 
         Where it answers at once and has none, or fails, it is asked again after a pause: the SDK
         would ask a thousand times a second.
         """
+        if not self.is_alive():  # told to end while it looked for a place
+            return []
         began = time.monotonic()
         try:
             jobs = await self._ask(session, count)
@@ -154,12 +165,13 @@ class WorkerScaler(rp_scale.JobScaler):
 
     def current_occupancy(self) -> int:
         """Jobs that keep the worker from taking others. Those that left their slot do not, as long
-        as they are few: each holds its pictures."""
+        as they are few: each holds its pictures. The SDK counts those of its queue twice, which are
+        in progress from when they are taken."""
         waiting = sum(
             self._deliveries.is_delivering(job.id) and job.id not in self.jobs_tasks
             for job in self.job_progress
         )
-        return int(super().current_occupancy()) - min(waiting, MAX_WAITING_RESULTS)
+        return int(self.job_progress.get_job_count()) - min(waiting, MAX_WAITING_RESULTS)
 
     async def _run(self, session: Any, config: dict[str, Any], job: dict[str, Any]) -> None:
         self._forget_old_stops()

@@ -5,6 +5,7 @@ Each test runs the SDK's own loop, as the worker does, against a platform that a
 
 import asyncio
 import inspect
+import itertools
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -106,6 +107,38 @@ def serve(
             await runner.cleanup()
 
     asyncio.run(run())
+
+
+def test_a_place_that_becomes_free_is_filled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[float] = []
+
+    async def handler(_: dict[str, Any]) -> dict[str, Any]:
+        begun.append(time.monotonic())
+        await asyncio.sleep(0.2)
+        return {}
+
+    platform = Platform(*({"id": f"job-{i}", "input": {}} for i in range(4)))
+    serve(platform, monkeypatch, handler=handler, until=lambda _: len(platform.results) == 4)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(begun)]
+    assert min(gaps) >= 0.2, "one at a time"
+    assert max(gaps) < 0.8, "the SDK looks once a second"
+
+
+def test_a_job_that_was_taken_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the SDK's queue, too, where it is for up to a tenth of a second."""
+    counted: list[int] = []
+
+    async def handler(_: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(0.3)
+        return {}
+
+    def until(scaler: WorkerScaler) -> bool:
+        counted.append(scaler.current_occupancy())
+        return len(platform.results) == 3
+
+    platform = Platform([{"id": f"job-{i}", "input": {}} for i in range(3)])
+    serve(platform, monkeypatch, handler=handler, concurrency=8, until=until)
+    assert max(counted) == 3
 
 
 def test_the_sdk_is_the_one_that_the_scaler_is_written_for(monkeypatch: pytest.MonkeyPatch) -> None:
