@@ -125,6 +125,10 @@ HASHES: Mapping[str, str] = MappingProxyType(
     }
 )
 
+# Of those of them that are checkpoints. A worker that starts with a file of such a size waits for
+# its hash; for that of any other, which takes seconds, it need not.
+CHECKPOINT_BYTES = frozenset({6_938_081_905})
+
 # Of a file's metadata: what a name there is called, by the trainers and by the Stability AI Model
 # Metadata Standard (modelspec).
 TITLES = ("modelspec.title", "ss_output_name")

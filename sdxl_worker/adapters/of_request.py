@@ -32,9 +32,10 @@ def read_adapters(request: Request, files: Mapping[str, AdapterFile], models: Mo
         RequestError: one is not for these models, or is something else.
     """
     checkpoint = models.model_dir.checkpoint
-    # Without its hash: that is found out some time after the start, and the defaults must not
-    # change under way.
-    few_step = recognise(models.name, None, checkpoint.header.metadata if checkpoint else {})
+    # A hash that is found out only after the start is none of those that are known: the defaults do
+    # not change under way.
+    metadata = checkpoint.header.metadata if checkpoint else {}
+    few_step = recognise(models.name, models.model_dir.sha256, metadata)
     embeddings = []
     for i, one in enumerate(request.embeddings or ()):
         place = f"embeddings[{i}].path"

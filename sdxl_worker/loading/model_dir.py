@@ -135,13 +135,18 @@ class ModelDir:
         SHA-256 of its single file. None: the model is no single file, or nothing has computed it
         yet: `file_hash.hash_in_background` does.
         """
+        if sha256 := self.sha256:
+            return sha256[:10]
+        return None if self.checkpoint else PUBLISHED_HASHES.get(self.name.lower())
+
+    @property
+    def sha256(self) -> str | None:
+        """Of its single file, or of the one that it was converted from. None: it is neither, or
+        nothing has computed it yet."""
         if self.checkpoint is not None:
-            sha256 = known_hash(self.checkpoint.path)
-            return sha256 and sha256[:10]
+            return known_hash(self.checkpoint.path)
         base = self._source().get("base") or {}
-        if "sha256" in base:
-            return str(base["sha256"])[:10]
-        return PUBLISHED_HASHES.get(self.name.lower())
+        return str(base["sha256"]) if "sha256" in base else None
 
     def revision(self) -> str:
         """Identifies the weights: by commits of the hub, or by a digest of the files.

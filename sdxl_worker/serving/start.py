@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_worker.errors import ModelError, PictureError, RequestError
-from sdxl_worker.few_step import with_settings_of
+from sdxl_worker.few_step import CHECKPOINT_BYTES, with_settings_of
 from sdxl_worker.loading.file_hash import hash_in_background
 from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
 from sdxl_worker.loading.models_by_name import find_by_name, reason
@@ -209,7 +209,10 @@ def _load_and_draw(
                 optimize(optimizations, models.refiner_unet)
             _draw_first_picture(models, settings)
     if model_dir.checkpoint is not None:
-        hash_in_background(model_dir.checkpoint.path)
+        path = model_dir.checkpoint.path
+        hashing = hash_in_background(path)
+        if path.stat().st_size in CHECKPOINT_BYTES:
+            hashing.join()
     return models
 
 

@@ -262,7 +262,8 @@ def test_name_and_revision_are_those_that_were_written_with_the_weights(tmp_path
 def test_the_model_hash_is_that_of_the_single_file_or_the_published_one(tmp_path: Path) -> None:
     sha256 = "0123456789abcdef" * 4
     single = {"name": "my model", "base": {"file": "my model.safetensors", "sha256": sha256}}
-    assert find(source(tmp_path / "single", **single)).hash == "0123456789"
+    converted = find(source(tmp_path / "single", **single))
+    assert (converted.hash, converted.sha256) == ("0123456789", sha256)
     name = "stabilityai/stable-diffusion-xl-base-1.0"
     folders = {"name": name, "base": {"repo": name, "revision": COMMIT}}
     # https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0, sd_xl_base_1.0.safetensors

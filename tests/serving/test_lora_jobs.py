@@ -1,7 +1,10 @@
 """Jobs with LoRAs: models of few steps, rounding, memory, stopping, the refiner, the step cache."""
 
 import asyncio
+import hashlib
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from PIL import PngImagePlugin
 from safetensors.torch import load_file, save_file
 
+from sdxl_worker import few_step
 from sdxl_worker.adapters import patching
 from sdxl_worker.adapters.of_request import Adapters, read_adapters
 from sdxl_worker.adapters.patching import Patches, patches_of
@@ -17,8 +21,10 @@ from sdxl_worker.drawing import generate as generate_module
 from sdxl_worker.drawing import second_tries
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.inputs.adapter_files import fetch_adapters
+from sdxl_worker.loading import file_hash
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request, parse_request
+from sdxl_worker.serving import start as start_module
 from sdxl_worker.serving.progress import JobStopped
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from tests.own_files import TEXT_MODULE, UNET_MODULES, write_lora
@@ -87,6 +93,14 @@ def same(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool
     return all(torch.equal(tensor, others[name]) for name, tensor in some.items())
 
 
+def slowly(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    def slow(path: Path) -> None:
+        time.sleep(0.5)
+        function(path)
+
+    return slow
+
+
 class TestFewSteps:
     def asked(self, **fields: Any) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
         """The output, the picture's text, and the request in it."""
@@ -132,6 +146,20 @@ class TestFewSteps:
         monkeypatch.setenv("MODELS_DIR", str(tmp_path))
         *_, request = self.asked(loras=None, model="quick")
         assert (request["scheduler"], request["num_inference_steps"]) == ("LCM", 4)
+
+    def test_a_checkpoint_under_another_name_is_known_by_its_hash_from_the_first_job_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "mine.safetensors"
+        original_format.save(original_format.base_checkpoint(EMBEDDED_MODEL_DIR / "base"), path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setattr(few_step, "HASHES", {sha256: "sdxl_lightning_4step"})
+        monkeypatch.setattr(start_module, "CHECKPOINT_BYTES", {path.stat().st_size})
+        monkeypatch.setattr(file_hash, "_hash", slowly(file_hash._hash))
+        monkeypatch.setenv("MODELS_DIR", str(tmp_path))
+        _, text, request = self.asked(loras=None, model="mine")
+        assert text["few_step"] == "SDXL-Lightning"
+        assert (request["scheduler"], request["num_inference_steps"]) == ("K_EULER", 4)
 
 
 def test_with_bfloat16_weights_the_answer_tells_what_rounding_lost(
