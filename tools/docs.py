@@ -5,6 +5,7 @@ name.
 Run as `make docs`; a test checks that all of it is up to date.
 """
 
+import csv
 import json
 import statistics
 import tomllib
@@ -33,6 +34,7 @@ ADAPTERS = REPOSITORY / "benchmarks" / "results" / "adapters-cpu.json"
 LORA = REPOSITORY / "docs" / "lora.md"
 SWAP = REPOSITORY / "benchmarks" / "results" / "swap-cpu.json"
 UPLOADING = REPOSITORY / "benchmarks" / "results" / "uploading.json"
+THROUGHPUT = REPOSITORY / "benchmarks" / "results" / "throughput.csv"
 
 
 def input_table() -> str:
@@ -253,6 +255,59 @@ def uploading_table() -> str:
     )
 
 
+def throughput_tables() -> str:
+    """What `benchmarks.throughput` told when it was run last."""
+    with THROUGHPUT.open(newline="") as file:
+        run = list(csv.DictReader(file))
+    held = ("workers", "batch_jobs", "worker_concurrency")
+    by = {(row["load"], *(row[name] for name in held)): row for row in run}
+    at_once = [
+        "| workers | `BATCH_JOBS` | `WORKER_CONCURRENCY` | equal jobs a minute | a mix | wait | "
+        "execution |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    over_time = [
+        "| arrivals | `BATCH_JOBS` | `WORKER_CONCURRENCY` | wait | execution | both |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in run:
+        settings = [row[name] for name in held]
+        if row["load"] == "equal":
+            both = (row, by.get(("mix", *settings)))
+            told = [f"{float(one['jobs_per_minute']):.0f}" if one else "-" for one in both]
+            times = [_of_typical_and_slow(row, name) for name in ("wait", "execution")]
+            at_once.append(f"| {' | '.join([*settings, *told, *times])} |")
+        elif row["load"].endswith("%"):
+            times = [_of_typical_and_slow(row, name) for name in ("wait", "execution", "answer")]
+            over_time.append(f"| {' | '.join([row['load'], *settings[1:], *times])} |")
+    equal, mix, lone = (
+        next(row for row in run if row["load"] == load and row["batch_jobs"] == "8")
+        for load in ("equal", "mix", "lone")
+    )
+    return "\n".join(
+        [
+            *at_once,
+            "",
+            f"All sent at once. `BATCH_JOBS=8` did {_ratio(equal)} times the equal jobs of the "
+            "worker that takes as many and\ndraws them one by one (in brackets: lowest and highest "
+            f"of the rounds), {_ratio(mix)} times the mix.\nA lone job took {_ratio(lone)} of the "
+            f"time: the median of {lone['jobs']} pairs, in brackets with 95% certainty.",
+            "",
+            *over_time,
+        ]
+    )
+
+
+def _of_typical_and_slow(row: dict[str, str], name: str) -> str:
+    typical, slow = (float(row[f"{name}{end}"]) for end in ("_s", "_p95_s"))
+    return f"{typical:.1f} / {slow:.1f} s"
+
+
+def _ratio(row: dict[str, str]) -> str:
+    middle, low, high = (float(row[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
 def lora_figures() -> str:
     """What `benchmarks.adapters` told when it was run last, on a CPU."""
     run = json.loads(ADAPTERS.read_text(encoding="utf-8"))
@@ -350,6 +405,7 @@ def derived() -> dict[Path, str]:
             attack=attack_table(),
             formats=formats_table(),
             answers=answers_table(),
+            throughput=throughput_tables(),
             uploading=uploading_table(),
         ),
         LORA: with_tables(LORA, figures=lora_figures()),

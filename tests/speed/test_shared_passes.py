@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.company import any_request, side_by_side
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.loading.models import Models
