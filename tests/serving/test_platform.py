@@ -380,6 +380,20 @@ def test_asked_to_end_a_worker_delivers_its_job_and_ends_by_itself(sent: signal.
         assert worker.exit_status == 0
 
 
+def test_asked_to_end_a_worker_delivers_all_that_it_draws_side_by_side() -> None:
+    with endpoint_with(BATCH_JOBS="3") as endpoint:
+        [worker] = endpoint.workers
+        job_ids = [endpoint.run({**QUICK, "num_inference_steps": 300}) for _ in range(3)]
+        for job_id in job_ids:
+            wait_for(functools.partial(steps_seen, endpoint, job_id))
+        worker.is_ending = True
+        subprocess.run(["kill", f"-{signal.SIGTERM.value}", str(worker.pid)], check=True)
+        answers = [endpoint.wait(job_id) for job_id in job_ids]
+        assert [answer["status"] for answer in answers] == ["COMPLETED"] * 3
+        wait_for(lambda: worker.exit_status is not None)
+        assert worker.exit_status == 0
+
+
 class TestTwoWorkers:
     @pytest.fixture(scope="class")
     @staticmethod
