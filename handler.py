@@ -12,7 +12,7 @@ import sys
 import threading
 from typing import Any
 
-from sdxl_worker.errors import ModelError, PictureError, RequestError
+from sdxl_worker.errors import ModelError, OpenAIRequestError, PictureError, RequestError
 from sdxl_worker.serving import command_line
 from sdxl_worker.serving.job import run_job
 from sdxl_worker.serving.logs import set_up_logging
@@ -24,6 +24,9 @@ from sdxl_worker.settings import load_settings
 
 log = logging.getLogger("sdxl_worker")
 
+# OpenAI's name of a caller's mistake, without which its clients take any failure for the server's.
+INVALID_REQUEST = "invalid_request_error"
+
 
 async def handler(job: dict[str, Any]) -> dict[str, Any]:
     """Answer one job.
@@ -31,14 +34,16 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `{"images": [...], "image_url": ..., "seed": ...}`, or the report of a check, or
         `{"error": "<one string>"}`, with `"refresh_worker": True` beside it when this process can
-        no longer use its GPU.
+        no longer use its GPU. Of a call of OpenAI's API: its body, or `{"error": ...}`, with
+        `"error_type"` beside it where the caller has to change something.
     """
     extra = {"job_id": job.get("id")}
     try:
         return await run_job(job)
     except (RequestError, ModelError) as error:
         log.info("refused", extra=extra)
-        return {"error": str(error)}
+        whose = {"error_type": INVALID_REQUEST} if isinstance(error, OpenAIRequestError) else {}
+        return {"error": str(error), **whose}
     except PictureError as error:
         log.error("no picture", extra=extra)
         return {"error": str(error)}
