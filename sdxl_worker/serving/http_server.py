@@ -316,13 +316,13 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         signals = (signal.SIGTERM, signal.SIGINT)
 
-        def on_signal(number: int) -> None:
-            for one in signals:
-                loop.add_signal_handler(one, lambda: os._exit(128 + number))
+        def on_first() -> None:
+            for second in signals:
+                loop.add_signal_handler(second, os._exit, 128 + second)
             self._told_to_end()
 
-        for number in signals:
-            loop.add_signal_handler(number, on_signal, number)
+        for first in signals:
+            loop.add_signal_handler(first, on_first)
         yield
 
 
