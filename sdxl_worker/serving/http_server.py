@@ -269,7 +269,12 @@ class WorkerServer:
 
     async def _run(self, request: Request, job: dict[str, Any]) -> Response:
         job_id, began = job["id"], time.monotonic()
-        running = asyncio.create_task(self._places.run(lambda: self._answer(job)))
+
+        async def work() -> Answer:
+            self._metrics.on_stage("wait", time.monotonic() - began)
+            return await self._answer(job)
+
+        running = asyncio.create_task(self._places.run(work))
         self._jobs.add(running)
         running.add_done_callback(self._jobs.discard)
         hang_up = asyncio.create_task(_hang_up(request))

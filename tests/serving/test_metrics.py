@@ -41,6 +41,7 @@ def test_jobs_pictures_and_stages_are_counted(worker: HttpWorker) -> None:
     assert gained("sdxl_pictures_total") == 3
     assert gained('sdxl_stage_seconds_count{stage="generate"}') == 2
     assert gained('sdxl_stage_seconds_count{stage="encode"}') == 1
+    assert gained('sdxl_stage_seconds_count{stage="wait"}') == 3
     assert gained('sdxl_stage_seconds_count{stage="job"}') == 3
     assert gained('sdxl_stage_seconds_sum{stage="generate"}') > 0
     assert after["sdxl_jobs_waiting"] == after["sdxl_jobs_running"] == 0
@@ -74,7 +75,7 @@ def test_prometheus_can_read_it_and_no_caller_is_in_it(worker: HttpWorker) -> No
 
 def stages_in_the_code() -> list[str]:
     code = (REPOSITORY / "sdxl_worker" / "serving" / "job.py").read_text(encoding="utf-8")
-    return ["job", *re.findall(r'timed\("(\w+)"', code)]
+    return ["wait", "job", *re.findall(r'timed\("(\w+)"', code)]
 
 
 def test_the_document_lists_each_of_them(worker: HttpWorker) -> None:
