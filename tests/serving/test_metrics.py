@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from sdxl_worker import gpu
@@ -85,6 +86,11 @@ def test_the_document_lists_each_of_them(worker: HttpWorker) -> None:
     names |= {"sdxl_gpu_memory_allocated_bytes", "sdxl_gpu_memory_peak_bytes"}
     document = (REPOSITORY / "docs" / "server.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(sdxl_\w+)", document)) == names
+    for told in (*(one.value for one in Outcome), STOPPED, TURNED_AWAY, *stages_in_the_code()):
+        assert f"`{told}`" in document
+    [config] = re.findall(r"^```yaml\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    [job] = yaml.safe_load(config)["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["localhost:8000"]}]
 
 
 def test_the_gpu_s_memory_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
