@@ -642,24 +642,14 @@ def test_a_mask_s_transparency_may_be_what_counts(kind: str) -> None:
     assert list(mask.tobytes()) == [255, 0]
 
 
-def test_a_mask_without_transparency_or_with_nothing_to_repaint_is_refused_with_what_helps() -> (
-    None
-):
-    opaque = functools.partial(fitted_mask, from_alpha=True)
+def test_a_mask_without_transparency_or_without_a_hole_is_refused_with_what_helps() -> None:
     for picture, invert, words in (
-        (
-            half_white(),
-            False,
-            "the picture has no transparency; erase in it what is to change, or, if",
-        ),
-        (
-            half_white().convert("RGBA"),
-            False,
-            "nothing in it is half transparent, so nothing would",
-        ),
+        (half_white(), False, "the picture has no transparency; erase in it what is to change"),
+        (half_white().convert("RGBA"), False, "nothing in it is half transparent, so nothing"),
         (Image.new("LA", (128, 64)), True, "nothing in it is opaque, so with mask_invert nothing"),
     ):
-        message = refused(opaque, file(picture), mask_invert=invert)
+        data = file(picture)
+        message = refused(fitted_mask, data, from_alpha=True, mask_invert=invert)
         assert message.startswith(f"mask_url: {words}")
         assert invert or "if that is white, set mask_from_alpha to false" in message
 
