@@ -7,6 +7,7 @@ the error messages come from there. Those that are not there are the worker's ow
 """
 
 import contextlib
+import functools
 import json
 import re
 import time
@@ -40,6 +41,17 @@ GENERATIONS, EDITS, MODELS = ROUTES = (
 )
 # Models of OpenAI's, whose names its clients send by default.
 OPENAI_MODEL = re.compile(r"(chat)?gpt-image.*|dall-e.*", re.DOTALL)
+# What our messages call what OpenAI's parameters stand for; the longer before what is in it.
+IN_OPENAI_WORDS = {
+    "upload_urls or the worker's BUCKET_ENDPOINT_URL": "response_format url with storage",
+    "both height and width": "size",
+    "height and width": "size",
+    "height, width": "size",
+    "num_images": "n",
+    "output_quality": "output_compression",
+    "image_url": "image",
+    "mask_url": "mask",
+}
 # What the body has beside the pictures that our own output has not.
 BESIDE_BYTES = 1000
 # Of a form's text that may be a number, or a list with LoRAs.
@@ -196,8 +208,8 @@ class ImagesCall:
 
     request: Request
     openai: ImagesInput
-    names: Mapping[str, str]
-    """What the caller calls fields of the request."""
+    words: Mapping[str, str]
+    """Those of `IN_OPENAI_WORDS` that the caller uses, who may also use our own."""
     takes_holes: bool
     """Whether what is transparent in the picture is repainted, if anything is."""
     wants_links: bool
@@ -271,7 +283,7 @@ class ImagesCall:
         try:
             yield
         except RequestError as error:
-            raise OpenAIRequestError(_renamed(str(error), self.names)) from None
+            raise OpenAIRequestError(_reworded(str(error), self.words)) from None
 
 
 def is_openai_call(job_input: object) -> bool:
@@ -316,21 +328,23 @@ def _parsed(given: Mapping[Any, Any], *, is_edit: bool, has_storage: bool) -> Im
         {name: given[name] for name in given if name not in own and name not in of_edits}
     )
     lines += [f"{name}: is of {EDITS}; here, send {name}_url" for name in of_edits if name in given]
-    names: dict[str, str] = {}
+    words = {
+        ours: theirs
+        for ours, theirs in IN_OPENAI_WORDS.items()
+        if theirs not in of_edits and own.keys().isdisjoint(re.findall(r"\w+", ours))
+    }
 
-    def take(name: str, *own_names: str, **own_values: Any) -> None:
-        """A parameter of OpenAI's in place of some of our fields."""
-        doubled = [one for one in own_values if one in own]
-        if doubled:
-            lines.append(f"{name}: is {' and '.join(own_values)} here; send this or that")
-        own.update(own_values)
-        names.update(dict.fromkeys(own_names or own_values, name))
+    def take(name: str, **fields: Any) -> None:
+        """A parameter of OpenAI's in place of fields of ours."""
+        if any(field in own for field in fields):
+            lines.append(f"{name}: is {' and '.join(fields)} here; send this or that")
+        own.update(fields)
 
     if openai.n is not None:
         take("n", num_images=openai.n)
     if openai.size not in (None, "auto"):
         width, height = (int(side) for side in openai.size.lower().split("x"))
-        take("size", "height, width", "height and width", width=width, height=height)
+        take("size", width=width, height=height)
     if openai.output_compression is not None:
         take("output_compression", output_quality=max(1, openai.output_compression))
     if openai.model is not None and not OPENAI_MODEL.fullmatch(openai.model):
@@ -367,7 +381,7 @@ def _parsed(given: Mapping[Any, Any], *, is_edit: bool, has_storage: bool) -> Im
         request = parse_request(own)
     except RequestError as error:
         raise OpenAIRequestError(
-            "\n".join([*lines, *map(_with_openai_fields, _renamed(str(error), names).split("\n"))])
+            "\n".join([*lines, *map(_with_openai_fields, _reworded(str(error), words).split("\n"))])
         ) from None
     if lines:
         raise OpenAIRequestError("\n".join(lines))
@@ -375,7 +389,7 @@ def _parsed(given: Mapping[Any, Any], *, is_edit: bool, has_storage: bool) -> Im
     wants_links = openai.response_format == "url" or (
         openai.response_format is None and (has_storage or request.upload_urls is not None)
     )
-    return ImagesCall(request, openai, names, takes_holes, wants_links)
+    return ImagesCall(request, openai, words, takes_holes, wants_links)
 
 
 def _as_far_as_valid(fields: Mapping[str, Any]) -> tuple[ImagesInput, list[str]]:
@@ -399,6 +413,7 @@ def _from_form(name: object, value: object) -> object:
         return [value] if kind == "array" else value
 
 
+@functools.cache
 def _kinds() -> dict[str, str | None]:
     schemas = field_schemas(Request) | field_schemas(ImagesInput)
     return {name: schema.get("type") for name, schema in schemas.items()}
@@ -408,13 +423,12 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(text)
 
 
-def _renamed(message: str, names: Mapping[str, str]) -> str:
-    """The message with the caller's names in the place of ours; a value, in quotes, stays."""
-    if not names:
+def _reworded(message: str, words: Mapping[str, str]) -> str:
+    """A value of the caller's, in quotes, stays as it is."""
+    if not words:
         return message
-    # The longest first: "height, width" before "width".
-    ours = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return re.sub(rf'(?<!["\w.])({ours})(?!["\w])', lambda found: names[found[1]], message)
+    ours = "|".join(map(re.escape, words))
+    return re.sub(rf'(?<!["\w.])({ours})(?!["\w])', lambda found: words[found[1]], message)
 
 
 def _with_openai_fields(line: str) -> str:
