@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.errors import ModelError
+from sdxl_worker.settings import is_on_runpod
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,7 @@ def choose_device() -> "torch.device":
     import torch
 
     if not gpu_is_there() and not torch.cuda.is_available():
-        # The variable is set only where a platform hands out jobs.
-        if os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
+        if is_on_runpod():
             log.warning(
                 "THERE IS NO GPU: this worker serves on its CPU, where a picture of SDXL takes "
                 "many minutes. Choose a GPU in the endpoint's settings"

@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sdxl_worker.serving.answering import Answer, Answering, Outcome
 from sdxl_worker.serving.ending import HURRIED_SECONDS, hurry
@@ -50,6 +51,8 @@ LAST_ANSWERS_SECONDS = 60
 RETRY_AFTER_SECONDS = 10
 # Longer than those of load balancers, which must be the ones that close an idle connection.
 KEEP_ALIVE_SECONDS = 75
+# What a request's head, or the first one of a connection, may take.
+HEAD_SECONDS = 30
 # Below the usual limit of 1024 files.
 MAX_CONNECTIONS = 900
 
@@ -141,6 +144,7 @@ class WorkerServer:
                 access_log=False,
                 lifespan="off",
                 loop="asyncio",
+                http=_Connection,
                 ws="none",
                 server_header=False,
                 proxy_headers=False,
@@ -329,6 +333,37 @@ class _Server(uvicorn.Server):
         for first in signals:
             loop.add_signal_handler(first, on_first)
         yield
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's, which would wait for ever for a request's head."""
+
+    _giving_up: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        self._expect_nothing()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_nothing()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        if self._giving_up is None:
+            self._giving_up = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _expect_nothing(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
 
 
 class _Guard:

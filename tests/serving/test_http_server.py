@@ -560,6 +560,43 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize(
+    ("requests", "closes"),
+    [
+        (b"", True),
+        (b"GET /ping HTTP/1.1\r\nHost: ", True),
+        (b"GET /ping HTTP/1.1\r\n\r\nGET /ping HT", True),
+        (b"GET /ping HTTP/1.1\r\n\r\n", False),
+    ],
+)
+def test_a_client_that_does_not_finish_a_request_s_head_is_dropped(
+    requests: bytes, closes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real connection; an idle one stays for the next request."""
+    monkeypatch.setattr(http_server, "HEAD_SECONDS", 0.2)
+
+    async def ask() -> None:
+        server = Served(DONE).server.server
+        [listening] = ports.open_ports(Settings(port=free_port()))
+        port = listening.getsockname()[1]
+        serving = asyncio.create_task(server.serve([listening]))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(requests)
+        if closes:
+            async with asyncio.timeout(60):
+                await reader.read()
+        else:
+            assert b" 204 " in await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(0.6)
+            writer.write(requests)
+            assert b" 204 " in await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(ask())
+
+
 def test_a_form_becomes_the_json_that_says_the_same() -> None:
     picture_bytes = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture_bytes, "PNG")
