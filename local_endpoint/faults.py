@@ -12,6 +12,7 @@ from typing import Literal
 ROUTES = frozenset(
     {
         *("run", "runsync", "status", "stream", "cancel", "retry", "purge-queue", "health"),
+        "openai",
         *("job-take", "job-take-batch", "job-stop", "job-done", "progress", "job-stream", "ping"),
     }
 )

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from local_endpoint.polling import Changes
 from local_endpoint.queue import Job, JobQueue, RequestRefused, Status
@@ -53,6 +54,8 @@ class OpenAIRoutes:
             body = await request.read()
             check_size(len(body), max_bytes)
             fields = read_json(body)
+            if not isinstance(fields, dict):
+                raise RequestRefused("the body must be a JSON object with a prompt in it")
         route = request.path.rpartition("/openai")[2]
         return await self._answer({"openai_route": route, "openai_input": fields})
 
@@ -111,8 +114,8 @@ async def _form(request: web.Request, max_bytes: int) -> dict[str, Any]:
                 fields[name] = value
     except RequestRefused:
         raise
-    except (ValueError, AssertionError) as error:
-        raise RequestRefused(f"the form cannot be read: {str(error)[:200]}") from None
+    except (ValueError, AssertionError, HttpProcessingError):  # as aiohttp's reader finds it
+        raise RequestRefused("the body is not valid multipart/form-data") from None
     return fields
 
 

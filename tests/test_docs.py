@@ -14,6 +14,7 @@ from PIL import Image
 
 import sdxl_worker
 from sdxl_worker.errors import RequestError
+from sdxl_worker.openai_images import GENERATIONS, parse_openai_call
 from sdxl_worker.outputs.bucket import bucket_of_job, locate
 from sdxl_worker.request import parse_request
 from tests import tutorial
@@ -114,7 +115,12 @@ def test_every_job_in_a_command_is_accepted(document: Path) -> None:
     for block in _blocks(document, "sh"):
         for word in _words(block):
             if word.startswith("{"):
-                parse_request(json.loads(word)["input"])
+                body = json.loads(word)
+                if document == docs.OPENAI:
+                    call = {"openai_route": GENERATIONS, "openai_input": body}
+                    assert parse_openai_call({"input": call})
+                else:
+                    parse_request(body["input"])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

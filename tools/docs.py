@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 from sdxl_worker.few_step import recognise
+from sdxl_worker.openai_images import LEVELS, ImagesInput
 from sdxl_worker.request import Request
 from sdxl_worker.samplers import NEAREST, SAMPLERS, SCHEDULES
 from sdxl_worker.settings import Settings
@@ -22,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
 MODELS = REPOSITORY / "docs" / "models.md"
 SAMPLERS_DOCUMENT = REPOSITORY / "docs" / "samplers.md"
+OPENAI = REPOSITORY / "docs" / "openai.md"
 DEPLOY = REPOSITORY / "docs" / "deploy.md"
 PLATFORM = REPOSITORY / "docs" / "platform.md"
 SECURITY = REPOSITORY / "SECURITY.md"
@@ -48,6 +50,22 @@ def input_table() -> str:
 def _json(default: object) -> str:
     """As in a request, but text has no quotes."""
     return default if isinstance(default, str) else json.dumps(default)
+
+
+def openai_table() -> str:
+    rows = ["| parameter | value | what becomes of it |", "|---|---|---|"]
+    for name, schema in field_schemas(ImagesInput).items():
+        rows.append(f"| `{name}` | {rule(schema)} | {schema['description']} |")
+    return "\n".join(rows)
+
+
+def quality_table() -> str:
+    rows = ["| `quality` | steps of the base | the refiner |", "|---|---|---|"]
+    for level in dict.fromkeys(LEVELS.values()):
+        names = ", ".join(f"`{name}`" for name, one in LEVELS.items() if one == level)
+        steps = level.steps or f"{Request.model_fields['num_inference_steps'].default}, the default"
+        rows.append(f"| {names} | {steps} | {'as without' if level.is_refined else 'off'} |")
+    return "\n".join(rows)
 
 
 def settings_table() -> str:
@@ -418,6 +436,7 @@ def derived() -> dict[Path, str]:
             figures=few_step_figures(),
             **{"few-step": few_step_table()},
         ),
+        OPENAI: with_tables(OPENAI, parameters=openai_table(), quality=quality_table()),
         DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
         SECURITY: with_tables(SECURITY, report=report()),
         SCHEMA: _document(Request.model_json_schema()),
