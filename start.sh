@@ -4,6 +4,11 @@ set -eu
 
 as_worker="setpriv --reuid=worker --regid=worker --init-groups --no-new-privs"
 
+# Without arguments and without a queue, as `docker run` starts it, it serves HTTP.
+if [ $# -eq 0 ] && [ -z "${RUNPOD_WEBHOOK_GET_JOB:-}" ]; then
+    set -- --serve
+fi
+
 stay_root() {
     echo "WARNING: the worker runs as root: $1" >&2
     as_worker=""

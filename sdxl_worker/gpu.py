@@ -170,6 +170,12 @@ def free_bytes(device: "torch.device") -> int | None:
     return int(torch.cuda.mem_get_info()[0]) + reusable - idle_graph_bytes()
 
 
+def allocated_bytes() -> int | None:
+    """GPU memory in tensors. None without a GPU."""
+    torch = _torch_with_gpu()
+    return None if torch is None else int(torch.cuda.memory_allocated())
+
+
 def peak_memory_bytes() -> int:
     """The peak of GPU memory since `reset_peak_memory`; without a GPU, of the whole process."""
     torch = _torch_with_gpu()

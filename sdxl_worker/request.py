@@ -260,11 +260,6 @@ OTHER_SCHEDULES: tuple[Mapping[str, Any], ...] = tuple(
 TIES = (
     Tie("mode", "needs image_url, the picture to start from", WITH_PICTURE),
     Tie("mask_url", "needs image_url, the picture to repaint", WITH_PICTURE),
-    Tie(
-        "mask_url",
-        "give this or mask_from_alpha, not both",
-        clashes=({"mask_from_alpha": ...},),
-    ),
     Tie("mask_from_alpha", "needs image_url, a picture with transparency", WITH_PICTURE),
     *(
         Tie(
@@ -494,8 +489,8 @@ class Request(InputModel):
     )
     mask_from_alpha: bool = Field(
         default=False,
-        description="As `mask_url`, with the transparency of `image_url`: what is transparent is "
-        "repainted.",
+        description="As `mask_url`, with transparency for white: that of `image_url` or, where "
+        "`mask_url` is given, of that picture. What is transparent is repainted.",
     )
     mask_invert: bool = Field(
         default=False,

@@ -1,6 +1,7 @@
 """The worker's settings: one declaration each, read from the environment."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -28,11 +29,16 @@ CompileMode = Literal["graphs", "blocks", "full"]
 Quantization = Literal["int8", "fp8"]
 PredictionType = Literal["epsilon", "v_prediction"]
 MetadataLevel = Literal["all", "no_prompts", "none"]
+# As pydantic reads a switch.
+TRUE_WORDS = ("true", "1", "yes", "y", "on", "t")
+FALSE_WORDS = ("false", "0", "no", "n", "off", "f")
 # The values of PNG_METADATA, a switch, which METADATA was called before.
 SWITCH: dict[str, MetadataLevel] = {
-    **dict.fromkeys(("true", "1", "yes", "y", "on", "t"), "all"),
-    **dict.fromkeys(("false", "0", "no", "n", "off", "f"), "none"),
+    **dict.fromkeys(TRUE_WORDS, "all"),
+    **dict.fromkeys(FALSE_WORDS, "none"),
 }
+# Of a load-balancing endpoint, unless it is told otherwise; elsewhere few may listen there.
+RUNPOD_PORT, USUAL_PORT = 80, 8000
 
 
 def _as_level(value: object) -> object:
@@ -40,8 +46,14 @@ def _as_level(value: object) -> object:
 
 
 def is_on_platform() -> bool:
-    """Whether the platform gives the jobs: not for a local job or the SDK's test server."""
+    """Whether the platform gives the jobs: not for a local job or the SDK's test server, nor where
+    the worker serves HTTP."""
     return bool(os.environ.get("RUNPOD_WEBHOOK_GET_JOB"))
+
+
+def is_on_runpod() -> bool:
+    """Whether this is a worker of an endpoint, of either kind."""
+    return is_on_platform() or bool(os.environ.get("RUNPOD_ENDPOINT_ID"))
 
 
 def _parsable(url: str) -> str:
@@ -61,6 +73,26 @@ HttpUrl = Annotated[
         json_schema_extra={RULE: "an http:// or https:// address, without a query"},
     ),
 ]
+
+
+def _as_keys(value: SecretStr) -> SecretStr:
+    """
+    Raises:
+        PydanticCustomError: what an Authorization header cannot hold. The message holds no key.
+    """
+    if all(re.fullmatch(r"[!-~]+", key) for key in keys_of(value)):
+        return value
+    raise PydanticCustomError(
+        IN_WORDS,
+        "must be a key, or several with commas between them, of letters, digits and signs without "
+        "a space",
+    )
+
+
+def keys_of(value: SecretStr) -> list[str]:
+    return [key.strip() for key in value.get_secret_value().split(",")]
+
+
 # What storage needs; it is set up by all of these, or not at all.
 NEEDED_FOR_STORAGE = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
 # AWS's limit of a signature's life, seven days.
@@ -217,6 +249,43 @@ class Settings(BaseSettings):
             "and size: more pictures for the money, each a little later. 1: one after the other.",
         ),
     ] = 1
+    serve_http: Annotated[
+        bool,
+        Field(
+            description="Serve HTTP, as for a load-balancing endpoint, also where the platform has "
+            "a queue for this worker. `--serve` does the same."
+        ),
+    ] = False
+    port: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=65_535,
+            description="Where HTTP is served. A worker that has no queue serves HTTP where this "
+            f"is set. Not set: {RUNPOD_PORT} on Runpod, {USUAL_PORT} elsewhere.",
+        ),
+    ] = None
+    port_health: Annotated[
+        int | None,
+        Field(ge=1, le=65_535, description="Where `/ping` is served too. Not set: at `PORT` only."),
+    ] = None
+    api_key: Annotated[
+        Annotated[SecretStr, AfterValidator(_as_keys)] | None,
+        Field(
+            description="What those who use the worker's HTTP have to send as "
+            "`Authorization: Bearer KEY`; several keys with commas between them. Not set: no key "
+            "is asked for, and on Runpod none is needed."
+        ),
+    ] = None
+    queue_limit: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1000,
+            description="How many jobs may wait where the worker serves HTTP, beside those that it "
+            "works at. More are answered with 429 at once.",
+        ),
+    ] = 32
     max_steps: Annotated[
         int,
         Field(
@@ -284,12 +353,20 @@ class Settings(BaseSettings):
 
     @property
     def metadata_level(self) -> MetadataLevel:
-        return self.metadata or ("no_prompts" if is_on_platform() else "all")
+        return self.metadata or ("no_prompts" if is_on_runpod() else "all")
 
     @property
     def jobs_at_once(self) -> int:
         """How many the worker takes."""
         return max(self.worker_concurrency, self.batch_jobs)
+
+    @property
+    def http_port(self) -> int:
+        return self.port or (RUNPOD_PORT if is_on_runpod() else USUAL_PORT)
+
+    @property
+    def api_keys(self) -> list[str]:
+        return keys_of(self.api_key) if self.api_key else []
 
     @property
     def lossy(self) -> dict[str, Any]:

@@ -369,7 +369,6 @@ MASK = {**PICTURE, "mask_url": "https://example.com/mask.png"}
         ({"prompt": "a", "mode": "img2img"}, "mode", "needs image_url"),
         ({"prompt": "a", "mask_url": MASK["mask_url"]}, "mask_url", "needs image_url"),
         ({"prompt": "a", "mask_from_alpha": True}, "mask_from_alpha", "needs image_url"),
-        ({**MASK, "mask_from_alpha": True}, "mask_url", "not both"),
         ({**MASK, "mode": "refine"}, "mask_url", "does not go with mode refine"),
         (
             {**PICTURE, "mode": "refine", "mask_from_alpha": True},
@@ -404,6 +403,7 @@ def test_a_field_without_what_it_goes_with_is_refused(
         {**MASK, "mask_invert": True, "mask_blur": 4, "mask_padding": 32, "refiner_strength": 0},
         {**PICTURE, "mask_from_alpha": True, "mask_invert": True, "fit": "crop"},
         {**MASK, "mask_from_alpha": False, "mask_invert": False},
+        {**MASK, "mask_from_alpha": True, "mask_invert": True},
         {**PICTURE, "mask_from_alpha": False, "mask_invert": False},
         {
             "prompt": "a",

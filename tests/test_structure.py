@@ -56,7 +56,7 @@ def arrows() -> list[tuple[str, str]]:
 
 
 def test_the_arrows_are_read() -> None:
-    assert ("handler", "sdxl_worker.serving.job") in arrows()
+    assert ("handler", "sdxl_worker.serving.answering") in arrows()
     assert ("sdxl_worker.serving.job", "sdxl_worker.drawing.generate") in arrows(), "also the lazy"
 
 

@@ -29,7 +29,7 @@ from PIL import (
 )
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.inputs.fitting import Fit, How, choose_fit
+from sdxl_worker.inputs.fitting import Fit, FromAlpha, How, choose_fit
 
 # A multi-picture file of a phone's camera (MPO) is opened as the JPEG that it begins with.
 FORMATS = ("PNG", "JPEG", WebPImagePlugin.WebPImageFile.format, "GIF", "BMP", "AVIF")
@@ -128,44 +128,67 @@ def decode(data: bytes, field: str) -> Image.Image:
 
 
 def decode_with_alpha(
-    data: bytes, field: str, *, on_white: bool
-) -> tuple[Image.Image, Image.Image]:
+    data: bytes, field: str, *, on_white: bool, if_any: bool = False
+) -> tuple[Image.Image, Image.Image | None]:
     """What `decode` makes of the picture, and a mask: white where the picture is transparent by
     half and more, otherwise black.
 
     Args:
         on_white: as `decode` does it. Otherwise each pixel has the colour that the file gives it,
             however opaque: the soft edge of a hole would be a light one on white.
+        if_any: where nothing is transparent by half, there is no mask, and it is as `decode` does
+            it: many pictures are saved with a channel of opacity that says nothing.
 
     Raises:
-        RequestError: as `decode`; or the picture has no transparency.
-        MemoryError: as `decode`.
-    """
-    with _refusing(data, field):
-        # A copy is without the decoder, whose memory the mask and the result need.
-        picture = _opened(data, field).copy()
-        if not picture.has_transparency_data:
-            raise RequestError(
-                "mask_from_alpha: the picture has no transparency; send one that has, or mask_url"
-            )
-        mask = Image.new("L", picture.size)
-        for band, place in _bands(picture):
-            _, alpha = _without_alpha(band)
-            if alpha is not None:
-                mask.paste(alpha.point(lambda value: 255 * (value < HALF)), place)
-        return _in_srgb(picture, on_white=on_white), mask
-
-
-def decode_mask(data: bytes, field: str) -> Image.Image:
-    """A mask, from a picture: white where that is at least half white, otherwise black. What is
-    transparent counts as black, for editors save white strokes on nothing.
-
-    Raises:
-        RequestError: as `decode`.
+        RequestError: as `decode`; or the picture has no transparency, without `if_any`.
         MemoryError: as `decode`.
     """
     with _refusing(data, field):
         picture = _opened(data, field)
+        if not picture.has_transparency_data:
+            if if_any:
+                return _in_srgb(picture), None
+            raise RequestError(
+                "mask_from_alpha: the picture has no transparency; send one that has, or mask_url"
+            )
+        # A copy is without the decoder, whose memory the mask and the result need.
+        picture = picture.copy()
+        holes = _holes(picture)
+        if if_any and holes.getbbox() is None:
+            return _in_srgb(picture), None
+        return _in_srgb(picture, on_white=on_white), holes
+
+
+def _holes(picture: Image.Image) -> Image.Image:
+    """White where the picture is transparent by half and more, otherwise black."""
+    holes = Image.new("L", picture.size)
+    for band, place in _bands(picture):
+        _, alpha = _without_alpha(band)
+        if alpha is not None:
+            holes.paste(alpha.point(lambda value: 255 * (value < HALF)), place)
+    return holes
+
+
+def decode_mask(data: bytes, field: str, *, from_alpha: bool = False) -> Image.Image:
+    """A mask, from a picture: white where that is at least half white, otherwise black. What is
+    transparent counts as black, for editors save white strokes on nothing.
+
+    Args:
+        from_alpha: white where the picture is transparent by half and more, whatever its colours.
+
+    Raises:
+        RequestError: as `decode`; or the picture has no transparency, with `from_alpha`.
+        MemoryError: as `decode`.
+    """
+    with _refusing(data, field):
+        picture = _opened(data, field)
+        if from_alpha:
+            if not picture.has_transparency_data:
+                raise RequestError(
+                    f"{field}: the picture has no transparency; erase in it what is to change, or, "
+                    "if that is white, set mask_from_alpha to false"
+                )
+            return _holes(picture)
         mask = Image.new("L", picture.size)
         for band, place in _bands(picture):
             opaque, alpha = _without_alpha(band)
@@ -315,13 +338,21 @@ def picture_of(
     width_px: int | None,
     how: How,
     bounds_px: tuple[int, int, int],
-    mask_from_alpha: bool,
+    masked_bounds_px: tuple[int, int, int] | None = None,
+    mask_from_alpha: FromAlpha,
     mask_invert: bool,
 ) -> tuple[dict[str, Any], bytes, bytes]:
-    """How it was fitted; the pixels, and those of the mask, one byte each, if there is one."""
+    """How it was fitted; the pixels, and those of the mask, one byte each, if there is one.
+
+    Args:
+        bounds_px: see `choose_fit`.
+        masked_bounds_px: in their place, where `mask_from_alpha` makes a mask. None: the same.
+    """
     alpha = None
     if mask_from_alpha:
-        picture, alpha = decode_with_alpha(data, field, on_white=mask_invert)
+        picture, alpha = decode_with_alpha(
+            data, field, on_white=mask_invert, if_any=mask_from_alpha == "if_any"
+        )
     else:
         picture = decode(data, field)
     fit = choose_fit(
@@ -330,7 +361,7 @@ def picture_of(
         height_px=height_px,
         width_px=width_px,
         how=how,
-        bounds_px=bounds_px,
+        bounds_px=bounds_px if alpha is None else (masked_bounds_px or bounds_px),
     )
     mask = b""
     if alpha is not None:
@@ -362,15 +393,16 @@ def mask_of(
     sent_size: tuple[int, int],
     size: tuple[int, int],
     how: How,
+    from_alpha: bool = False,
     mask_invert: bool,
 ) -> tuple[dict[str, Any], bytes]:
     """The mask's pixels, one byte each, fitted as its picture was.
 
     Raises:
-        RequestError: as `decode`; or it has not the shape of its picture, or is empty.
+        RequestError: as `decode_mask`; or it has not the shape of its picture, or is empty.
         MemoryError: as `decode`.
     """
-    mask = decode_mask(data, field)
+    mask = decode_mask(data, field, from_alpha=from_alpha)
     (width, height), (sent_width, sent_height) = mask.size, sent_size
     difference = abs(width * sent_height - height * sent_width)
     # One in a hundred, or one pixel of the mask: who scales it has to round.
@@ -381,19 +413,31 @@ def mask_of(
             f"{sent_width} x {sent_height}; send one of the same shape"
             + (" (a photograph may be turned by its EXIF orientation)" if turned else "")
         )
+    if from_alpha:
+        nothing = (
+            "nothing in it is half transparent, so nothing would be repainted; erase in it what is "
+            "to change, or, if that is white, set mask_from_alpha to false"
+        )
+        nothing_inverted = (
+            "nothing in it is opaque, so with mask_invert nothing would be repainted; leave "
+            "mask_invert out"
+        )
+    else:
+        nothing = (
+            "nothing in it is at least half white, so nothing would be repainted; paint white what "
+            "is to change, or set mask_invert if that is black"
+        )
+        nothing_inverted = (
+            "nothing in it is black, so with mask_invert nothing would be repainted; paint black "
+            "what is to change, or leave mask_invert out if that is white"
+        )
     pixels = _fitted_mask(
         mask,
         field,
         Fit((sent_width, sent_height), (size[0], size[1]), how),
         invert=mask_invert,
-        nothing=(
-            "nothing in it is at least half white, so nothing would be repainted; paint white what "
-            "is to change, or set mask_invert if that is black"
-        ),
-        nothing_inverted=(
-            "nothing in it is black, so with mask_invert nothing would be repainted; paint black "
-            "what is to change, or leave mask_invert out if that is white"
-        ),
+        nothing=nothing,
+        nothing_inverted=nothing_inverted,
     )
     return {}, pixels
 

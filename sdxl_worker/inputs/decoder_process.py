@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX, Fit, How
+from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX, Fit, FromAlpha, How
 from sdxl_worker.inputs.masks import Mask
 from sdxl_worker.request import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_MULTIPLE_PX
 
@@ -62,7 +62,7 @@ async def decode_apart(
     width_px: int | None,
     how: How = "crop",
     masked: bool = False,
-    mask_from_alpha: bool = False,
+    mask_from_alpha: FromAlpha = False,
     mask_invert: bool = False,
 ) -> InputPicture:
     """The picture, in the size that the models take. Cancelled, it ends the process at once.
@@ -72,6 +72,7 @@ async def decode_apart(
         how: it comes to `height_px` and `width_px` where both are given.
         masked: with neither given, it keeps its size to the pixel.
         mask_from_alpha: what is transparent is a mask, or else what is opaque (`mask_invert`).
+            "if_any": where nothing is transparent, there is no mask, and that is no mistake.
 
     Raises:
         RequestError: as `decode` and `choose_fit`; or the decoder went over a limit or crashed,
@@ -79,11 +80,9 @@ async def decode_apart(
         RuntimeError: the program could not run.
     """
     sides_given = bool(height_px or width_px)
-    if masked and not sides_given:
-        bounds_px = (1, MAX_SIDE_PX, 1)
-    else:
-        largest = MAX_SIDE_PX if sides_given else MAX_AUTOMATIC_SIDE_PX
-        bounds_px = (MIN_SIDE_PX, largest, SIDE_MULTIPLE_PX)
+    largest = MAX_SIDE_PX if sides_given else MAX_AUTOMATIC_SIDE_PX
+    bounds_px = (MIN_SIDE_PX, largest, SIDE_MULTIPLE_PX)
+    masked_bounds_px = bounds_px if sides_given else (1, MAX_SIDE_PX, 1)
     answer, pixels = await _made_apart(
         data,
         make="picture",
@@ -91,7 +90,8 @@ async def decode_apart(
         height_px=height_px,
         width_px=width_px,
         how=how,
-        bounds_px=bounds_px,
+        bounds_px=masked_bounds_px if masked else bounds_px,
+        masked_bounds_px=masked_bounds_px,
         mask_from_alpha=mask_from_alpha,
         mask_invert=mask_invert,
     )
@@ -100,19 +100,25 @@ async def decode_apart(
     return InputPicture(
         picture=Image.frombytes("RGB", (width, height), pixels[:end]),
         fit=Fit(tuple(answer["sent_size"]), (width, height), answer["how"]),
-        mask=_as_mask(pixels[end:], (width, height)) if mask_from_alpha else None,
+        mask=_as_mask(pixels[end:], (width, height)) if len(pixels) > end else None,
     )
 
 
 async def decode_mask_apart(
-    data: bytes, field: str, fit: Fit, *, mask_invert: bool = False
+    data: bytes,
+    field: str,
+    fit: Fit,
+    *,
+    from_alpha: bool = False,
+    mask_invert: bool = False,
 ) -> Mask:
     """A mask, fitted as the picture was that it belongs to. Cancelled, it ends the process at once.
 
     Args:
         field: the place of `data` in the request, for messages.
         fit: how the picture came to its size.
-        mask_invert: what is black is repainted, not what is white.
+        from_alpha: what is transparent is repainted, whatever is white.
+        mask_invert: what is black is repainted, not what is white; or what is opaque.
 
     Raises:
         RequestError: as `mask_of`; or the decoder went over a limit or crashed.
@@ -125,6 +131,7 @@ async def decode_mask_apart(
         sent_size=fit.sent_size,
         size=fit.size,
         how=fit.how,
+        from_alpha=from_alpha,
         mask_invert=mask_invert,
     )
     return _as_mask(pixels, fit.size)

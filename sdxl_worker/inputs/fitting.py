@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_AUTOMATIC_SIDE_PX = 2048
 
 How = Literal["crop", "pad", "stretch"]
+# Whether a picture's transparency is its mask; "if_any": only where something is transparent.
+FromAlpha = bool | Literal["if_any"]
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ def find_by_name(name: str, settings: Settings, default: ModelDir) -> ModelDir:
         return default
     if folder is None:
         raise RequestError(
-            "model: this worker has one model and chooses among no others: leave the field out, or "
-            "let the worker's owner set MODELS_DIR"
+            f"model: this worker has one model, {shown(default.name)}, and chooses among no "
+            "others: leave the field out, or let the worker's owner set MODELS_DIR"
         )
     place = places.get(stem)
     if place is None or (name.endswith(SUFFIX) and place.name != name):
         raise RequestError(
             f"model: this worker has no {shown(name)}{near_match(stem, places)}; it has "
-            f"{_told(places)}"
+            f"{_told(places)}; left out, the field means {shown(default.name)}"
         )
     try:
         found = open_model(place)
@@ -50,6 +50,15 @@ def find_by_name(name: str, settings: Settings, default: ModelDir) -> ModelDir:
             "diffusers layout"
         )
     return with_vae(found, settings.vae_dir)
+
+
+def names_of_models(settings: Settings, default: ModelDir) -> dict[str, Path]:
+    """Where the models are that a request may name, by name: the default, then the others. Whether
+    they can be served shows when one is asked for.
+    """
+    others = {} if settings.models_dir is None else _places(settings.models_dir)
+    others = {name: place for name, place in others.items() if _may_be_model(place)}
+    return {default.name: default.root} | dict(sorted(others.items()))
 
 
 def reason(error: ModelError, place: Path) -> str:

@@ -14,11 +14,13 @@ from sdxl_worker.errors import RequestError
 from sdxl_worker.outputs.answer import build_output, data_uri, encode_pictures
 from sdxl_worker.outputs.metadata import About
 from sdxl_worker.request import OutputFormat, Request
-from sdxl_worker.settings import is_on_platform
+from sdxl_worker.settings import is_on_platform, is_on_runpod
 
 # What the platform takes as a result: https://docs.runpod.io/serverless/endpoints/operation-reference
 RUN_LIMIT_BYTES = 10_000_000
 RUNSYNC_LIMIT_BYTES = 20_000_000
+# Of a load-balancing endpoint: https://docs.runpod.io/serverless/load-balancing/overview
+HTTP_LIMIT_BYTES = 30_000_000
 # A picture of SDXL takes 1.5 to 2.8 bytes a pixel as PNG. A result that would be over the limit
 # even with this is refused before it is made.
 LEAST_PNG_BYTES_PER_PIXEL = 0.5
@@ -41,10 +43,10 @@ class Fitted:
 def limit_bytes(job_id: str) -> int | None:
     """How large the job's result may be. Jobs of /runsync have ids that begin with "sync-".
 
-    None: as large as it gets, for local jobs and the SDK's test server.
+    None: as large as it gets, for local jobs, the SDK's test server and HTTP outside Runpod.
     """
     if not is_on_platform():
-        return None
+        return HTTP_LIMIT_BYTES if is_on_runpod() else None
     return RUNSYNC_LIMIT_BYTES if job_id.startswith("sync-") else RUN_LIMIT_BYTES
 
 
@@ -195,7 +197,8 @@ def _too_large(
         # Without a mode, a picture keeps its size.
         *(["smaller ones (height, width)"] if request.mode or not request.image_url else []),
     ]
+    limits = " (10 for /run, 20 for /runsync)" if is_on_platform() else ""
     return RequestError(
-        f"the result {how} {size / 1e6:.1f} MB, and the platform takes {limit / 1e6:.0f} MB "
-        f"(10 for /run, 20 for /runsync); each of these helps: {'; '.join(remedies)}"
+        f"the result {how} {size / 1e6:.1f} MB, and the platform takes {limit / 1e6:.0f} MB"
+        f"{limits}; each of these helps: {'; '.join(remedies)}"
     )

@@ -4,6 +4,7 @@ The SDK takes `--test_input` as a JSON string only and prints results to the log
 be a path or have no value, and the pictures of a local job are saved.
 """
 
+import argparse
 import base64
 import json
 import os
@@ -16,24 +17,31 @@ from typing import Any
 
 from sdxl_worker.request import MAX_SEED
 from sdxl_worker.serving.job import Handler
+from sdxl_worker.settings import TRUE_WORDS
 
 DEFAULT_JOB_FILE = "test_input.json"
 OUTPUT_DIR = Path("output")
 
 
 class Place(Enum):
-    """Where the SDK takes jobs from."""
+    """Where jobs come from."""
 
     LOCAL_JOB = "the command line or a file: one job"
     SERVER = "the SDK's test server"
+    HTTP = "the worker's own server: of a load-balancing endpoint, or anywhere"
     QUEUE = "the platform"
 
 
 def prepare(arguments: list[str]) -> tuple[list[str], Place]:
     """Turn the command line into one that the SDK takes.
 
+    The first of these that is there says where jobs come from: `--rp_serve_api` or
+    `RUNPOD_REALTIME_PORT`; `--test_input`; `--serve` or `SERVE_HTTP`, HTTP;
+    `RUNPOD_WEBHOOK_GET_JOB`, the queue; `PORT`, HTTP. Where none is, it is test_input.json.
+    `--port N` is `PORT`.
+
     Returns:
-        The arguments for the SDK, and where it will take jobs from.
+        The arguments for the SDK, and where jobs come from.
 
     Exits with a message where `--test_input` is neither JSON nor a file with JSON in it, and after
     printing the help for `--help`.
@@ -43,6 +51,7 @@ def prepare(arguments: list[str]) -> tuple[list[str], Place]:
 
         parser.print_help()
         print("\nHere --test_input takes JSON, the path of a file, or nothing: test_input.json.")
+        print("--serve [--port N] serves HTTP, with the settings of docs/server.md.")
         sys.exit(0)
     # An empty variable counts as unset, but the SDK would try to read a number from this one.
     if not os.environ.get("RUNPOD_REALTIME_PORT"):
@@ -51,10 +60,22 @@ def prepare(arguments: list[str]) -> tuple[list[str], Place]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     arguments, job = _job_of(arguments)
+    parser = argparse.ArgumentParser(prog="handler.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--serve", action="store_true")
+    parser.add_argument("--port")
+    own, arguments = parser.parse_known_args(arguments)
+    if own.port is not None:
+        os.environ["PORT"] = own.port
     if "--rp_serve_api" in arguments or "RUNPOD_REALTIME_PORT" in os.environ:
         return arguments, Place.SERVER
+    if job is None and (own.serve or os.environ.get("SERVE_HTTP", "").lower() in TRUE_WORDS):
+        # Nothing is taken from a queue, nor told to it.
+        os.environ.pop("RUNPOD_WEBHOOK_GET_JOB", None)
+        return arguments, Place.HTTP
     if job is None and os.environ.get("RUNPOD_WEBHOOK_GET_JOB"):
         return arguments, Place.QUEUE
+    if job is None and os.environ.get("PORT"):
+        return arguments, Place.HTTP
     return [*arguments, f"--test_input={job or _read(DEFAULT_JOB_FILE)}"], Place.LOCAL_JOB
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sdxl_worker.gpu import peak_memory_bytes
@@ -18,6 +18,8 @@ log = logging.getLogger("sdxl_worker")
 
 # The SDK's level names that Python's logging does not have.
 LEVELS = {"NOTSET": "CRITICAL", "TRACE": "DEBUG", "WARN": "WARNING"}
+# Called in any thread as a phase ends, with its name and seconds.
+phase_listeners: list[Callable[[str, float], object]] = []
 EXTRAS = ("phase", "ms", "wait_ms", "peak_memory_mb", "seconds")
 
 
@@ -81,7 +83,8 @@ def timed(phase: str, job_id: str | None, *, queued_at: float | None = None) -> 
         yield timing
         outcome = "done"
     finally:
-        timing.ms = ms = round(1000 * (time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        timing.ms = ms = round(1000 * seconds)
         peak_memory_mb = round(peak_memory_bytes() / 1e6)
         extra = {"job_id": job_id, "phase": phase, "ms": ms, "peak_memory_mb": peak_memory_mb}
         text = f"{phase} {outcome} after {ms} ms, peak memory {peak_memory_mb} MB"
@@ -89,3 +92,5 @@ def timed(phase: str, job_id: str | None, *, queued_at: float | None = None) -> 
             extra["wait_ms"] = round(1000 * (started - queued_at))
             text += f", waited {extra['wait_ms']} ms"
         log.info(text, extra=extra)
+        for tell in phase_listeners:
+            tell(phase, seconds)

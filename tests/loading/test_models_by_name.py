@@ -76,7 +76,7 @@ def test_vae_dir_holds_for_all_of_them_and_prediction_type_for_none(folder: Path
 def test_a_name_that_is_not_there_is_answered_with_those_that_are(name: str, folder: Path) -> None:
     assert refusal(name, folder) == (
         f'model: this worker has no "{name}" (did you mean photo.v1?); it has "alone", '
-        '"models--org--x", "page", "photo.v1", "style", "whole"'
+        '"models--org--x", "page", "photo.v1", "style", "whole"; left out, the field means "shapes"'
     )
 
 
@@ -110,5 +110,6 @@ def test_what_is_no_model_is_told(name: str, message: str, folder: Path) -> None
 
 def test_without_models_it_is_said_what_is_missing(tmp_path: Path) -> None:
     assert "let the worker's owner set MODELS_DIR" in refusal("x", None)
+    assert 'this worker has one model, "shapes", and' in refusal("x", None)
     assert "it has none: its MODELS_DIR has no models" in refusal("x", tmp_path)
     assert "it has none: its MODELS_DIR has no models" in refusal("x", tmp_path / "missing")

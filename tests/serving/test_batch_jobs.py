@@ -17,7 +17,7 @@ from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.drawing.together import kind_of
 from sdxl_worker.loading.models import Models
 from sdxl_worker.serving import threads
-from sdxl_worker.serving.progress import JobStopped
+from sdxl_worker.serving.progress import JobStopped, Progress
 from sdxl_worker.serving.threads import start_on_gpu_thread
 from sdxl_worker.settings import Settings
 from sdxl_worker.speed import shared_passes
@@ -187,7 +187,7 @@ def test_one_job_with_loras_fails_and_the_others_keep_them(
         if steps == 3:
             raise JobStopped
 
-    monkeypatch.setattr(handler.run_job.__globals__["Progress"], "on_step", fail_once)
+    monkeypatch.setattr(Progress, "on_step", fail_once)
     answers = together(job, job, job)
     failed = [answer for answer in answers if "error" in answer]
     assert len(failed) == 1

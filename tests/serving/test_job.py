@@ -11,7 +11,7 @@ from PIL import Image
 import handler
 from sdxl_worker.drawing import generate as generate_module
 from sdxl_worker.outputs import answer
-from sdxl_worker.serving import job, slot
+from sdxl_worker.serving import answering, job, slot
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from tests.support import PROMPT, data_uri, error, replace_generate, run
 
@@ -141,7 +141,7 @@ def test_what_fails_beside_the_next_job_is_answered_at_once(
 
     asked: list[Any] = []
     monkeypatch.setattr(job, "build_output", fail)
-    monkeypatch.setattr(handler, "on_gpu_thread", lambda *_: asked.append(1))
+    monkeypatch.setattr(answering, "on_gpu_thread", lambda *_: asked.append(1))
 
     async def answered() -> dict[str, Any]:
         token = slot.left.set(asyncio.Event())

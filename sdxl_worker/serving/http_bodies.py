@@ -1,0 +1,132 @@
+"""From the body of an HTTP request to what a job has beside its id."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from sdxl_worker.outputs.size_guard import HTTP_LIMIT_BYTES
+from sdxl_worker.wording import shown
+
+# 30 MB at two megabits a second.
+READ_TIMEOUT_SECONDS = 120.0
+# What a job may have beside its input where no queue hands it out.
+BESIDE_INPUT = ("s3Config",)
+# Several times what the fields of a request are.
+MAX_PARTS = 200
+
+
+class BodyRefused(Exception):  # noqa: N818 - named as the local endpoint's refusals
+    """The message tells what to change."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+async def read_body(request: Request) -> bytes:
+    """
+    Raises:
+        BodyRefused: it is over the limit, of which no more is kept, or too slow.
+        ClientDisconnect: its sender is gone.
+    """
+    too_large = BodyRefused(
+        413,
+        f"the body is over {HTTP_LIMIT_BYTES / 1e6:.0f} MB; send pictures as links (https://...), "
+        "or smaller ones",
+    )
+    told = request.headers.get("content-length", "")
+    # Python reads no number of thousands of digits.
+    if told.isdecimal() and (len(told) > 18 or int(told) > HTTP_LIMIT_BYTES):
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(READ_TIMEOUT_SECONDS):
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > HTTP_LIMIT_BYTES:
+                    raise too_large
+                body += chunk
+    except TimeoutError:
+        raise BodyRefused(
+            408, f"the body was not there after {READ_TIMEOUT_SECONDS:.0f} seconds"
+        ) from None
+    return bytes(body)
+
+
+def job_of(body: bytes) -> dict[str, Any]:
+    """`{"input": {...}}`, as on the queue, or the input's fields themselves.
+
+    Raises:
+        BodyRefused: it is neither.
+    """
+    sent = read_object(body)
+    if "input" not in sent:
+        return {"input": sent}
+    foreign = [name for name in sent if name not in ("input", *BESIDE_INPUT)]
+    if foreign:
+        raise BodyRefused(
+            400,
+            f"{shown(foreign[0])}: no such field beside input; there may be "
+            f"{', '.join(BESIDE_INPUT)}",
+        )
+    return sent
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        BodyRefused: it is no JSON object.
+    """
+    try:
+        value = json.loads(body)
+    except RecursionError:
+        raise BodyRefused(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise BodyRefused(400, f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BodyRefused(400, f"the body must be a JSON object; got {shown(value)}")
+    return value
+
+
+async def read_form_or_object(request: Request, body: bytes) -> dict[str, Any]:
+    """A form (`multipart/form-data`) as the object that says the same: texts as they are, files as
+    data URIs; of several with one name, and of one that is called `name[]`, a list.
+
+    Raises:
+        BodyRefused: the body is neither a form nor a JSON object.
+    """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        return read_object(body)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    again = Request(request.scope, receive)
+    try:
+        async with again.form(
+            max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=HTTP_LIMIT_BYTES
+        ) as form:
+            values: dict[str, list[str]] = {}
+            for name, value in form.multi_items():
+                values.setdefault(name, []).append(
+                    await _data_uri(value) if isinstance(value, UploadFile) else value
+                )
+    except HTTPException as error:
+        raise BodyRefused(400, f"the form cannot be read: {error.detail}") from None
+    return dict(_joined(values))
+
+
+async def _data_uri(file: UploadFile) -> str:
+    payload = base64.b64encode(await file.read()).decode("ascii")
+    return f"data:{file.content_type or 'application/octet-stream'};base64,{payload}"
+
+
+def _joined(values: dict[str, list[str]]) -> Iterator[tuple[str, str | list[str]]]:
+    for name, several in values.items():
+        is_list = name.endswith("[]")
+        yield name.removesuffix("[]"), several if is_list or len(several) > 1 else several[0]
