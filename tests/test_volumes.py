@@ -173,7 +173,7 @@ def test_the_worker_sees_no_other_models_than_those_drawn(settings: Settings) ->
     with pytest.raises(RequestError) as caught:
         find_by_name("?", settings, default())
     told = str(caught.value).rpartition("it has ")[2]
-    assert sorted(re.findall(r'"([^"]+)"', told)) == sorted(drawn_by("model"))
+    assert sorted(re.findall(r'"([^"]+)"', told)) == sorted([*drawn_by("model"), default().name])
 
 
 def test_a_single_file_may_find_what_it_lacks_beside_it(
