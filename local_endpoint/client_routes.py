@@ -6,7 +6,7 @@ from aiohttp import web
 
 from local_endpoint.polling import Changes
 from local_endpoint.queue import Job, JobQueue
-from local_endpoint.reading import path_names, read_integer, read_json
+from local_endpoint.reading import check_size, path_names, read_integer, read_json
 
 
 class ClientRoutes:
@@ -73,9 +73,7 @@ class ClientRoutes:
         rules = self._queue.rules
         max_bytes = rules.runsync_max_bytes if is_sync else rules.run_max_bytes
         body = await request.read()
-        if len(body) > max_bytes:
-            message = f"the request has {len(body)} bytes; at most {max_bytes} are allowed"
-            raise web.HTTPRequestEntityTooLarge(max_bytes, len(body), text=message)
+        check_size(len(body), max_bytes)
         return self._queue.submit(read_json(body), is_sync=is_sync)
 
     def _find(self, request: web.Request) -> Job:

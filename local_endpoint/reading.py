@@ -30,6 +30,16 @@ def read_json(content: bytes) -> Any:
     return value
 
 
+def check_size(size: int, max_bytes: int) -> None:
+    """
+    Raises:
+        HTTPRequestEntityTooLarge: a body of this size is over the limit.
+    """
+    if size > max_bytes:
+        message = f"the request has {size} bytes; at most {max_bytes} are allowed"
+        raise web.HTTPRequestEntityTooLarge(max_bytes, size, text=message)
+
+
 def read_integer(name: str, text: str, minimum: int, maximum: int, unit: str = "") -> int:
     """A number of a query, for example `batch_size`.
 

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from local_endpoint.client_routes import ClientRoutes
 from local_endpoint.faults import Faults
+from local_endpoint.openai_routes import OpenAIRoutes, openai_errors
 from local_endpoint.polling import Changes
 from local_endpoint.queue import Job, JobQueue, RequestRefused, Rules
 from local_endpoint.reading import read_json, route_of
@@ -205,7 +206,8 @@ class Server:
 
     def _app(self) -> web.Application:
         app = web.Application(
-            client_max_size=READ_MAX_BYTES, middlewares=[self._recorded, self._guarded]
+            client_max_size=READ_MAX_BYTES,
+            middlewares=[openai_errors, self._recorded, self._guarded],
         )
         prefix = f"/v2/{self.options.endpoint_id}"
         ClientRoutes(self.queue, self._changes, lambda: self.pool.starting_count).add_to(
@@ -214,6 +216,7 @@ class Server:
         WorkerRoutes(self.queue, self._changes, self.faults, self.record, self.pool).add_to(
             app, prefix
         )
+        OpenAIRoutes(self.queue, self._changes).add_to(app, prefix, "")
         return app
 
     @web.middleware

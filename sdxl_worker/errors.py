@@ -7,6 +7,10 @@ class RequestError(Exception):
     """The caller's mistake. The message tells the caller what to change; the worker is unharmed."""
 
 
+class OpenAIRequestError(RequestError):
+    """The same, of a call of OpenAI's API, whose answer says whose mistake it is."""
+
+
 class ModelError(Exception):
     """The models cannot be loaded as configured. The worker must stop: no job can succeed."""
 

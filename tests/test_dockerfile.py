@@ -213,6 +213,33 @@ def test_the_command_of_2_1_0_starts_the_worker_in_the_same_way(tmp_path: Path) 
     assert told == f'{process.pid} --test_input {{"input": {{"prompt": "a b"}}}}\n'
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variables", "told"),
+    [
+        ([], {}, "--serve"),  # docker run -p 8000:8000
+        ([], {"PORT": "80"}, "--serve"),
+        ([], {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/"}, ""),
+        (["--test_input"], {}, "--test_input"),
+        (["--rp_serve_api"], {}, "--rp_serve_api"),
+    ],
+)
+def test_without_arguments_and_without_a_queue_the_image_serves_http(
+    arguments: list[str], variables: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    """Whatever the user: here one that is not root, by the word of a program of the test's."""
+    for name, program in (("id", "echo 1000"), ("python", 'shift 2; echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", REPOSITORY / "start.sh", *arguments],
+        env={"PATH": path, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == (told, "")
+
+
 def test_no_secret_can_stay_in_a_layer() -> None:
     for instruction, value in parse(DOCKERFILE):
         if instruction in ("ARG", "ENV", "LABEL"):

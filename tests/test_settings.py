@@ -24,6 +24,12 @@ from sdxl_worker.settings import Settings, load_settings
         ("STEP_CACHE", "6"),
         ("MAX_STEPS", "0"),
         ("MAX_STEPS", "1001"),
+        ("SERVE_HTTP", "perhaps"),
+        ("PORT", "0"),
+        ("PORT", "tcp://10.0.0.1:80"),
+        ("PORT_HEALTH", "65536"),
+        ("QUEUE_LIMIT", "-1"),
+        ("QUEUE_LIMIT", "1001"),
         ("BUCKET_ENDPOINT_URL", "bucket.example"),
         ("BUCKET_ENDPOINT_URL", "http://["),
         ("BUCKET_ENDPOINT_URL", "http://a:b:c"),
@@ -81,6 +87,34 @@ def test_the_old_name_of_the_metadata_s_setting_is_told_as_well(
         "wrong environment variable: METADATA: must be one of all, no_prompts, none (or true or "
         'false, as PNG_METADATA); got "perhaps"'
     )
+
+
+def test_http_is_served_at_the_platform_s_port_there_and_at_8000_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Settings().http_port == 8000
+    assert Settings(port=81).http_port == 81
+    monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "e1")
+    assert Settings().http_port == 80
+    assert Settings(port=8000).http_port == 8000
+
+
+@pytest.mark.parametrize("value", ["hunter2 3", "hunter2,", ",", "hunter2,,b", "h\u00fcnter2"])
+def test_keys_that_no_header_can_hold_are_refused_and_not_shown(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEY", value)
+    with pytest.raises(ModelError, match="API_KEY: must be a key, or several with") as caught:
+        load_settings()
+    assert "nter2" not in str(caught.value)
+
+
+def test_several_keys_are_told_apart_and_none_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().api_keys == []
+    monkeypatch.setenv("API_KEY", "hunter2, hunter3")
+    settings = load_settings()
+    assert settings.api_keys == ["hunter2", "hunter3"]
+    assert "hunter" not in repr(settings)
 
 
 STORAGE = {

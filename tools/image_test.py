@@ -64,6 +64,19 @@ for _ in range(240):
         time.sleep(0.5)
 else: sys.exit("the server does not listen")
 """
+# As a load balancer does it: a job once /ping says 200.
+ASK_HTTP = """
+import sys, time, urllib.error, urllib.request
+for _ in range(240):
+    try:
+        if urllib.request.urlopen("http://localhost:8000/ping").status == 200: break
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ConnectionRefusedError): raise
+    time.sleep(0.5)
+else: sys.exit("/ping never says 200")
+request = urllib.request.Request("http://localhost:8000/generate", sys.stdin.buffer.read())
+print(urllib.request.urlopen(request, timeout=120).read().decode())
+"""
 COMPILE = """
 import torch
 f = torch.compile(lambda x: torch.sin(x) * 2 + 1)
@@ -317,6 +330,8 @@ def try_out(work_dir: Path) -> None:
         job = "python -u /handler.py --test_input 2>&1; stat -c 'owner %u' output/output.json"
         told = run([*command, job], seconds=180)
         expect("Saved output/" in told and f"owner {WORKER_UID}" in told, told)
+    with step("HTTP, without arguments and variables: 8000, /ping, a picture, SIGTERM"):
+        check_http()
     with step("torch.compile"):
         inside("python", "-c", COMPILE, seconds=300)
     with step("contents"):
@@ -432,6 +447,21 @@ def check_early_stop() -> None:
         time.sleep(0.2)
     exit_status = state["State"]["ExitCode"]
     expect(exit_status == 128 + signal.SIGTERM, f"exit status {exit_status}")
+
+
+def check_http() -> None:
+    """`docker run IMAGE` serves, and ends by itself when it is told to."""
+    run(
+        ["podman", "run", "--detach", "--name=http", "--network=none", ONE_THREAD, IMAGE],
+        seconds=60,
+    )
+    ask = ["podman", "exec", "--interactive", "http", "python", "-c", ASK_HTTP]
+    body = json.dumps({"prompt": PROMPT, "seed": 7})
+    expect_picture(json.loads(run(ask, seconds=300, standard_input=body)))
+    run(["podman", "stop", "--time=60", "http"], seconds=120)
+    [state] = json.loads(run(["podman", "inspect", "http"], seconds=60))
+    exit_status = state["State"]["ExitCode"]
+    expect(exit_status == 0, f"exit status {exit_status}")
 
 
 def check_worker() -> None:

@@ -128,35 +128,46 @@ def decode(data: bytes, field: str) -> Image.Image:
 
 
 def decode_with_alpha(
-    data: bytes, field: str, *, on_white: bool, if_any: bool = False
-) -> tuple[Image.Image, Image.Image | None]:
+    data: bytes, field: str, *, on_white: bool
+) -> tuple[Image.Image, Image.Image]:
     """What `decode` makes of the picture, and a mask: white where the picture is transparent by
     half and more, otherwise black.
 
     Args:
         on_white: as `decode` does it. Otherwise each pixel has the colour that the file gives it,
             however opaque: the soft edge of a hole would be a light one on white.
-        if_any: where nothing is transparent by half, there is no mask, and it is as `decode` does
-            it: many pictures are saved with a channel of opacity that says nothing.
 
     Raises:
-        RequestError: as `decode`; or the picture has no transparency, without `if_any`.
+        RequestError: as `decode`; or the picture has no transparency.
+        MemoryError: as `decode`.
+    """
+    with _refusing(data, field):
+        # A copy is without the decoder, whose memory the mask and the result need.
+        picture = _opened(data, field).copy()
+        if not picture.has_transparency_data:
+            raise RequestError(
+                "mask_from_alpha: the picture has no transparency; send one that has, or mask_url"
+            )
+        return _in_srgb(picture, on_white=on_white), _holes(picture)
+
+
+def decode_with_any_alpha(data: bytes, field: str) -> tuple[Image.Image, Image.Image | None]:
+    """What `decode_with_alpha` makes of the picture, not on white. Where nothing in it is
+    transparent by half, what `decode` makes of it, and no mask: many pictures are saved with a
+    channel of opacity that says nothing.
+
+    Raises:
+        RequestError: as `decode`.
         MemoryError: as `decode`.
     """
     with _refusing(data, field):
         picture = _opened(data, field)
-        if not picture.has_transparency_data:
-            if if_any:
-                return _in_srgb(picture), None
-            raise RequestError(
-                "mask_from_alpha: the picture has no transparency; send one that has, or mask_url"
-            )
-        # A copy is without the decoder, whose memory the mask and the result need.
-        picture = picture.copy()
-        holes = _holes(picture)
-        if if_any and holes.getbbox() is None:
-            return _in_srgb(picture), None
-        return _in_srgb(picture, on_white=on_white), holes
+        if picture.has_transparency_data:
+            picture = picture.copy()  # see `decode_with_alpha`
+            holes = _holes(picture)
+            if holes.getbbox() is not None:
+                return _in_srgb(picture, on_white=False), holes
+        return _in_srgb(picture), None
 
 
 def _holes(picture: Image.Image) -> Image.Image:
@@ -349,10 +360,10 @@ def picture_of(
         masked_bounds_px: in their place, where `mask_from_alpha` makes a mask. None: the same.
     """
     alpha = None
-    if mask_from_alpha:
-        picture, alpha = decode_with_alpha(
-            data, field, on_white=mask_invert, if_any=mask_from_alpha == "if_any"
-        )
+    if mask_from_alpha == "if_any":
+        picture, alpha = decode_with_any_alpha(data, field)
+    elif mask_from_alpha:
+        picture, alpha = decode_with_alpha(data, field, on_white=mask_invert)
     else:
         picture = decode(data, field)
     fit = choose_fit(

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from sdxl_worker.errors import ModelError, PictureError, RequestError
+from sdxl_worker.errors import ModelError, OpenAIRequestError, PictureError, RequestError
 from sdxl_worker.serving.job import run_job
 from sdxl_worker.serving.slot import next_job_has_begun
 from sdxl_worker.serving.threads import on_gpu_thread
 
 log = logging.getLogger("sdxl_worker")
+
+# OpenAI's name of a caller's mistake, without which its clients take any failure for the server's.
+INVALID_REQUEST = "invalid_request_error"
 
 
 class Outcome(Enum):
@@ -33,7 +36,8 @@ class Answer:
     output: dict[str, Any]
     """`{"images": [...], "image_url": ..., "seed": ...}`, or the report of a check, or
     `{"error": "<one string>"}`, with `"refresh_worker": True` beside it when this process can
-    no longer use its GPU."""
+    no longer use its GPU. Of a call of OpenAI's API: its body, or `{"error": ...}`, with
+    `"error_type"` beside it where the caller has to change something."""
     outcome: Outcome
 
 
@@ -47,7 +51,8 @@ async def answer(job: dict[str, Any]) -> Answer:
         return Answer(await run_job(job), Outcome.DONE)
     except RequestError as error:
         log.info("refused", extra=extra)
-        return _error(Outcome.REFUSED, str(error))
+        whose = {"error_type": INVALID_REQUEST} if isinstance(error, OpenAIRequestError) else {}
+        return Answer({"error": str(error), **whose}, Outcome.REFUSED)
     except ModelError as error:
         log.info("refused", extra=extra)
         return _error(Outcome.NO_MODEL, str(error))

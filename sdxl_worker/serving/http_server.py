@@ -269,7 +269,12 @@ class WorkerServer:
 
     async def _run(self, request: Request, job: dict[str, Any]) -> Response:
         job_id, began = job["id"], time.monotonic()
-        running = asyncio.create_task(self._places.run(lambda: self._answer(job)))
+
+        async def work() -> Answer:
+            self._metrics.on_stage("wait", time.monotonic() - began)
+            return await self._answer(job)
+
+        running = asyncio.create_task(self._places.run(work))
         self._jobs.add(running)
         running.add_done_callback(self._jobs.discard)
         hang_up = asyncio.create_task(_hang_up(request))
@@ -316,13 +321,13 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         signals = (signal.SIGTERM, signal.SIGINT)
 
-        def on_signal(number: int) -> None:
-            for one in signals:
-                loop.add_signal_handler(one, lambda: os._exit(128 + number))
+        def on_first() -> None:
+            for second in signals:
+                loop.add_signal_handler(second, os._exit, 128 + second)
             self._told_to_end()
 
-        for number in signals:
-            loop.add_signal_handler(number, on_signal, number)
+        for first in signals:
+            loop.add_signal_handler(first, on_first)
         yield
 
 

@@ -20,6 +20,14 @@ from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
 from sdxl_worker.limits import check_limits
+from sdxl_worker.loading.models_by_name import names_of_models
+from sdxl_worker.openai_images import (
+    BESIDE_BYTES,
+    ImagesCall,
+    is_openai_call,
+    list_models,
+    parse_openai_call,
+)
 from sdxl_worker.outputs.answer import build_output, data_uri, encode_pictures
 from sdxl_worker.outputs.files import MEDIA_TYPES
 from sdxl_worker.outputs.metadata import About
@@ -62,8 +70,26 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
         RequestError: the caller's mistake.
         ModelError: the models cannot be loaded.
     """
+    job_input = job.get("input")
+    if not is_openai_call(job_input):
+        return await _pictures(job, parse_request(job_input))
+    call = parse_openai_call(job)
+    if call is None:
+        return await _models()
+    with call.in_its_words():
+        return await _pictures(job, call.request, call)
+
+
+async def _models() -> dict[str, Any]:
+    settings = load_settings()
+    models = await ready_models(settings)
+    return list_models(await in_thread(names_of_models, settings, models.model_dir))
+
+
+async def _pictures(
+    job: dict[str, Any], request: Request, call: ImagesCall | None = None
+) -> dict[str, Any]:
     job_id = str(job.get("id"))
-    request = parse_request(job.get("input"))
     settled = request.model_dump(
         exclude={*TEXT_FIELDS, "image_url", "mask_url", "upload_urls", "loras", "embeddings"}
     )
@@ -71,12 +97,14 @@ async def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     settings = load_settings()
     check_limits(request, settings)
-    storage = destination(job, request, settings)
+    storage = None
+    if call is None or call.wants_links:
+        storage = destination(job, request, settings)
     async with Progress(job) as progress:
         models = await ready_models(settings, request.model, progress.on_loading)
         if request.preview:
             progress.latent_rgb = models.latent_rgb
-        return await _answered(job_id, request, settings, storage, models, progress)
+        return await _answered(job_id, request, settings, storage, models, progress, call)
 
 
 async def _answered(
@@ -86,6 +114,7 @@ async def _answered(
     storage: Destination | None,
     models: "Models",
     progress: Progress,
+    call: ImagesCall | None,
 ) -> dict[str, Any]:
     # torch and diffusers take seconds to import: a job that is refused need not wait for them.
     import torch
@@ -100,12 +129,17 @@ async def _answered(
     adapter_files = await _adapter_files(request, settings, progress, job_id)
     adapters = await in_thread(read_adapters, request, adapter_files, models)
     request = with_settings_of(request, adapters.few_step, models.scheduler_config)
+    if call is not None:
+        request = call.with_quality(request, settings)
     stages = plan_stages(request, models)
     request = as_drawn(request, stages)
     canvas = None
     if request.image_url is not None:
         async with not_holding_the_end("the picture of image_url"):
-            canvas = await _canvas(request, models.native_size_px, job_id)
+            takes_holes = call is not None and call.takes_holes
+            canvas = await _canvas(request, models.native_size_px, job_id, takes_holes=takes_holes)
+        if canvas.mask is not None and not request.is_masked:
+            request = request.model_copy(update={"mask_from_alpha": True})
     output_format = request.output_format or settings.default_output_format
     if not request.check and storage is None:
         width, height = output_size_px(stages, canvas)
@@ -113,6 +147,7 @@ async def _answered(
 
     told = warnings_of_settings(request, adapters.few_step)
     told += warnings_of(Texts.of(request), adapters.embeddings)
+    told += call.warnings if call is not None else []
     kind = kind_of(request, stages, models, canvas, adapters, settings)
     draw = functools.partial(
         _draw,
@@ -159,7 +194,18 @@ async def _answered(
     if storage is not None:
         with timed("upload", job_id):
             links = await _upload(files, output_format, storage, job_id)
-    return await in_thread(_answer, pictures, files, links, request, job_id, how, told)
+    wrapping_bytes = BESIDE_BYTES if call is not None else 0
+    output = await in_thread(
+        _answer, pictures, files, links, request, job_id, how, told, wrapping_bytes
+    )
+    if call is None:
+        return output
+    return call.body(
+        output,
+        size_px=pictures[0].size,
+        output_format=output_format,
+        model=models.name,
+    )
 
 
 async def _adapter_files(
@@ -226,11 +272,13 @@ def _answer(
     job_id: str,
     how: dict[str, Any],
     warnings: list[str],
+    wrapping_bytes: int,
 ) -> dict[str, Any]:
     """Links, and what has none in the answer itself, as long as it fits.
 
     Args:
         warnings: what there is to tell beside what becomes of the files.
+        wrapping_bytes: how much is put around the answer.
 
     Raises:
         RequestError: it does not.
@@ -252,7 +300,7 @@ def _answer(
                 request,
                 job_id,
                 numbers=inline,
-                beside_bytes=len(json.dumps(beside)),
+                beside_bytes=len(json.dumps(beside)) + wrapping_bytes,
                 **how,
             )
         except RequestError as error:
@@ -267,8 +315,13 @@ def _answer(
     return build_output(in_order, request, warning="; ".join(warnings) or None)
 
 
-async def _canvas(request: Request, native_size_px: int, job_id: str) -> Canvas:
+async def _canvas(
+    request: Request, native_size_px: int, job_id: str, *, takes_holes: bool
+) -> Canvas:
     """What is drawn on: the picture of `image_url` and its mask.
+
+    Args:
+        takes_holes: what is transparent in the picture is its mask, if anything is.
 
     Raises:
         RequestError: one of them cannot be had, or they do not go together.
@@ -277,6 +330,7 @@ async def _canvas(request: Request, native_size_px: int, job_id: str) -> Canvas:
         contents = await _fetch_side_by_side(request, ("image_url", "mask_url"))
     # Without a mode, image_url keeps its size whatever the other fields say, as in 2.1.0.
     sides = (request.height, request.width) if request.mode else (None, None)
+    has_mask_file = request.mask_url is not None
     with timed("decode", job_id):
         decoded = await decode_apart(
             contents["image_url"],
@@ -285,13 +339,19 @@ async def _canvas(request: Request, native_size_px: int, job_id: str) -> Canvas:
             width_px=sides[1],
             how=request.fit,
             masked=request.is_masked,
-            mask_from_alpha=request.mask_from_alpha,
+            mask_from_alpha="if_any"
+            if takes_holes
+            else request.mask_from_alpha and not has_mask_file,
             mask_invert=request.mask_invert,
         )
         picture, mask = decoded.picture, decoded.mask
-        if "mask_url" in contents:
+        if has_mask_file:
             mask = await decode_mask_apart(
-                contents["mask_url"], "mask_url", decoded.fit, mask_invert=request.mask_invert
+                contents["mask_url"],
+                "mask_url",
+                decoded.fit,
+                from_alpha=request.mask_from_alpha,
+                mask_invert=request.mask_invert,
             )
         elif mask is not None and not request.mask_invert:
             # What is transparent has no colour, and white would shine through what is drawn.

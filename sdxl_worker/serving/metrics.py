@@ -71,7 +71,8 @@ class Metrics:
         """Called in any thread.
 
         Args:
-            stage: a phase of `logs.timed`, whose names stand in the code, or "job".
+            stage: a phase of `logs.timed`, whose names stand in the code; "wait", for the job's
+                turn; or "job", all of it.
         """
         self._stages.labels(stage).observe(seconds)
 

@@ -620,3 +620,79 @@ def test_the_soft_edge_of_a_hole_keeps_its_colours() -> None:
     on_white, same = decode_with_alpha(data, "image_url", on_white=True)
     assert on_white.getpixel((40, 0)) != (35, 70, 215)
     assert same.tobytes() == mask.tobytes()
+
+
+def with_alpha(*levels: int) -> Image.Image:
+    """A grey picture of one row, of which each pixel has another opacity."""
+    picture = row("L", *[90] * len(levels)).convert("RGBA")
+    picture.putalpha(row("L", *levels))
+    return picture
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_a_mask_s_transparency_may_be_what_counts(kind: str) -> None:
+    options = {"lossless": True, "exact": True} if kind == "webp" else {}
+    mask = decode_mask(
+        file(with_alpha(0, 127, 128, 255), kind, **options), "mask_url", from_alpha=True
+    )
+    assert list(mask.tobytes()) == [255, 255, 0, 0], "as OpenAI has it: whatever the colour"
+    palette = row("P", 0, 1)
+    palette.putpalette([255] * 6)
+    mask = decode_mask(file(palette, transparency=0), "mask_url", from_alpha=True)
+    assert list(mask.tobytes()) == [255, 0]
+
+
+def test_a_mask_without_transparency_or_without_a_hole_is_refused_with_what_helps() -> None:
+    for picture, invert, words in (
+        (half_white(), False, "the picture has no transparency; erase in it what is to change"),
+        (half_white().convert("RGBA"), False, "nothing in it is half transparent, so nothing"),
+        (Image.new("LA", (128, 64)), True, "nothing in it is opaque, so with mask_invert nothing"),
+    ):
+        data = file(picture)
+        message = refused(fitted_mask, data, from_alpha=True, mask_invert=invert)
+        assert message.startswith(f"mask_url: {words}")
+        assert invert or "if that is white, set mask_from_alpha to false" in message
+
+
+def test_a_mask_of_transparency_is_fitted_and_inverted_as_any() -> None:
+    mask = Image.new("LA", (256, 128), (255, 255))
+    mask.paste((255, 0), (0, 0, 128, 128))
+    fitted = fitted_mask(file(mask), from_alpha=True)
+    assert fitted[:, :64].all()
+    assert not fitted[:, 64:].any()
+    assert (fitted_mask(file(mask), from_alpha=True, mask_invert=True) == ~fitted).all()
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        noise(64, 64),
+        noise(64, 64).convert("RGBA"),
+        Image.new("RGBA", (64, 64), (0, 0, 255, 128)),
+    ],
+)
+def test_a_picture_that_is_opaque_needs_no_mask_where_that_is_left_to_it(
+    picture: Image.Image,
+) -> None:
+    data = file(picture)
+    assert from_alpha(data, mask_from_alpha="if_any") == from_alpha(data, mask_from_alpha=False)
+    assert from_alpha(data, mask_from_alpha="if_any")[2] == b""
+
+
+def test_a_picture_with_a_hole_is_masked_by_it_where_that_is_left_to_it() -> None:
+    picture = noise(70, 66).convert("RGBA")
+    picture.putpixel((69, 3), (0, 0, 0, 0))
+    data = file(picture)
+    bounds: dict[str, Any] = {"bounds_px": (64, 2048, 8), "masked_bounds_px": (1, 4096, 1)}
+    left_to_it = from_alpha(data, mask_from_alpha="if_any", **bounds)
+    assert left_to_it == from_alpha(data, **bounds)
+    assert left_to_it[0]["size"] == (70, 66), "to the pixel, as with any mask"
+    assert np.flatnonzero(np.frombuffer(left_to_it[2], bool)).tolist() == [3 * 70 + 69]
+    without = from_alpha(file(noise(70, 66)), mask_from_alpha="if_any", **bounds)
+    assert without[0]["size"] == (64, 64)
+
+
+def test_a_picture_s_mistakes_are_told_as_ever_where_its_mask_is_left_to_it() -> None:
+    for data in (b"%PDF-1.7", file(noise())[:200]):
+        message = refused(from_alpha, data, mask_from_alpha="if_any")
+        assert message == refused(decode, data, "image_url")

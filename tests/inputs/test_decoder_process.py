@@ -111,6 +111,23 @@ def test_a_mask_comes_with_its_picture_s_transparency() -> None:
     assert inverted.picture.getpixel((69, 3)) == (255, 255, 255), "it stays, on white"
 
 
+def test_a_mask_may_be_in_its_own_transparency_or_in_that_of_its_picture_if_there_is_any() -> None:
+    hole = Image.new("LA", (70, 66), (255, 255))
+    hole.paste((255, 0), (0, 0, 35, 66))
+    data = file(hole, "png")
+    left = np.repeat([[True] * 35 + [False] * 35], 66, axis=0)
+    fit = Fit((70, 66), (70, 66), "crop")
+    assert np.array_equal(mask_of(data, fit, from_alpha=True), left)
+    assert np.array_equal(mask_of(data, fit, from_alpha=True, mask_invert=True), ~left)
+    decoded = decoded_of(data, mask_from_alpha="if_any")
+    assert decoded.mask is not None
+    assert np.array_equal(decoded.mask, left)
+    assert decoded.picture.size == (70, 66), "to the pixel, as with any mask"
+    without = decoded_of(plain(70, 66, "png"), mask_from_alpha="if_any")
+    assert without.mask is None
+    assert without.picture.size == (64, 64)
+
+
 def test_a_mask_is_fitted_as_its_picture_was() -> None:
     mask = Image.new("L", (400, 200))
     mask.paste(255, (0, 0, 200, 200))

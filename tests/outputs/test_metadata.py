@@ -267,6 +267,7 @@ def test_an_address_without_end_is_cut(output_format: OutputFormat) -> None:
         ({}, "all"),
         ({"RUNPOD_WEBHOOK_GET_JOB": "https://example.com"}, "no_prompts"),
         ({"RUNPOD_WEBHOOK_GET_JOB": "https://example.com", "METADATA": "all"}, "all"),
+        ({"RUNPOD_ENDPOINT_ID": "of a load-balancing endpoint"}, "no_prompts"),
         ({"METADATA": "no_prompts"}, "no_prompts"),
         ({"METADATA": "none"}, "none"),
         ({"PNG_METADATA": "true", "RUNPOD_WEBHOOK_GET_JOB": "https://example.com"}, "all"),

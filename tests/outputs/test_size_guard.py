@@ -69,6 +69,18 @@ def test_the_limit_is_that_of_the_route_the_job_came_by(monkeypatch: pytest.Monk
     assert size_guard.limit_bytes("sync-5c7b-e1") is None
 
 
+def test_a_load_balancing_endpoint_has_a_limit_of_its_own_and_no_other_routes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RUNPOD_WEBHOOK_GET_JOB")
+    monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "e1")
+    assert size_guard.limit_bytes("sync-5c7b-e1") == 30_000_000
+    with pytest.raises(RequestError) as caught:
+        check_expected_size(request_of(num_images=16), 2**24, "png", "job")
+    assert "the platform takes 30 MB; each of these helps: " in str(caught.value)
+    assert "run" not in str(caught.value)
+
+
 @pytest.mark.parametrize("duplicate_first", [True, False])
 @pytest.mark.parametrize("num_images", [1, 2, 3])
 def test_the_size_is_that_of_the_whole_answer(num_images: int, duplicate_first: bool) -> None:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from sdxl_worker.serving import command_line
+from sdxl_worker.serving.command_line import Place
 from tests.support import REPOSITORY, decoded
 
 QUICK = {
@@ -100,7 +101,7 @@ def test_test_input_takes_a_path_and_the_saved_result_follows_the_tutorial(tmp_p
 def test_help_is_given_at_once(tmp_path: Path) -> None:
     done = handler_process("--help", folder=tmp_path, MODEL_DIR="/nowhere")
     assert done.returncode == 0, done.stderr
-    for option in ("--test_input", "--rp_serve_api", "--rp_api_port"):
+    for option in ("--test_input", "--rp_serve_api", "--rp_api_port", "--serve [--port N]"):
         assert option in done.stdout
 
 
@@ -205,6 +206,52 @@ def test_empty_variables_are_unset(tmp_path: Path) -> None:
     names = ("MODEL_DIR", "DTYPE", "PNG_METADATA", "RUNPOD_LOG_LEVEL", "RUNPOD_REALTIME_PORT")
     done = handler_process(folder=tmp_path, **dict.fromkeys(names, ""))
     assert_saved_one_picture(done, tmp_path, seed=5)
+
+
+QUEUE = {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "place"),
+    [
+        ("", {}, Place.LOCAL_JOB),
+        ("", QUEUE, Place.QUEUE),
+        ("", {"PORT": "81"}, Place.HTTP),
+        ("", {"PORT": ""}, Place.LOCAL_JOB),
+        ("--port 81", {}, Place.HTTP),
+        ("", QUEUE | {"PORT": "81"}, Place.QUEUE),  # also where something else sets PORT
+        ("--serve", {}, Place.HTTP),
+        ("--serve --port=81", QUEUE, Place.HTTP),
+        ("", QUEUE | {"SERVE_HTTP": "true"}, Place.HTTP),
+        ("", QUEUE | {"SERVE_HTTP": "False"}, Place.QUEUE),
+        ("", QUEUE | {"SERVE_HTTP": ""}, Place.QUEUE),
+        ("--test_input {}", {"PORT": "81", "SERVE_HTTP": "1"}, Place.LOCAL_JOB),
+        ("--test_input {}", QUEUE, Place.LOCAL_JOB),
+        ("--rp_serve_api", QUEUE | {"PORT": "81"}, Place.SERVER),
+        ("", QUEUE | {"RUNPOD_REALTIME_PORT": "82"}, Place.SERVER),
+    ],
+    ids=str,
+)
+def test_the_place_that_jobs_come_from(
+    arguments: str,
+    variables: dict[str, str],
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    write_job(tmp_path / "test_input.json")
+    monkeypatch.chdir(tmp_path)
+    given = dict.fromkeys(("PORT", "SERVE_HTTP", "RUNPOD_REALTIME_PORT", *QUEUE), "")
+    for name, value in {**given, **variables}.items():
+        monkeypatch.setenv(name, value)
+    words = [one.replace("{}", '{"input": {}}') for one in arguments.split()]
+    left, found = command_line.prepare(words)
+    assert found is place
+    assert not {"--serve", "--port", "81"} & set(left), "the SDK knows none of them"
+    if "81" in arguments:
+        assert os.environ["PORT"] == "81"
+    if place is Place.HTTP:
+        assert not os.environ.get("RUNPOD_WEBHOOK_GET_JOB"), "no queue is told of anything"
 
 
 class TestServer:
