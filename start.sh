@@ -35,10 +35,12 @@ fi
 
 if [ -n "$as_worker" ]; then
     export HOME=/home/worker
-    if [ -n "${COMPILE_CACHE_DIR:-}" ]; then
-        # On a volume, too, the worker is to write there. Where that cannot be, it says so itself.
-        mkdir -p "$COMPILE_CACHE_DIR" 2>/dev/null || true
-        chown --no-dereference worker: "$COMPILE_CACHE_DIR" 2>/dev/null || true
-    fi
+    for folder in "${COMPILE_CACHE_DIR:-}" "${LORA_CACHE_DIR:-}"; do
+        if [ -n "$folder" ]; then
+            # On a volume, too, the worker is to write there. Where that cannot be, it says so itself.
+            mkdir -p "$folder" 2>/dev/null || true
+            chown --no-dereference worker: "$folder" 2>/dev/null || true
+        fi
+    done
 fi
 exec $as_worker python -u /app/handler.py "$@"

@@ -1,5 +1,5 @@
 """Requests that worker-sdxl 2.1.0 answered with pictures: taken here, or refused in words that say
-what to send instead. docs/deploy.md tells the second kind, and what is answered otherwise.
+what to send instead. docs/upgrade.md tells the second kind, and what is answered otherwise.
 """
 
 import json
@@ -14,7 +14,7 @@ from sdxl_worker.request import MAX_PROMPT_CHARACTERS, REDRAW_STRENGTH, Request,
 from tests.support import PROMPT, REPOSITORY, SCHEDULERS, models, run
 
 PICTURE = {"image_url": "https://example.com/a.png"}
-DEPLOY = REPOSITORY / "docs" / "deploy.md"
+UPGRADE = REPOSITORY / "docs" / "upgrade.md"
 
 # By what is sent: the steps of each stage.
 TAKEN: list[tuple[dict[str, Any], list[int]]] = [
@@ -144,15 +144,36 @@ def test_what_was_refused_for_a_while_is_drawn(sent: dict[str, Any], count: int)
 
 def test_the_upgrade_notes_begin_with_the_filter_that_finds_no_host() -> None:
     config = json.loads((REPOSITORY / ".runpod" / "hub.json").read_text(encoding="utf-8"))["config"]
-    notes = DEPLOY.read_text(encoding="utf-8").partition("## Coming from 2.1.0")[2]
+    notes = UPGRADE.read_text(encoding="utf-8").partition("## Before the image is replaced")[2]
     first = notes[notes.index("1. ") :].partition("2. ")[0]
     assert f"choose {config['allowedCudaVersions'][0]} and every newer one" in first
     assert "12.1 to 12.7" in first
 
 
+def test_the_upgrade_notes_have_every_field_of_2_1_0_and_its_default() -> None:
+    """Those that were sent to 2.1.0: `TAKEN` is all of them."""
+    fields = {name for sent, _ in TAKEN for name in sent}
+    assert len(fields) == 13
+    assert fields <= set(Request.model_fields)
+    text = UPGRADE.read_text(encoding="utf-8")
+    table = text.partition("<!-- fields -->\n")[2].partition("\n<!-- /fields -->")[0]
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    told = {name: stays for named, stays, _ in cells for name in re.findall(r"`(\w+)`", named)}
+    assert set(told) == fields
+    defaults = {
+        name: found[1]
+        for name, stays in told.items()
+        if (found := re.search(r"`?([\w.]+)`? by default", stays))
+    }
+    assert len(defaults) >= 5
+    assert defaults == {name: str(Request.model_fields[name].default) for name in defaults}
+
+
 def rows() -> list[tuple[str, str]]:
     """Of the table of what is answered otherwise: what is sent, and the answer here."""
-    section = DEPLOY.read_text(encoding="utf-8").partition("Requests that are answered otherwise")
+    section = UPGRADE.read_text(encoding="utf-8").partition(
+        "## Requests that are answered otherwise"
+    )
     table = section[2].partition("\n\n|")[2].partition("\n\n")[0]
     cells = [line.strip("| ").split(" | ") for line in f"|{table}".splitlines()[2:]]
     return [(sent, here) for sent, _, here in cells]

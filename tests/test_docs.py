@@ -219,11 +219,25 @@ def test_the_publisher_s_name_is_told_in_one_place() -> None:
         "README.md": docs.listing(),
         "SECURITY.md": docs.report(),
         ".runpod/hub.json": json.dumps(docs.icon_url()),
+        ".github/ISSUE_TEMPLATE/config.yml": docs.report_url(),
+        "docker-compose.yml": docs.tagged_image(),
+        "docs/deploy.md": docs.images(),
     }
     lines_of = {
         path: sum(name in line for line in text.splitlines()) for path, text in derived.items()
     }
     assert counts == {"pyproject.toml": 1, **lines_of}
+
+
+def test_whether_there_is_an_image_is_told_by_the_changelog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changelog = docs.CHANGELOG.read_text(encoding="utf-8")
+    for heading, told in (("3.0.0 (not released yet)", True), ("3.0.0", False)):
+        changed = re.sub(r"^## .+$", f"## {heading}", changelog, count=1, flags=re.MULTILINE)
+        (tmp_path / "CHANGELOG.md").write_text(changed, encoding="utf-8")
+        monkeypatch.setattr(docs, "CHANGELOG", tmp_path / "CHANGELOG.md")
+        assert ("There is none yet" in docs.images()) is told
 
 
 def test_the_readme_is_for_the_first_minute() -> None:

@@ -12,10 +12,12 @@ import yaml
 
 import sdxl_worker
 from tests.support import REPOSITORY
+from tools import docs, publisher
 
 GITHUB = REPOSITORY / ".github"
 LOCKS = [*REPOSITORY.glob("*.lock"), *REPOSITORY.glob("builder/*.lock")]
 WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
+FORMS = sorted((GITHUB / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
 
 
 def _load(path: Path) -> dict[Any, Any]:
@@ -36,7 +38,12 @@ def _scripts(workflow: dict[Any, Any]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("schema", "paths"),
-    [("github-workflows", WORKFLOWS), ("dependabot", [GITHUB / "dependabot.yml"])],
+    [
+        ("github-workflows", WORKFLOWS),
+        ("dependabot", [GITHUB / "dependabot.yml"]),
+        ("github-issue-forms", FORMS),
+        ("github-issue-config", [docs.ISSUE_CONFIG]),
+    ],
 )
 def test_github_s_files_are_as_github_has_them(schema: str, paths: list[Path]) -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}"]
@@ -118,7 +125,7 @@ def test_a_release_and_nothing_else_publishes_the_image() -> None:
     build = _scripts(PUBLISH)[-1]
     for part in (
         "--build-arg MODEL=sdxl",
-        '--tag "$image:$GITHUB_REF_NAME" --tag "$image:latest"',
+        '--tag "$IMAGE:$GITHUB_REF_NAME" --tag "$IMAGE:latest"',
         "--provenance mode=max --sbom true",
         "--cache-from",
     ):
@@ -135,3 +142,59 @@ def test_a_release_of_another_version_than_the_code_is_refused(tag: str, status:
         ["bash", "-e", "-c", check], cwd=REPOSITORY, env=environment, capture_output=True
     )
     assert ran.returncode == status
+
+
+@pytest.mark.parametrize("repository", [publisher.publisher(), "somebody/worker-sdxl"])
+def test_the_image_is_pushed_under_the_name_that_the_documents_tell_or_not_at_all(
+    repository: str, tmp_path: Path
+) -> None:
+    [check] = [script for script in _scripts(PUBLISH) if "tools.publisher" in script]
+    written = tmp_path / "environment"
+    environment = {
+        "GITHUB_REPOSITORY": repository,
+        "GITHUB_ENV": str(written),
+        # The runner's Python has nothing installed.
+        "PATH": f"{_bare_python(tmp_path)}{os.pathsep}{os.environ['PATH']}",
+    }
+    ran = subprocess.run(
+        ["bash", "-e", "-c", check], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    if repository == publisher.publisher():
+        assert ran.returncode == 0, ran.stderr
+        name, _, image = written.read_text().strip().partition("=")
+        assert name == "IMAGE"
+        assert docs.tagged_image() == f"{image}:v{sdxl_worker.__version__}"
+        assert image == image.lower(), "as registries have it"
+    else:
+        assert ran.returncode == 1
+        assert ran.stdout.startswith("::error::pyproject.toml names ")
+        assert not written.exists()
+    # What the script above leaves is all that names the image.
+    assert [script for script in _scripts(PUBLISH) if "ghcr.io" in script] == []
+    assert "env" not in PUBLISH
+    assert "env" not in PUBLISH["jobs"]["image"]
+
+
+def _bare_python(folder: Path) -> Path:
+    (folder / "bin").mkdir()
+    starter = folder / "bin" / "python3"
+    starter.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    starter.chmod(0o755)
+    return starter.parent
+
+
+def test_a_report_asks_for_what_helps_and_a_vulnerability_goes_elsewhere() -> None:
+    assert {form.name for form in FORMS} == {"bug.yml", "feature.yml"}
+    bug = _load(GITHUB / "ISSUE_TEMPLATE" / "bug.yml")
+    fields = {field["id"]: field for field in bug["body"] if "id" in field}
+    needed = {
+        name for name, field in fields.items() if field.get("validations", {}).get("required")
+    }
+    assert needed == {"happened", "input", "version", "where", "check"}
+    assert "log" in fields
+    assert '{"input": {"check": true}}' in fields["check"]["attributes"]["description"]
+    [link] = _load(docs.ISSUE_CONFIG)["contact_links"]
+    assert link["url"] in (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8")
+    for path in re.findall(r"\(\.\./blob/main/([^)]+)\)", bug["body"][0]["attributes"]["value"]):
+        assert (REPOSITORY / path).is_file()
+    assert (GITHUB / "pull_request_template.md").is_file()

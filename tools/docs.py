@@ -1,16 +1,17 @@
 """Writes what is derived from the code: the documents' tables, the input's JSON Schema, the
-settings in the Hub's form, what the attack, the long run and benchmarks told, and the publisher's
-name.
+settings in the Hub's form, what the attack, the long run and benchmarks told, and the names of the
+publisher and of the image.
 
 Run as `make docs`; a test checks that all of it is up to date.
 """
 
 import csv
 import json
+import re
 import statistics
-import tomllib
 from pathlib import Path
 
+import sdxl_worker
 from sdxl_worker.few_step import recognise
 from sdxl_worker.openai_images import LEVELS, ImagesInput
 from sdxl_worker.request import Request
@@ -18,15 +19,19 @@ from sdxl_worker.samplers import NEAREST, SAMPLERS, SCHEDULES
 from sdxl_worker.settings import Settings
 from sdxl_worker.wording import field_schemas, rule
 from tools.hub import env_inputs, gpu_table
+from tools.publisher import image, publisher
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
+CHANGELOG = REPOSITORY / "CHANGELOG.md"
 MODELS = REPOSITORY / "docs" / "models.md"
 SAMPLERS_DOCUMENT = REPOSITORY / "docs" / "samplers.md"
 OPENAI = REPOSITORY / "docs" / "openai.md"
 DEPLOY = REPOSITORY / "docs" / "deploy.md"
 PLATFORM = REPOSITORY / "docs" / "platform.md"
 SECURITY = REPOSITORY / "SECURITY.md"
+COMPOSE = REPOSITORY / "docker-compose.yml"
+ISSUE_CONFIG = REPOSITORY / ".github" / "ISSUE_TEMPLATE" / "config.yml"
 SCHEMA = REPOSITORY / "docs" / "input.schema.json"
 HUB = REPOSITORY / ".runpod" / "hub.json"
 LONG_RUN = REPOSITORY / "benchmarks" / "results" / "long_run.json"
@@ -164,12 +169,6 @@ def with_tables(document: Path, **tables: str) -> str:
     return text
 
 
-def publisher() -> str:
-    """The owner and name on GitHub, which are those of the Hub's listing as well."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return str(project["urls"]["repository"]).removeprefix("https://github.com/")
-
-
 def listing() -> str:
     name = publisher()
     url = f"https://console.runpod.io/hub/{name}"
@@ -181,11 +180,39 @@ def listing() -> str:
     )
 
 
+def report_url() -> str:
+    return f"https://github.com/{publisher()}/security/advisories/new"
+
+
 def report() -> str:
-    return (
-        "Report it privately: [Report a vulnerability]"
-        f"(https://github.com/{publisher()}/security/advisories/new)."
+    return f"Report it privately: [Report a vulnerability]({report_url()})."
+
+
+def tagged_image() -> str:
+    """Of the release of this version, as the workflow tags it."""
+    return f"{image()}:v{sdxl_worker.__version__}"
+
+
+def images() -> str:
+    """Whether there is an image yet is told by the changelog's first heading."""
+    changelog = CHANGELOG.read_text(encoding="utf-8")
+    released = "(not released yet)" not in changelog.partition("\n## ")[2].partition("\n")[0]
+    there = (
+        "" if released else f" **There is none yet: {sdxl_worker.__version__} is not released.**"
     )
+    return (
+        f"A release pushes `{tagged_image()}`, with SDXL 1.0 in it,\nand moves `latest` to it."
+        f"{there}"
+    )
+
+
+def with_value(document: Path, key: str, value: str) -> str:
+    """The YAML document with that value of the one key that ends with "# `make docs`"."""
+    text = document.read_text(encoding="utf-8")
+    changed, count = re.subn(rf"({key}: )\S+(  # `make docs`)", rf"\g<1>{value}\g<2>", text)
+    if count != 1:
+        raise ValueError(f"{document.name} has not one {key} that `make docs` writes")
+    return changed
 
 
 def attack_table() -> str:
@@ -437,8 +464,10 @@ def derived() -> dict[Path, str]:
             **{"few-step": few_step_table()},
         ),
         OPENAI: with_tables(OPENAI, parameters=openai_table(), quality=quality_table()),
-        DEPLOY: with_tables(DEPLOY, gpus=gpu_table()),
+        DEPLOY: with_tables(DEPLOY, gpus=gpu_table(), images=images()),
         SECURITY: with_tables(SECURITY, report=report()),
+        COMPOSE: with_value(COMPOSE, "image", tagged_image()),
+        ISSUE_CONFIG: with_value(ISSUE_CONFIG, "url", report_url()),
         SCHEMA: _document(Request.model_json_schema()),
         HUB: hub_text(),
     }

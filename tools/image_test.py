@@ -410,7 +410,8 @@ def check_volumes(work_dir: Path) -> None:
     command = ["podman", "run", "--rm", "--network=none", ONE_THREAD, "--env=COMPILE=blocks"]
     command += [f"--volume={work_dir}/models:/volume:ro", "--env=MODEL_DIR=/volume/shapes"]
     command += [f"--volume={work_dir}/cache:/runpod-volume"]
-    command += ["--env=COMPILE_CACHE_DIR=/runpod-volume/compiled", IMAGE, "sh", "-c"]
+    command += ["--env=COMPILE_CACHE_DIR=/runpod-volume/compiled"]
+    command += ["--env=LORA_CACHE_DIR=/runpod-volume/lora-cache", IMAGE, "sh", "-c"]
     local_job = "sh /app/start.sh --test_input 2>&1; stat -c 'owner %u' output/output.json"
 
     def log() -> str:
@@ -423,6 +424,8 @@ def check_volumes(work_dir: Path) -> None:
     expect("kept what was compiled in /runpod-volume/compiled/" in told, told)
     kept = [*(work_dir / "cache/compiled").iterdir()]
     expect([path.stat().st_uid for path in kept] == [WORKER_UID], f"kept: {kept}")
+    downloads = (work_dir / "cache/lora-cache").stat().st_uid
+    expect(downloads == WORKER_UID, f"LORA_CACHE_DIR belongs to {downloads}")
     told = log()
     expect("took what was compiled from /runpod-volume/compiled/" in told, told)
 
