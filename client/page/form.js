@@ -11,25 +11,31 @@ const FIRST = [
   ...["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale"],
   ...["seed", "num_images"],
 ];
-const PICTURE_FIELDS = ["image_url", "mode", "strength", "fit"];
 // Each field is in the first group that names or takes it.
 const GROUPS = [
   { title: "Sampler", names: ["scheduler", "schedule", "guidance_rescale"] },
-  { title: "Refiner", names: ["refiner_strength", "high_noise_frac"], takes: startsWith("refiner") },
   {
-    title: "Picture and mask",
-    names: PICTURE_FIELDS,
-    takes: (one) => one.isPicture || one.name.startsWith("mask_"),
+    title: "Refiner",
+    names: ["refiner_inference_steps", "refiner_strength", "high_noise_frac"],
+    takes: ({ name }) => name.startsWith("refiner_"),
   },
   {
-    title: "Model, LoRAs and lists",
+    title: "Picture and mask",
+    names: ["image_url", "mode", "strength", "fit", "mask_url"],
+    takes: (one) => one.isPicture || one.name.startsWith("mask_") || hasPictures(one),
+  },
+  {
+    title: "Model and LoRAs",
     names: ["model", "clip_skip"],
-    takes: (one) => Boolean(one.itemProperties),
+    takes: ({ itemProperties }) => Boolean(itemProperties),
   },
   {
     title: "Output",
-    names: ["on_too_large", "duplicate_first", "upload_urls", "preview"],
-    takes: startsWith("output_"),
+    names: [
+      ...["output_format", "output_quality", "on_too_large", "duplicate_first", "preview"],
+      "upload_urls",
+    ],
+    takes: ({ name }) => name.startsWith("output_"),
   },
   { title: "More", names: [], takes: () => true },
 ];
@@ -45,8 +51,8 @@ let topFields = [];
 let leastRequired = [];
 let revision = 0;
 
-function startsWith(beginning) {
-  return (property) => property.name.startsWith(beginning);
+function hasPictures({ itemProperties = [] }) {
+  return itemProperties.some(({ isPicture }) => isPicture);
 }
 
 // Fills the form's element with a control for each field of the schema.
@@ -243,7 +249,7 @@ function framed(property, path, control, { beside = [], below = [], isInline = f
   );
   const problem = make("p", { class: "problem", id: `${id}-problem`, hidden: true });
   control.setAttribute("aria-describedby", `${hint.id} ${problem.id}`);
-  const label = make("label", { for: id }, property.name);
+  const label = make("label", { for: id }, ...breakable(property.name));
   const explain = make(
     "button",
     {
@@ -262,8 +268,9 @@ function framed(property, path, control, { beside = [], below = [], isInline = f
   const head = isInline
     ? make("div", { class: "field-head inline" }, control, label, explain)
     : make("div", { class: "field-head" }, label, explain);
-  const body = isInline ? [] : [make("div", { class: "control" }, control, ...beside)];
-  const element = make("div", { class: "field" }, head, ...body, ...below, hint, problem);
+  const row = isInline ? [] : [make("div", { class: "control" }, control, ...beside)];
+  const body = make("div", { class: "field-body" }, ...row, ...below, hint, problem);
+  const element = make("div", { class: "field" }, head, body);
   element.dataset.field = property.name;
   const setProblem = (words) => {
     problem.hidden = !words;
@@ -273,6 +280,11 @@ function framed(property, path, control, { beside = [], below = [], isInline = f
     else control.removeAttribute("aria-invalid");
   };
   return { element, setProblem, control };
+}
+
+// A long name breaks after its underscores.
+function breakable(name) {
+  return name.split(/(?<=_)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 }
 
 function describe(property) {
@@ -290,7 +302,8 @@ function describe(property) {
 
 function defaultText(property) {
   const value = property.default;
-  if (value === undefined || value === null || value === "") return "";
+  if (value === null) return "not set";
+  if (value === undefined || value === "") return "";
   return typeof value === "string" ? value : writeJson(value);
 }
 
@@ -353,6 +366,7 @@ function numberField(property, path) {
   control.placeholder = defaultText(property);
   const slider = makeSlider(property, control);
   const frame = framed(property, path, control, { beside: slider ? [slider] : [] });
+  frame.element.classList.toggle("has-slider", Boolean(slider));
   const rule = `must be ${property.rule}`;
   const parse = () => {
     if (control.validity.badInput) return { problem: rule };
@@ -400,7 +414,7 @@ function choiceField(property, path) {
   const { names } = property;
   const others = property.enum.filter((one) => !names.includes(one));
   const option = (one) => make("option", { value: writeJson(one) }, String(one));
-  const nothing = defaultText(property);
+  const nothing = property.default === null ? "" : defaultText(property);
   const control = make(
     "select",
     {},
