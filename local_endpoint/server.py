@@ -16,6 +16,7 @@ from aiohttp import web
 
 from local_endpoint.client_routes import ClientRoutes
 from local_endpoint.faults import Faults
+from local_endpoint.page import PageRoutes, allowing
 from local_endpoint.polling import Changes
 from local_endpoint.queue import Job, JobQueue, RequestRefused, Rules
 from local_endpoint.reading import read_json, route_of
@@ -53,6 +54,7 @@ class Options:
     log_dir: Path | None = None  # of the workers' output; None: a temporary one
     stop_grace_seconds: float = 5  # for workers that are asked to end
     record_limit: int | None = None
+    allow_origin: str | None = None  # of pages from elsewhere that may call; "null": from a file
 
 
 class Server:
@@ -97,6 +99,10 @@ class Server:
     @property
     def url(self) -> str:
         return f"{self.url_base}/{self.options.endpoint_id}"
+
+    @property
+    def page_url(self) -> str:
+        return f"http://{HOST}:{self.port}/"
 
     async def start(self) -> None:
         """Listen, and start the workers.
@@ -204,10 +210,14 @@ class Server:
         }
 
     def _app(self) -> web.Application:
-        app = web.Application(
-            client_max_size=READ_MAX_BYTES, middlewares=[self._recorded, self._guarded]
-        )
         prefix = f"/v2/{self.options.endpoint_id}"
+        origin = self.options.allow_origin
+        allowed = [] if origin is None else [allowing(origin, f"{prefix}/")]
+        app = web.Application(
+            client_max_size=READ_MAX_BYTES, middlewares=[*allowed, self._recorded, self._guarded]
+        )
+        self._page = PageRoutes(lambda: self.url, self.options.api_key)
+        self._page.add_to(app)
         ClientRoutes(self.queue, self._changes, lambda: self.pool.starting_count).add_to(
             app, prefix
         )
@@ -257,6 +267,8 @@ class Server:
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
         """Check the key, and make the faults happen that tests asked for."""
+        if self._page.serves(request):
+            return await handler(request)
         key = request.headers.get("Authorization", "").removeprefix("Bearer ")
         # The server keeps bytes that are not UTF-8 as surrogates.
         sent = key.encode(errors="surrogateescape")

@@ -15,7 +15,7 @@ from tests.support import REPOSITORY
 # From the ground up: a room imports rooms that stand before it, and itself.
 FLOORS = ("", "inputs", "speed", "loading", "adapters", "drawing", "outputs", "serving")
 WORKER = "sdxl_worker"
-PACKAGES = ("benchmarks", "builder", "local_endpoint", "shapes", "tests", "tools")
+PACKAGES = ("benchmarks", "builder", "client", "local_endpoint", "shapes", "tests", "tools")
 
 
 def modules(*packages: str) -> dict[str, Path]:
