@@ -2,7 +2,10 @@
 import {connect, connection, health, restoreConnection} from "./api.js";
 import {announce, make} from "./dom.js";
 import {buildForm, checkForm, fillForm, fillFormFromText, formRevision, formText, readInput, setPicture, showErrors, takePastedPicture} from "./form.js";
+import {addPictures, openGallery} from "./gallery.js";
+import {openGrid} from "./grid.js";
 import {openJobs, submit} from "./jobs.js";
+import {paintMask} from "./mask_painter.js";
 import {loadSchema, propertiesOf} from "./schema.js";
 
 const FORM_KEY = "sdxl-form";
@@ -16,9 +19,6 @@ async function start() {
   if (!("rawJSON" in JSON)) throw new Error("this browser is too old for seeds of 20 digits");
   const schema = await loadSchema();
   const form = byId("form");
-  const { paintMask } = await import("./mask_painter.js").catch(() => ({}));
-  const { openGallery, addPictures } = await import("./gallery.js").catch(() => ({}));
-  const { openGrid } = await import("./grid.js").catch(() => ({}));
   buildForm(form, schema, { paintMask });
   openDrawing(form);
   openReset(form);
@@ -33,9 +33,9 @@ async function start() {
     connection,
     propertiesOf: () => propertiesOf(schema),
   };
-  await openGallery?.(byId("gallery"), actions);
-  await openGrid?.(byId("grid"), actions);
-  openJobs(byId("jobs"), { addPictures: addPictures ?? (async () => {}) });
+  await openGallery(byId("gallery"), actions);
+  openGrid(byId("grid"), actions);
+  openJobs(byId("jobs"), { addPictures });
   document.documentElement.dataset.ready = "true";
 }
 

@@ -2,6 +2,7 @@
 // environment and from files.
 import {writeJson} from "./json.js";
 
+const PYTHON_MODULES = ["base64", "json", "os", "time", "urllib.request"];
 const KEY_VARIABLE = "RUNPOD_API_KEY";
 const EXTENSIONS = { "image/jpeg": "jpg", "image/svg+xml": "svg" };
 
@@ -90,11 +91,8 @@ export function pythonOf(url, input) {
 def data_uri(prefix, path):
     return prefix + base64.b64encode(Path(path).read_bytes()).decode()
 `;
-  return `${filesFirst(files)}import base64
-import json
-import os
-import time
-import urllib.request
+  const imports = PYTHON_MODULES.map((name) => `import ${name}`).join("\n");
+  return `${filesFirst(files)}${imports}
 from pathlib import Path
 
 URL = ${JSON.stringify(url)}
