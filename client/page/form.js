@@ -1,4 +1,5 @@
 // The form, built from the schema. What was typed is sent; an empty control leaves its field out.
+import {dataUriOfBlob} from "./blobs.js";
 import {announce, isDataUri, isShowable, make, renderText} from "./dom.js";
 import {numberOf, problemOf, propertiesOf, requiredFields} from "./schema.js";
 import {parseJson, writeJson} from "./json.js";
@@ -678,7 +679,7 @@ function pictureField(property, path) {
       frame.setProblem(`must be a picture; ${file.name} is none`);
       return;
     }
-    field.fill(await readAsDataUri(file));
+    field.fill(await dataUriOfBlob(file));
     announce(`${path}: ${file.name || "a picture"} is here`);
     onChange();
   };
@@ -791,19 +792,10 @@ async function asDataUri(value) {
   try {
     const answer = await fetch(value, { credentials: "omit", referrerPolicy: "no-referrer" });
     if (!answer.ok) throw new Error(String(answer.status));
-    return await readAsDataUri(await answer.blob());
+    return await dataUriOfBlob(await answer.blob());
   } catch {
     throw new Error("this address does not let pages read it; save the picture and choose the file");
   }
-}
-
-function readAsDataUri(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error("the file cannot be read"));
-    reader.readAsDataURL(file);
-  });
 }
 
 function mediaType(dataUri) {

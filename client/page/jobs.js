@@ -42,8 +42,8 @@ export function openJobs(section, { addPictures }) {
 }
 
 // Queues a job. Resolves to {input, output, jobId, seconds}; rejects with an Error whose message is
-// the worker's error, or "cancelled".
-export function submit(input, { label } = {}) {
+// the worker's error, or "cancelled", as it is when the signal is aborted.
+export function submit(input, { label, signal } = {}) {
   return new Promise((resolve, reject) => {
     const job = {
       key: crypto.randomUUID(),
@@ -58,6 +58,7 @@ export function submit(input, { label } = {}) {
     add(job);
     keep();
     send(job);
+    signal?.addEventListener("abort", () => stop(job));
   });
 }
 
@@ -73,6 +74,7 @@ async function send(job) {
     keep();
     announce(`In queue: ${job.label}`);
     follow(job);
+    if (job.isUnwanted) stop(job);
   } catch (error) {
     const told = error.wasRefused
       ? error.message
@@ -235,6 +237,11 @@ async function deliver(job, finished) {
 }
 
 async function stop(job) {
+  if (job.isOver) return;
+  if (!job.jobId) {
+    job.isUnwanted = true; // until it is known by which id
+    return;
+  }
   job.isStopping = true;
   showState(job);
   try {

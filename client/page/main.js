@@ -34,7 +34,7 @@ async function start() {
     propertiesOf: () => propertiesOf(schema),
   };
   await openGallery(byId("gallery"), actions);
-  await openGrid(byId("grid"), actions);
+  openGrid(byId("grid"), actions);
   openJobs(byId("jobs"), { addPictures });
   document.documentElement.dataset.ready = "true";
 }
