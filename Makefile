@@ -13,7 +13,7 @@ LOCK = $(BIN)/uv pip compile --quiet --no-config --generate-hashes --only-binary
     --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
     --custom-compile-command "make lock" $(LOCK_FLAGS)
 
-.PHONY: run endpoint test attack long-run image-test lint types docs lock audit clean
+.PHONY: run endpoint test attack long-run image-test lint types docs screenshots lock audit clean
 
 run: $(VENV)/.run
 	$(BIN)/python handler.py --test_input
@@ -50,6 +50,10 @@ types: $(VENV)/.dev
 # The documents' tables, the JSON Schema and the Hub's form, from the declarations they describe.
 docs: $(VENV)/.dev
 	$(BIN)/python -m tools.docs
+
+# The README's pictures of the page, with the miniature model; needs Chromium.
+screenshots: $(VENV)/.dev
+	$(BIN)/python -m tools.page_screenshots
 
 # The locks, with hashes, that the image installs; everything else installs the requirements. Versions
 # stay as they are, unless LOCK_FLAGS says otherwise, such as LOCK_FLAGS=--upgrade.

@@ -39,6 +39,11 @@ def _options(arguments: list[str]) -> Options:
     parser.add_argument("--endpoint-id", default=defaults.endpoint_id)
     parser.add_argument("--api-key", default=defaults.api_key)
     parser.add_argument(
+        "--allow-origin",
+        metavar="ORIGIN",
+        help="of pages from elsewhere whose calls are answered (CORS); null: a page from a file",
+    )
+    parser.add_argument(
         "command", nargs="*", help="after --: the worker's command (default: python handler.py)"
     )
     parsed = parser.parse_args(arguments)
@@ -49,6 +54,7 @@ def _options(arguments: list[str]) -> Options:
         endpoint_id=parsed.endpoint_id,
         api_key=parsed.api_key,
         record_limit=0,
+        allow_origin=parsed.allow_origin,
     )
 
 
@@ -92,6 +98,8 @@ def _welcome(server: Server) -> str:
     return f"""\
 A stand-in for a Runpod endpoint, for development and tests; production runs on Runpod itself.
 {server.url} (Ctrl-C stops it)
+
+A page to draw with: {server.page_url}
 
 curl -X POST {server.url}/runsync -H 'Content-Type: application/json' \
 -H 'Authorization: Bearer {options.api_key}' -d {body}

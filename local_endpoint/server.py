@@ -17,6 +17,7 @@ from aiohttp import web
 from local_endpoint.client_routes import ClientRoutes
 from local_endpoint.faults import Faults
 from local_endpoint.openai_routes import OpenAIRoutes, openai_errors
+from local_endpoint.page import PageRoutes, allowing
 from local_endpoint.polling import Changes
 from local_endpoint.queue import Job, JobQueue, RequestRefused, Rules
 from local_endpoint.reading import read_json, route_of
@@ -54,6 +55,7 @@ class Options:
     log_dir: Path | None = None  # of the workers' output; None: a temporary one
     stop_grace_seconds: float = 5  # for workers that are asked to end
     record_limit: int | None = None
+    allow_origin: str | None = None  # of pages from elsewhere that may call; "null": from a file
 
 
 class Server:
@@ -98,6 +100,10 @@ class Server:
     @property
     def url(self) -> str:
         return f"{self.url_base}/{self.options.endpoint_id}"
+
+    @property
+    def page_url(self) -> str:
+        return f"http://{HOST}:{self.port}/"
 
     async def start(self) -> None:
         """Listen, and start the workers.
@@ -205,11 +211,15 @@ class Server:
         }
 
     def _app(self) -> web.Application:
+        prefix = f"/v2/{self.options.endpoint_id}"
+        origin = self.options.allow_origin
+        allowed = [] if origin is None else [allowing(origin, f"{prefix}/")]
         app = web.Application(
             client_max_size=READ_MAX_BYTES,
-            middlewares=[openai_errors, self._recorded, self._guarded],
+            middlewares=[*allowed, openai_errors, self._recorded, self._guarded],
         )
-        prefix = f"/v2/{self.options.endpoint_id}"
+        self._page = PageRoutes(lambda: self.url, self.options.api_key)
+        self._page.add_to(app)
         ClientRoutes(self.queue, self._changes, lambda: self.pool.starting_count).add_to(
             app, prefix
         )
@@ -260,6 +270,8 @@ class Server:
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
         """Check the key, and make the faults happen that tests asked for."""
+        if self._page.serves(request):
+            return await handler(request)
         key = request.headers.get("Authorization", "").removeprefix("Bearer ")
         # The server keeps bytes that are not UTF-8 as surrogates.
         sent = key.encode(errors="surrogateescape")

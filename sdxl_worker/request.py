@@ -34,7 +34,15 @@ from sdxl_worker.samplers import (
     ScheduleName,
     why_not,
 )
-from sdxl_worker.wording import ALIASES, IN_WORDS, MAX_SHOWN_CHARACTERS, RULE, problems, shown
+from sdxl_worker.wording import (
+    ALIASES,
+    IN_WORDS,
+    MAX_SHOWN_CHARACTERS,
+    NAMES,
+    RULE,
+    problems,
+    shown,
+)
 
 TEXT_FIELDS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 # Some 5,000 tokens: far more than a model can follow, and few enough to encode quickly.
@@ -103,6 +111,7 @@ Schedule = Annotated[
     Field(
         json_schema_extra={
             "enum": list(SCHEDULE_SPELLINGS),
+            NAMES: list(SCHEDULES),
             RULE: "one of " + ", ".join(SCHEDULES) + ", or a name of these in docs/samplers.md",
         }
     ),
@@ -396,6 +405,7 @@ class Request(InputModel):
         default="DDIM",
         json_schema_extra={
             "enum": list(SPELLINGS),
+            NAMES: list(SAMPLERS),
             ALIASES: ["sampler", "sampler_name"],
             RULE: "one of " + ", ".join(SAMPLERS) + ", or a name of these in docs/samplers.md",
         },

@@ -25,6 +25,8 @@ RULE = "x-rule"
 """In a field's JSON Schema: its rule in words, where the schema's own would be unclear."""
 ALIASES = "x-aliases"
 """In a field's JSON Schema: what other services call it. They are told, not taken."""
+NAMES = "x-names"
+"""In a field's JSON Schema: of its values, those to offer; the others are other names of these."""
 
 BOUNDS = {
     "minimum": "of at least",

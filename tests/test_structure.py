@@ -15,7 +15,7 @@ from tests.support import REPOSITORY
 # From the ground up: a room imports rooms that stand before it, and itself.
 FLOORS = ("", "inputs", "speed", "loading", "adapters", "drawing", "outputs", "serving")
 WORKER = "sdxl_worker"
-PACKAGES = ("benchmarks", "builder", "local_endpoint", "shapes", "tests", "tools")
+PACKAGES = ("benchmarks", "builder", "client", "local_endpoint", "shapes", "tests", "tools")
 
 
 def modules(*packages: str) -> dict[str, Path]:
@@ -160,5 +160,5 @@ def test_the_tests_of_a_module_are_where_the_module_is() -> None:
     """tests/ROOM/test_X.py tests X of that room, or something that its first lines name."""
     for path in (REPOSITORY / "tests").rglob("test_*.py"):
         *folders, _ = path.relative_to(REPOSITORY / "tests").parts
-        places = [REPOSITORY / WORKER, REPOSITORY, REPOSITORY / "models"]
+        places = [REPOSITORY / place for place in (WORKER, "", "client", "models")]
         assert any(place.joinpath(*folders).is_dir() for place in places), path

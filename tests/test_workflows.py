@@ -83,7 +83,9 @@ def test_the_scripts_are_valid_shell(path: Path) -> None:
 
 def test_each_push_and_pull_request_runs_what_a_change_must_pass() -> None:
     assert set(TEST[True]) == {"push", "pull_request"}
-    assert "make lint types test" in _scripts(TEST)
+    [test] = [step for step in TEST["jobs"]["test"]["steps"] if "run" in step]
+    assert test["run"] == "make lint types test"
+    assert test["env"] == {"REQUIRE_CHROMIUM": "1"}, "else the page's tests may be skipped"
     assert "make image-test" in " ".join(_scripts(TEST))
 
 

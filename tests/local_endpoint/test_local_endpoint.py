@@ -29,6 +29,7 @@ import runpod
 from local_endpoint import JUNK_JOBS, EndpointError, Fault, LocalEndpoint, Receipt, Rules
 from local_endpoint.server import REPOSITORY
 from tests import tutorial
+from tests.hand_worker import HandWorker
 
 TINY_WORKER = [sys.executable, "tests/tiny_worker.py"]
 QUICK: dict[str, Any] = {
@@ -88,26 +89,6 @@ def _no_job_is_left(bare: LocalEndpoint) -> Iterator[None]:
     yield
     bare.faults.clear()
     bare.with_queue(lambda queue: queue.purge())
-
-
-class HandWorker:
-    """A worker that asks and posts when the test says so."""
-
-    def __init__(self, endpoint: LocalEndpoint, worker_id: str = "hand") -> None:
-        self.endpoint = endpoint
-        self.id = worker_id
-
-    def get(self, path: str) -> tuple[int, Any]:
-        # The SDK sends its key as it is, without "Bearer".
-        return self.endpoint.call(path, headers={"Authorization": self.endpoint.api_key})
-
-    def take(self) -> dict[str, Any]:
-        code, job = self.get(f"job-take/{self.id}?gpu=x&job_in_progress=0")
-        assert code == 200
-        return dict(job)
-
-    def done(self, job_id: str, body: Any) -> int:
-        return self.endpoint.call(f"job-done/{self.id}/{job_id}?gpu=x&isStream=false", body)[0]
 
 
 @pytest.fixture
