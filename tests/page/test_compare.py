@@ -42,7 +42,8 @@ def test_the_slider_moves_by_keys_from_one_picture_to_the_other(
     stage = dialog.locator(".compare-stage")
     box = stage.bounding_box()
     divider = stage.locator(".divider").bounding_box()
-    assert box and divider
+    assert box is not None
+    assert divider is not None
     assert divider["x"] - box["x"] == pytest.approx(0.52 * box["width"], abs=2)
     page.keyboard.press("End")
     expect(slider).to_have_value("100")
@@ -50,7 +51,7 @@ def test_the_slider_moves_by_keys_from_one_picture_to_the_other(
     expect(slider).to_have_value("0")
 
 
-def test_the_divider_shows_the_left_picture_left_of_it(page: Page, endpoint: LocalEndpoint) -> None:
+def test_the_divider_shows_the_left_picture_left_of_it(page: Page) -> None:
     """By the pixels on the screen: blue on the left, green on the right."""
     page.evaluate(
         """async () => {

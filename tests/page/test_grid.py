@@ -65,11 +65,7 @@ def values_of(page: Page, field: str, text: str) -> str:
         ("num_inference_steps", "20:49:10", "[20,30,40]"),
         ("guidance_scale", "0.1:0.4:0.1", "[0.1,0.2,0.3,0.4]"),
         ("seed", "-1", "[-1]"),
-        (
-            "seed",
-            "18446744073709551614-18446744073709551615",
-            "[18446744073709551614,18446744073709551615]",
-        ),
+        ("seed", f"{2**64 - 2}-{2**64 - 1}", f"[{2**64 - 2},{2**64 - 1}]"),
         ("prompt_weighting", "true, False", "[true,false]"),
         ("scheduler", "DDIM, DPM++ 2M", '["DDIM","DPM++ 2M"]'),
     ],
@@ -107,7 +103,7 @@ def test_two_settings_are_drawn_cell_by_cell_with_one_failing(
     """A sampler whose name has its schedule in it does not go with another one."""
     fill_cheaply(page, seed=3)
     section = grid(page)
-    samplers = ["K_EULER", "Euler (trailing timesteps)"]
+    samplers = ["DPMSolverMultistep", "Euler (trailing timesteps)"]
     choose(section, ("scheduler", ", ".join(samplers)), ("schedule", "trailing, karras"))
     expect(section.get_by_role("status").first).to_have_text("2 x 2 values: 4 jobs, 3 at a time.")
     before = len(endpoint.jobs)
@@ -129,30 +125,33 @@ def test_two_settings_are_drawn_cell_by_cell_with_one_failing(
     assert waiting.value.suggested_filename == "grid-scheduler-schedule.png"
     whole = Image.open(waiting.value.path()).convert("RGB")
     places = []
-    for x, y in (("K_EULER", "trailing"), (samplers[1], "trailing"), ("K_EULER", "karras")):
+    for x, y in (
+        ("DPMSolverMultistep", "trailing"),
+        (samplers[1], "trailing"),
+        ("DPMSolverMultistep", "karras"),
+    ):
         [fields] = [one for one in sent if (one["scheduler"], one["schedule"]) == (x, y)]
         [file] = draw(endpoint, **{"refiner_inference_steps": 50, **fields}).files
         places.append(_find(whole, Image.open(io.BytesIO(file)).convert("RGB")))
     [first, right, below] = places
-    assert first and right and below
-    assert right[1] == first[1] and right[0] >= first[0] + 64
-    assert below[0] == first[0] and below[1] >= first[1] + 64
+    assert first is not None
+    assert right is not None
+    assert below is not None
+    assert right[0] >= first[0] + 64
+    assert right[1] == first[1]
+    assert below[0] == first[0]
+    assert below[1] >= first[1] + 64
 
 
 def _find(whole: Image.Image, part: Image.Image) -> tuple[int, int] | None:
     """Where a picture is in a larger one, to the pixel."""
-    wanted = part.tobytes()
-    first = part.crop((0, 0, part.width, 1)).tobytes()
-    rows = whole.tobytes()
-    start = rows.find(first)
-    while start >= 0:
-        y, x = divmod(start // 3, whole.width)
-        if (
-            start % 3 == 0
-            and whole.crop((x, y, x + part.width, y + part.height)).tobytes() == wanted
-        ):
-            return x, y
-        start = rows.find(first, start + 1)
+    width, height = part.size
+    for y in range(whole.height - height + 1):
+        for x in range(whole.width - width + 1):
+            if whole.getpixel((x, y)) != part.getpixel((0, 0)):
+                continue
+            if whole.crop((x, y, x + width, y + height)).tobytes() == part.tobytes():
+                return x, y
     return None
 
 

@@ -1,7 +1,6 @@
 """The mask painter: what is painted is white, pixel for pixel, and only that is repainted."""
 
 import io
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ WIDTH, HEIGHT = 96, 64
 
 
 @pytest.fixture
-def painter(page: Page) -> Iterator[Locator]:
+def painter(page: Page) -> Locator:
     """Over a picture of 96 x 64 pixels, without a mask to start from."""
-    yield open_painter(page)
+    return open_painter(page)
 
 
 def open_painter(page: Page, mask: bytes | None = None) -> Locator:
@@ -193,7 +192,9 @@ def test_zoom_and_opacity_leave_the_mask_as_it_is(painter: Locator) -> None:
     set_range(painter, "Zoom", 200)
     set_range(painter, "Opacity", 20)
     larger = canvas.bounding_box()
-    assert box and larger and larger["width"] == pytest.approx(2 * box["width"], rel=0.02)
+    assert box is not None
+    assert larger is not None
+    assert larger["width"] == pytest.approx(2 * box["width"], rel=0.02)
     expect(canvas).to_have_css("opacity", "0.2")
     assert apply(painter).sum() == 20 * 16
 
@@ -203,7 +204,9 @@ def test_a_finger_paints_on_a_phone(open_page: OpenPage, endpoint: LocalEndpoint
     dialog = open_painter(page)
     canvas = dialog.get_by_role("img", name="Mask of")
     box = canvas.bounding_box()
-    assert box and box["x"] >= 0 and box["x"] + box["width"] <= 390
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     finger = page.context.new_cdp_session(page)
     for kind, x in (("touchStart", 20), ("touchMove", 40), ("touchMove", 70), ("touchEnd", 0)):
@@ -238,7 +241,8 @@ def test_painting_a_gallery_picture_repaints_only_what_was_painted(
     assert file_of(job_input["image_url"]) == own.files[0]
     mask = np.asarray(Image.open(io.BytesIO(file_of(job_input["mask_url"]))).convert("L")) > 0
     assert mask.shape == (HEIGHT, WIDTH)
-    assert mask[32, 32] and not mask[5, 5]
+    assert mask[32, 32]
+    assert not mask[5, 5]
     before, after = (
         np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
         for file in (own.files[0], file_of(output["images"][0]))
