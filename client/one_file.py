@@ -103,7 +103,7 @@ def joined_modules(main: str) -> str:
                 raise PageError(f"{module}: {name} is a name in {names[name]} as well")
             names[name] = module
         text = EXPORT.sub("", IMPORT.sub("", text))
-        if re.search(r"^(import|export)\b|\bimport\(", text, re.MULTILINE):
+        if re.search(r"^(import\b.*[\"']|export\b)|\bimport\(", text, re.MULTILINE):
             raise PageError(
                 f'{module}: only whole lines `import {{...}} from "./x.js";` can be joined'
             )

@@ -1,15 +1,13 @@
 """The page at `/`, and the permission for pages from elsewhere to call the endpoint."""
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from client.one_file import FILE_TYPES, INDEX, SCHEMA, content_policy, one_file, page_files
 from local_endpoint.workers import EndpointError
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Middleware = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 
 LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 ORIGIN = re.compile(r"null|https?://[^/?#\s@]+")

@@ -1,4 +1,5 @@
 // The form, built from the schema. What was typed is sent; an empty control leaves its field out.
+import {dataUriOfBlob} from "./blobs.js";
 import {announce, isDataUri, isShowable, make, renderText} from "./dom.js";
 import {numberOf, problemOf, propertiesOf, requiredFields} from "./schema.js";
 import {parseJson, writeJson} from "./json.js";
@@ -11,25 +12,31 @@ const FIRST = [
   ...["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale"],
   ...["seed", "num_images"],
 ];
-const PICTURE_FIELDS = ["image_url", "mode", "strength", "fit"];
 // Each field is in the first group that names or takes it.
 const GROUPS = [
   { title: "Sampler", names: ["scheduler", "schedule", "guidance_rescale"] },
-  { title: "Refiner", names: ["refiner_strength", "high_noise_frac"], takes: startsWith("refiner") },
   {
-    title: "Picture and mask",
-    names: PICTURE_FIELDS,
-    takes: (one) => one.isPicture || one.name.startsWith("mask_"),
+    title: "Refiner",
+    names: ["refiner_inference_steps", "refiner_strength", "high_noise_frac"],
+    takes: ({ name }) => name.startsWith("refiner_"),
   },
   {
-    title: "Model, LoRAs and lists",
+    title: "Picture and mask",
+    names: ["image_url", "mode", "strength", "fit", "mask_url"],
+    takes: (one) => one.isPicture || one.name.startsWith("mask_") || hasPictures(one),
+  },
+  {
+    title: "Model and LoRAs",
     names: ["model", "clip_skip"],
-    takes: (one) => Boolean(one.itemProperties),
+    takes: ({ itemProperties }) => Boolean(itemProperties),
   },
   {
     title: "Output",
-    names: ["on_too_large", "duplicate_first", "upload_urls", "preview"],
-    takes: startsWith("output_"),
+    names: [
+      ...["output_format", "output_quality", "on_too_large", "duplicate_first", "preview"],
+      "upload_urls",
+    ],
+    takes: ({ name }) => name.startsWith("output_"),
   },
   { title: "More", names: [], takes: () => true },
 ];
@@ -45,8 +52,8 @@ let topFields = [];
 let leastRequired = [];
 let revision = 0;
 
-function startsWith(beginning) {
-  return (property) => property.name.startsWith(beginning);
+function hasPictures({ itemProperties = [] }) {
+  return itemProperties.some(({ isPicture }) => isPicture);
 }
 
 // Fills the form's element with a control for each field of the schema.
@@ -243,7 +250,7 @@ function framed(property, path, control, { beside = [], below = [], isInline = f
   );
   const problem = make("p", { class: "problem", id: `${id}-problem`, hidden: true });
   control.setAttribute("aria-describedby", `${hint.id} ${problem.id}`);
-  const label = make("label", { for: id }, property.name);
+  const label = make("label", { for: id }, ...breakable(property.name));
   const explain = make(
     "button",
     {
@@ -262,8 +269,9 @@ function framed(property, path, control, { beside = [], below = [], isInline = f
   const head = isInline
     ? make("div", { class: "field-head inline" }, control, label, explain)
     : make("div", { class: "field-head" }, label, explain);
-  const body = isInline ? [] : [make("div", { class: "control" }, control, ...beside)];
-  const element = make("div", { class: "field" }, head, ...body, ...below, hint, problem);
+  const row = isInline ? [] : [make("div", { class: "control" }, control, ...beside)];
+  const body = make("div", { class: "field-body" }, ...row, ...below, hint, problem);
+  const element = make("div", { class: "field" }, head, body);
   element.dataset.field = property.name;
   const setProblem = (words) => {
     problem.hidden = !words;
@@ -273,6 +281,11 @@ function framed(property, path, control, { beside = [], below = [], isInline = f
     else control.removeAttribute("aria-invalid");
   };
   return { element, setProblem, control };
+}
+
+// A long name breaks after its underscores.
+function breakable(name) {
+  return name.split(/(?<=_)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 }
 
 function describe(property) {
@@ -290,7 +303,8 @@ function describe(property) {
 
 function defaultText(property) {
   const value = property.default;
-  if (value === undefined || value === null || value === "") return "";
+  if (value === null) return "not set";
+  if (value === undefined || value === "") return "";
   return typeof value === "string" ? value : writeJson(value);
 }
 
@@ -353,6 +367,7 @@ function numberField(property, path) {
   control.placeholder = defaultText(property);
   const slider = makeSlider(property, control);
   const frame = framed(property, path, control, { beside: slider ? [slider] : [] });
+  frame.element.classList.toggle("has-slider", Boolean(slider));
   const rule = `must be ${property.rule}`;
   const parse = () => {
     if (control.validity.badInput) return { problem: rule };
@@ -400,7 +415,7 @@ function choiceField(property, path) {
   const { names } = property;
   const others = property.enum.filter((one) => !names.includes(one));
   const option = (one) => make("option", { value: writeJson(one) }, String(one));
-  const nothing = defaultText(property);
+  const nothing = property.default === null ? "" : defaultText(property);
   const control = make(
     "select",
     {},
@@ -664,7 +679,7 @@ function pictureField(property, path) {
       frame.setProblem(`must be a picture; ${file.name} is none`);
       return;
     }
-    field.fill(await readAsDataUri(file));
+    field.fill(await dataUriOfBlob(file));
     announce(`${path}: ${file.name || "a picture"} is here`);
     onChange();
   };
@@ -777,19 +792,10 @@ async function asDataUri(value) {
   try {
     const answer = await fetch(value, { credentials: "omit", referrerPolicy: "no-referrer" });
     if (!answer.ok) throw new Error(String(answer.status));
-    return await readAsDataUri(await answer.blob());
+    return await dataUriOfBlob(await answer.blob());
   } catch {
     throw new Error("this address does not let pages read it; save the picture and choose the file");
   }
-}
-
-function readAsDataUri(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Error("the file cannot be read"));
-    reader.readAsDataURL(file);
-  });
 }
 
 function mediaType(dataUri) {

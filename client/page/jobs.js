@@ -283,6 +283,10 @@ function clearFinished() {
 }
 
 function showList() {
+  const running = allJobs.filter((job) => !job.isOver).length;
+  const link = document.getElementById("running");
+  link.hidden = running === 0;
+  link.textContent = running === 1 ? "1 job" : `${running} jobs`;
   const finished = allJobs.filter((job) => job.isOver);
   for (const job of finished.slice(MAX_FINISHED)) {
     job.view.item.remove();

@@ -79,12 +79,28 @@ async function draw() {
   }
 }
 
+// The first press empties the form, a second one takes that back.
 function openReset(form) {
-  byId("reset").addEventListener("click", () => {
+  const button = byId("reset");
+  let before = null;
+  const forget = () => {
+    before = null;
+    button.textContent = "Reset";
+  };
+  button.addEventListener("click", () => {
+    if (before) {
+      fillForm(before);
+      forget();
+      announce("The form is as it was");
+      return;
+    }
+    const entered = readInput();
     fillForm({});
-    form.querySelector("textarea")?.focus();
-    announce("The form is as at the start");
+    before = entered;
+    button.textContent = "Undo reset";
+    announce("The form is empty");
   });
+  form.addEventListener("input", forget);
 }
 
 // A reload leaves the form as it was.
