@@ -47,7 +47,9 @@ export function describePicture(texts, input) {
   for (const [name, value] of Object.entries(request)) {
     if (isCutDataUri(value)) missing.push(name);
   }
-  if (!request.prompt && !request.image_url) missing.push("prompt");
+  // A file with the prompts has `prompt` even where that is empty.
+  const isWithoutPrompts = !("prompt" in request) && fromFile && !input;
+  if (isWithoutPrompts || (!request.prompt && !request.image_url)) missing.push("prompt");
   const about = Object.fromEntries(
     Object.entries(texts).filter(([name]) => !["request", "parameters"].includes(name)),
   );

@@ -279,12 +279,12 @@ class Grid {
 
   #showTable() {
     const { x, y, cells } = this.#drawn;
-    const head = make("tr", {}, ...(y ? [make("td", {})] : []), ...x.values.map((value) => make("th", { scope: "col" }, axisLabel(x, value))));
+    const head = make("tr", {}, ...(y ? [make("td", {})] : []), ...x.values.map((value) => make("th", { scope: "col" }, String(value))));
     const rows = (y ? y.values : [null]).map((value, row) =>
       make(
         "tr",
         {},
-        ...(y ? [make("th", { scope: "row" }, axisLabel(y, value))] : []),
+        ...(y ? [make("th", { scope: "row" }, String(value))] : []),
         ...cells.slice(row * x.values.length, (row + 1) * x.values.length).map(({ place }) => place),
       ),
     );

@@ -309,9 +309,10 @@ class Painter {
   // As large as the dialog has room for, at zoom 100.
   #fit = () => {
     const { width, height } = this.#mask;
-    const { clientWidth, clientHeight } = this.#stage;
+    // With the room of scroll bars, which would come and go.
+    const { offsetWidth, offsetHeight } = this.#stage;
     const zoom = this.#controls.zoom.valueAsNumber / 100;
-    const scale = Math.min(clientWidth / width, clientHeight / height) * zoom;
+    const scale = Math.min((offsetWidth - 2) / width, (offsetHeight - 2) / height) * zoom;
     this.#frame.style.setProperty("width", `${Math.max(1, Math.floor(width * scale))}px`);
     this.#frame.style.setProperty("height", `${Math.max(1, Math.floor(height * scale))}px`);
     this.#sizeCursor();
