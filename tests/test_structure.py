@@ -15,7 +15,8 @@ from tests.support import REPOSITORY
 # From the ground up: a room imports rooms that stand before it, and itself.
 FLOORS = ("", "inputs", "speed", "loading", "adapters", "drawing", "outputs", "serving")
 WORKER = "sdxl_worker"
-PACKAGES = ("benchmarks", "builder", "local_endpoint", "shapes", "tests", "tools")
+USERS_OF_THE_CLIENT = ("client", "tests", "tools")
+PACKAGES = ("benchmarks", "builder", "client", "local_endpoint", "shapes", "tests", "tools")
 
 
 def modules(*packages: str) -> dict[str, Path]:
@@ -102,7 +103,12 @@ def test_there_is_no_circle() -> None:
         ("sdxl_worker.loading", "sdxl_worker.drawing"),
         ("sdxl_worker.drawing", "sdxl_worker.serving"),
         ("sdxl_worker", "local_endpoint"),
-        ("client", "sdxl_worker"),
+        *(("client", other) for other in (WORKER, "handler", *PACKAGES) if other != "client"),
+        *(
+            (other, "client")
+            for other in ("handler", *PACKAGES)
+            if other not in USERS_OF_THE_CLIENT
+        ),
         ("local_endpoint", "sdxl_worker"),
         ("builder", "tests"),
         *((package, "handler") for package in (WORKER, "benchmarks", "builder", "local_endpoint")),
