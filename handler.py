@@ -15,6 +15,7 @@ from typing import Any
 from sdxl_worker.errors import ModelError, PictureError, RequestError
 from sdxl_worker.serving import command_line
 from sdxl_worker.serving.job import run_job
+from sdxl_worker.serving.job_bar import loading_shown
 from sdxl_worker.serving.logs import set_up_logging
 from sdxl_worker.serving.orphans import leave_no_orphans
 from sdxl_worker.serving.slot import next_job_has_begun
@@ -107,7 +108,8 @@ def main() -> None:
         import runpod  # takes more than a second; the models load meanwhile
 
         if place is not command_line.Place.QUEUE:
-            models_start.result()
+            with loading_shown():
+                models_start.result()
     except ModelError as error:
         sys.exit(f"The worker cannot start. {error}")
 

@@ -155,7 +155,8 @@ class Field:
         head, colon, tail = text.rpartition(":")
         if colon and others and not tail.startswith("//"):
             second = others[0].parse(tail)
-            if not problems({others[0].name: second}, {others[0].name: others[0]}):
+            is_number = isinstance(second, int | float)
+            if is_number or not problems({others[0].name: second}, {others[0].name: others[0]}):
                 return {first.name: first.parse(head), others[0].name: second}
         return {first.name: first.parse(text)}
 

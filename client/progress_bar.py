@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import logging
 import os
 import sys
 import time
@@ -250,12 +251,17 @@ def make_display(*, quiet: bool, preview: bool | None) -> Display:
     if not console.is_terminal or console.is_dumb_terminal:
         return LineDisplay(console)
     has_colours = os.environ.get("COLORTERM", "") in ("truecolor", "24bit")
-    shows = preview if preview is not None else has_colours and console.color_system is not None
-    return BarDisplay(console, shows_pictures=shows)
+    wanted = preview if preview is not None else has_colours and console.color_system is not None
+    # A terminal at stdout is asked what it can, and answers at stdin.
+    can_be_asked = sys.stdin.isatty() or not sys.stdout.isatty()
+    return BarDisplay(console, shows_pictures=wanted and can_be_asked)
 
 
 def _terminal_picture(picture: Image.Image) -> RenderableType:
     """As the terminal can best: pixels (kitty, sixel), otherwise two in each cell."""
+    # It says so where a terminal does not answer, while the display waits for what it draws.
+    logging.getLogger("textual_image").addHandler(logging.NullHandler())
+    logging.getLogger("textual_image").propagate = False
     # Importing it asks the terminal what it can, which only who wants pictures should wait for.
     from textual_image.renderable import HalfcellImage, SixelImage, TGPImage
     from textual_image.renderable import Image as BestImage
