@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     fields: Mapping[str, Field] = {}
     parsed: argparse.Namespace | None = None
+    warnings.simplefilter("ignore")  # libraries', of files that are told of in other words
     try:
         typed = sys.argv[1:] if arguments is None else arguments
         if typed[:1] == ["serve"]:  # its options are not ours

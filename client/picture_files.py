@@ -110,11 +110,14 @@ def read(content: bytes) -> dict[str, str]:
     Raises:
         PictureError: it is no PNG, JPEG or WebP.
     """
-    with _opened(content) as picture:
-        if picture.format == "PNG":
-            return {name: str(text) for name, text in getattr(picture, "text", {}).items()}
-        told = _xmp_values(picture.info.get("xmp", b""))
-        comment = picture.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    try:
+        with _opened(content) as picture:
+            if picture.format == "PNG":  # its text chunks are there without decoding it
+                return {name: text for name, text in picture.info.items() if isinstance(text, str)}
+            told = _xmp_values(picture.info.get("xmp", b""))
+            comment = picture.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    except (OSError, ValueError, SyntaxError, KeyError, struct.error):
+        raise PictureError("its metadata cannot be read") from None
     if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
         told[INFOTEXT] = comment[8:].decode("utf-16-be", "replace")
     return told

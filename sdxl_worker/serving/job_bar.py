@@ -1,4 +1,4 @@
-"""What a developer sees of a local job: a bar on stderr, if that is a terminal, until it is done."""
+"""What a developer sees of a local job: a bar on stderr, where that is a terminal."""
 
 import logging
 import sys
