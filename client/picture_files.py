@@ -113,7 +113,9 @@ def read(content: bytes) -> dict[str, str]:
     try:
         with _opened(content) as picture:
             if picture.format == "PNG":  # its text chunks are there without decoding it
-                return {name: text for name, text in picture.info.items() if isinstance(text, str)}
+                return {
+                    str(name): text for name, text in picture.info.items() if isinstance(text, str)
+                }
             told = _xmp_values(picture.info.get("xmp", b""))
             comment = picture.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     except (OSError, ValueError, SyntaxError, KeyError, struct.error):

@@ -68,11 +68,11 @@ def test_each_line_is_drawn_once_and_what_is_there_stays(
 
 def test_a_csv_and_a_jsonl_hold_whole_requests(endpoint: LocalEndpoint, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    inputs = [
+    lines = [
         {"prompt": "a circle", "seed": 4, "num_images": 2, "output_format": "webp"},
         {"input": {"prompt": "a star", "image": "red.png", "mode": "img2img", "seed": 5}},
     ]
-    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, inputs)))
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with (tmp_path / "jobs.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("prompt", "width", "seed"), ("a\nsquare, red", 64, "")])
     before = endpoint.jobs
@@ -103,29 +103,30 @@ def test_killed_at_any_moment_it_goes_on_and_sends_no_job_twice(
     arguments = (*COMMAND, "batch", "prompts.txt", "--seed", "1", "--jobs", "2")
     before = endpoint.jobs
     deadline = time.monotonic() + 300
+    log = tmp_path / "log"
     for kill in range(1, 5):
-        running = subprocess.Popen(
-            arguments,
-            cwd=tmp_path,
-            env=environment(endpoint),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        with log.open("ab") as file:
+            running = subprocess.Popen(
+                arguments, cwd=tmp_path, env=environment(endpoint), stdout=file, stderr=file
+            )
         while len(jobs_since(endpoint, before)) < kill + 1 and running.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        # Not while a job is sent: what comes of that is told, and no client can do better.
+        # Not while a job is sent: nobody can know then whether it was taken.
         while '"sending"' in _last_lines(tmp_path) and running.poll() is None:
             time.sleep(0.01)
         running.kill()
         running.wait()
-        assert not [
-            name for name in pictures_in(tmp_path / "prompts") if _is_broken(tmp_path, name)
-        ]
+        for name in pictures_in(tmp_path / "prompts"):
+            Image.open(tmp_path / "prompts" / name).load()  # none is there in part
     done = sdxl("batch", "prompts.txt", "--seed", "1", folder=tmp_path, env=environment(endpoint))
     assert done.returncode == 0, done.stderr
     assert len(pictures_in(tmp_path / "prompts")) == len(prompts)
-    assert prompts_of(jobs_since(endpoint, before)) == sorted(prompts)
+    # One that was killed while it sent says so when it goes on.
+    told = (log.read_text() + done.stderr).count("may be drawn twice")
+    sent = prompts_of(jobs_since(endpoint, before))
+    assert set(sent) == set(prompts)
+    assert len(sent) - len(prompts) <= told
 
 
 def _last_lines(folder: Path) -> str:
@@ -134,12 +135,6 @@ def _last_lines(folder: Path) -> str:
     for line in (folder / "prompts" / JOURNAL).read_text().splitlines():
         lines[json.loads(line)["name"]] = line
     return "".join(lines.values())
-
-
-def _is_broken(folder: Path, name: str) -> bool:
-    with Image.open(folder / "prompts" / name) as picture:
-        picture.load()
-    return False
 
 
 def test_a_job_that_may_have_been_sent_is_told_of(endpoint: LocalEndpoint, tmp_path: Path) -> None:
@@ -191,12 +186,15 @@ def test_in_a_terminal_ctrl_c_cancels_all_in_flight_and_tells_how_to_go_on(
 
 def test_a_wrong_key_stops_it_at_the_first_job(endpoint: LocalEndpoint, tmp_path: Path) -> None:
     write_prompts(tmp_path)
-    began = len(endpoint.record.exchanges)
+    began = time.monotonic()
     env = environment(endpoint, SDXL_API_KEY="another")
     done = sdxl("batch", "prompts.txt", folder=tmp_path, env=env)
     assert done.returncode == 1
     assert done.stderr.count("does not take the API key") == 1
-    assert len([one for one in endpoint.record.exchanges[began:] if one.method == "POST"]) <= 2
+    asked = [
+        one for one in endpoint.record.exchanges if one.came_at > began and one.method == "POST"
+    ]
+    assert len(asked) <= 2, "those that were sent at the same time"
 
 
 def test_two_at_once_in_one_folder_are_refused(
@@ -240,7 +238,7 @@ def test_the_same_input_has_the_same_name_and_another_one_another() -> None:
         names('{"prompt": "a"}\n{"prompt": 7}')
 
 
-@pytest.mark.parametrize("cut", range(1, 60, 7))
+@pytest.mark.parametrize("cut", range(1, 45, 4))
 def test_a_journal_that_was_cut_off_is_read_as_far_as_it_goes(cut: int, tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.note("a", "sent", job="1")
@@ -248,7 +246,7 @@ def test_a_journal_that_was_cut_off_is_read_as_far_as_it_goes(cut: int, tmp_path
     content = (tmp_path / JOURNAL).read_bytes()
     (tmp_path / JOURNAL).write_bytes(content[:-cut] + b"\xff\x00")
     again = Journal(tmp_path)
-    assert again.last("a") == {"name": "a", "event": "sent", "job": "1"} or cut > 50
+    assert again.last("a") == {"name": "a", "event": "sent", "job": "1"}
     assert again.last("b") == {}
     again.note("b", "done", files=[])
     assert Journal(tmp_path).last("b")["event"] == "done"

@@ -3,8 +3,8 @@
 import dataclasses
 import io
 import json
-import multiprocessing
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +155,8 @@ def _write(folder: str) -> str:
 
 def test_many_writers_get_a_name_each(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"mine")
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        names = pool.map(_write, [str(tmp_path)] * 20)
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(_write, [str(tmp_path)] * 20))
     assert sorted(names) == sorted(f"a-{i}.png" for i in range(2, 22))
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"mine", b"content"}
     assert len(list(tmp_path.iterdir())) == 21
