@@ -15,6 +15,7 @@ from sdxl_worker.errors import ModelError
 from sdxl_worker.serving import command_line
 from sdxl_worker.serving.answering import answer
 from sdxl_worker.serving.command_line import Place
+from sdxl_worker.serving.job_bar import loading_shown
 from sdxl_worker.serving.logs import set_up_logging
 from sdxl_worker.serving.orphans import leave_no_orphans
 from sdxl_worker.serving.ports import open_ports
@@ -56,7 +57,8 @@ def main() -> None:
         import runpod  # takes more than a second; the models load meanwhile
 
         if place is not Place.QUEUE:
-            models_start.result()
+            with loading_shown():
+                models_start.result()
     except ModelError as error:
         sys.exit(f"The worker cannot start. {error}")
 

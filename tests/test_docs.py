@@ -189,7 +189,12 @@ def test_the_version_is_told_once() -> None:
 
 
 def test_requirements_are_pinned() -> None:
-    for name in ("requirements.txt", "requirements-dev.txt", "builder/requirements.txt"):
+    for name in (
+        "requirements.txt",
+        "requirements-client.txt",
+        "requirements-dev.txt",
+        "builder/requirements.txt",
+    ):
         for line in (REPOSITORY / name).read_text().splitlines():
             requirement = line.partition("#")[0].strip()
             if requirement and not requirement.startswith("-r "):

@@ -15,6 +15,7 @@ from tests.support import REPOSITORY
 # From the ground up: a room imports rooms that stand before it, and itself.
 FLOORS = ("", "inputs", "speed", "loading", "adapters", "drawing", "outputs", "serving")
 WORKER = "sdxl_worker"
+USERS_OF_THE_CLIENT = ("client", "local_endpoint", "tests", "tools")
 PACKAGES = ("benchmarks", "builder", "client", "local_endpoint", "shapes", "tests", "tools")
 
 
@@ -102,7 +103,10 @@ def test_there_is_no_circle() -> None:
         ("sdxl_worker.loading", "sdxl_worker.drawing"),
         ("sdxl_worker.drawing", "sdxl_worker.serving"),
         ("sdxl_worker", "local_endpoint"),
-        ("client", "sdxl_worker"),
+        *(("client", other) for other in (WORKER, "handler", *PACKAGES) if other != "client"),
+        *((one, "client") for one in ("handler", *PACKAGES) if one not in USERS_OF_THE_CLIENT),
+        # It serves the page, which lies beside the command.
+        *(("local_endpoint", f"client.{name}") for name in ("command", "endpoint", "options")),
         ("local_endpoint", "sdxl_worker"),
         ("builder", "tests"),
         *((package, "handler") for package in (WORKER, "benchmarks", "builder", "local_endpoint")),

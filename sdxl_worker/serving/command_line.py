@@ -17,6 +17,7 @@ from typing import Any
 
 from sdxl_worker.request import MAX_SEED
 from sdxl_worker.serving.job import Handler
+from sdxl_worker.serving.job_bar import job_shown
 from sdxl_worker.settings import TRUE_WORDS
 
 DEFAULT_JOB_FILE = "test_input.json"
@@ -86,7 +87,8 @@ def saving(handler: Handler) -> Handler:
     """
 
     async def handle_and_save(job: dict[str, Any]) -> dict[str, Any]:
-        output = await handler(job)
+        with job_shown():
+            output = await handler(job)
         try:
             paths = _save(output)
         except OSError as error:

@@ -11,9 +11,11 @@ import contextlib
 import json
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from sdxl_worker.serving.delivery import job_url
+from sdxl_worker.serving.job_bar import show_update
 
 if TYPE_CHECKING:
     from sdxl_worker.drawing.steps import Step
@@ -53,6 +55,8 @@ class Progress:
         self._loop = asyncio.get_running_loop()
         if url := job_url(self._job_id):
             self._task = asyncio.create_task(self._send_updates(url))
+        elif show := show_update.get():
+            self._task = asyncio.create_task(self._show_updates(show))
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -123,6 +127,11 @@ class Progress:
     def _send(self, update: dict[str, Any]) -> None:
         self._wanted.clear()
         self._loop.call_soon_threadsafe(self._updates.put_nowait, update)
+
+    async def _show_updates(self, show: Callable[[dict[str, Any]], None]) -> None:
+        while True:
+            self._wanted.set()
+            show(await self._updates.get())
 
     async def _send_updates(self, url: str) -> None:
         import aiohttp

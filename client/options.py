@@ -1,0 +1,447 @@
+"""The fields of a request as options of the command, from the input's JSON Schema.
+
+A field that the schema has is an option, a column of a CSV file and a key of a JSON file: nothing
+here names one.
+"""
+
+import argparse
+import base64
+import difflib
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+# In a wheel the schema lies beside this module, in a checkout where `make docs` writes it.
+SCHEMA_PATHS = (
+    Path(__file__).with_name("input.schema.json"),
+    Path(__file__).parent.parent / "docs" / "input.schema.json",
+)
+# An error describes a longer value by its beginning.
+MAX_SHOWN_CHARACTERS = 60
+# What a picture field's pattern says of the picture itself.
+PICTURE_PATTERN = "data:image/"
+
+Schema = dict[str, Any]
+
+
+class UsageError(Exception):
+    """What was typed cannot be sent. The message has a line for each problem."""
+
+
+def load_schema() -> Schema:
+    """The JSON Schema of a request's input.
+
+    Raises:
+        UsageError: the installation is incomplete.
+    """
+    for path in SCHEMA_PATHS:
+        if path.is_file():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+    raise UsageError(f"{SCHEMA_PATHS[0]} is missing: install the command again")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a request, or of an object in one."""
+
+    name: str
+    schema: Schema
+    """With references followed, and without the alternative null."""
+    root: Schema = field(repr=False)
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def kind(self) -> str:
+        """JSON's type; "" where the schema leaves it open."""
+        return str(self.schema.get("type", ""))
+
+    @property
+    def aliases(self) -> list[str]:
+        return [str(alias) for alias in self.schema.get("x-aliases", ())]
+
+    @property
+    def is_picture(self) -> bool:
+        return PICTURE_PATTERN in self.schema.get("pattern", "")
+
+    @cached_property
+    def items(self) -> "Field":
+        """What a list holds."""
+        return Field(self.name, _resolved(self.schema.get("items", {}), self.root), self.root)
+
+    @cached_property
+    def properties(self) -> dict[str, "Field"]:
+        """What an object holds."""
+        return fields_of(self.schema, self.root)
+
+    @property
+    def rule(self) -> str:
+        """What a value must be, in words."""
+        if "x-rule" in self.schema:
+            return str(self.schema["x-rule"])
+        if "enum" in self.schema:
+            return "one of " + ", ".join(map(str, self.schema["enum"]))
+        if self.kind == "array":
+            return f"a list of {_at_most(self.schema.get('maxItems'))}, each {self.items.rule}"
+        if self.kind == "object":
+            return "an object with " + ", ".join(self.properties)
+        if self.kind == "boolean":
+            return "true or false"
+        if self.kind == "string":
+            limit = self.schema.get("maxLength")
+            return "a string" + (f" of at most {limit} characters" if limit else "")
+        noun = {"integer": "an integer", "number": "a number"}.get(self.kind, "JSON")
+        low, high = self.schema.get("minimum"), self.schema.get("maximum")
+        if low is not None and high is not None:
+            noun += f" from {low} to {high}"
+        elif low is not None or high is not None:
+            noun += f" of at least {low}" if high is None else f" of at most {high}"
+        step = self.schema.get("multipleOf")
+        return noun + (f", a multiple of {step}" if step else "")
+
+    def parse(self, text: str) -> Any:
+        """A value from what was typed; one that is none is refused later, by `problems`.
+
+        Raises:
+            UsageError: it is neither JSON nor one of the short forms of a list.
+        """
+        match self.kind:
+            case "string":
+                return text
+            case "integer" | "number":
+                return _number(text)
+            case "boolean":
+                return {"true": True, "false": False}.get(text.strip().lower(), text)
+            case "array":
+                if text.lstrip().startswith("["):
+                    return _json(text, self.option)
+                return [self.items.parse(text)]
+            case "object":
+                return self._parse_object(text)
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    def _parse_object(self, text: str) -> Any:
+        """JSON, or key=value,key=value, or the first two fields with a colon: path:scale."""
+        if text.lstrip().startswith("{") or not self.properties:
+            return _json(text, self.option)
+        names = {
+            key: one for one in self.properties.values() for key in (one.name, *one.aliases)
+        } | self.properties
+        pairs: list[tuple[Field, str]] = []
+        for part in text.split(","):
+            name, equals, value = part.partition("=")
+            if equals and name.strip() in names:
+                pairs.append((names[name.strip()], value))
+            elif pairs:  # a comma in a value
+                pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]},{part}")
+            else:
+                break
+        if pairs:
+            return {one.name: one.parse(value) for one, value in pairs}
+        first, *others = self.properties.values()
+        head, colon, tail = text.rpartition(":")
+        if colon and others and not tail.startswith("//"):
+            second = others[0].parse(tail)
+            is_number = isinstance(second, int | float)
+            if is_number or not problems({others[0].name: second}, {others[0].name: others[0]}):
+                return {first.name: first.parse(head), others[0].name: second}
+        return {first.name: first.parse(text)}
+
+
+def fields_of(schema: Schema, root: Schema | None = None) -> dict[str, Field]:
+    """The fields of an object's schema, by their names."""
+    root = schema if root is None else root
+    return {
+        name: Field(name, _resolved(one, root), root)
+        for name, one in schema.get("properties", {}).items()
+    }
+
+
+def add_options(
+    parser: argparse.ArgumentParser, fields: Mapping[str, Field], *, without: Iterable[str] = ()
+) -> None:
+    """Give the parser an option for each field; what was not given stays out of its result.
+
+    Args:
+        without: names of fields that are no options here.
+    """
+    group = parser.add_argument_group("fields of the request")
+    taken = set(parser._option_string_actions) | {one.option for one in fields.values()}
+    for one in fields.values():
+        if one.name in without:
+            continue
+        others = [f"--{alias.replace('_', '-')}" for alias in one.aliases]
+        others = [option for option in others if option not in taken]
+        taken.update(others)
+        common: dict[str, Any] = {"dest": one.name, "default": argparse.SUPPRESS}
+        if one.kind == "boolean":
+            common |= {"action": argparse.BooleanOptionalAction}
+        elif one.kind == "array":
+            common |= {"action": "append", "metavar": _metavar(one)}
+        else:
+            common |= {"metavar": _metavar(one)}
+        group.add_argument(one.option, help=_help(one), **common)
+        if others:  # taken, but the help is long enough
+            group.add_argument(*others, help=argparse.SUPPRESS, **common)
+
+
+def given(arguments: argparse.Namespace, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The input that the options make.
+
+    Raises:
+        UsageError: a list's value is not in one of its forms.
+    """
+    values = {name: value for name, value in vars(arguments).items() if name in fields}
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            made[name] = [item for text in value for item in fields[name].parse(text)]
+        else:
+            made[name] = fields[name].parse(value) if isinstance(value, str) else value
+    return made
+
+
+def from_row(row: Mapping[str, str], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The input that a line of a table makes; an empty cell is a field that is not given.
+
+    Raises:
+        UsageError: a list's value is not in one of its forms.
+    """
+    return {
+        name: fields[name].parse(text) if name in fields else text
+        for name, text in row.items()
+        if text
+    }
+
+
+def own_names(job_input: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The input with other services' names replaced by the fields', and without nulls.
+
+    Raises:
+        UsageError: a field is there under two names.
+    """
+    names = {alias: one.name for one in fields.values() for alias in one.aliases}
+    result: dict[str, Any] = {}
+    for key, value in job_input.items():
+        name = key if key in fields else names.get(key, key)
+        if name in result:
+            raise UsageError(f"{key}: is {name}, which is given as well; leave one of them out")
+        if value is not None:
+            result[name] = value
+    return result
+
+
+def with_files(job_input: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The input with each path of a picture replaced by the picture, as a data URI.
+
+    Raises:
+        UsageError: a file cannot be read, or is no picture.
+    """
+    return {name: _with_files(value, fields.get(name), name) for name, value in job_input.items()}
+
+
+def _with_files(value: Any, one: Field | None, place: str) -> Any:
+    if one is None:
+        return value
+    if isinstance(value, list):
+        return [_with_files(item, one.items, f"{place}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {
+            name: _with_files(item, one.properties.get(name), f"{place}.{name}")
+            for name, item in value.items()
+        }
+    if not isinstance(value, str) or not one.is_picture or re.search(one.schema["pattern"], value):
+        return value
+    return data_uri(value, place)
+
+
+def data_uri(path: str, place: str) -> str:
+    """
+    Args:
+        place: the field, for messages.
+
+    Raises:
+        UsageError: the file cannot be read, or is no picture.
+    """
+    try:
+        content = Path(path).expanduser().read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            media_type = picture.get_format_mimetype()
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "no picture"
+        raise UsageError(
+            f"{named(place)}: {_shown(path)} is neither an address nor a picture's file: {reason}"
+        ) from None
+    return f"data:{media_type or 'image/png'};base64,{base64.b64encode(content).decode()}"
+
+
+def check(job_input: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+    """
+    Raises:
+        UsageError: a value breaks the rule of its field. What goes with what, the worker judges.
+    """
+    if found := problems(job_input, fields):
+        raise UsageError("\n".join(found))
+
+
+def problems(
+    job_input: Mapping[str, Any], fields: Mapping[str, Field], before: str = ""
+) -> list[str]:
+    """The problems of an input, a line for each."""
+    found: list[str] = []
+    for name, value in job_input.items():
+        place = f"{before}{name}"
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            found.append(
+                f"{place}: unknown field" + (f" (did you mean {near[0]}?)" if near else "")
+            )
+        else:
+            found += _problems_of(value, fields[name], place)
+    return found
+
+
+def _problems_of(value: Any, one: Field, place: str) -> list[str]:
+    if not _fits(value, one):
+        near: list[str] = []
+        if isinstance(value, str) and "enum" in one.schema:
+            near = difflib.get_close_matches(value, map(str, one.schema["enum"]), 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return [f"{named(place)}: must be {one.rule}; got {_shown(value)}{hint}"]
+    if isinstance(value, list):
+        return [
+            problem
+            for i, item in enumerate(value)
+            for problem in _problems_of(item, one.items, f"{place}[{i}]")
+        ]
+    if isinstance(value, dict) and one.properties:
+        missing = [name for name in one.schema.get("required", ()) if name not in value]
+        return [
+            *(f"{named(place)}.{name}: is missing" for name in missing),
+            *problems(value, one.properties, f"{place}."),
+        ]
+    return []
+
+
+def _fits(value: Any, one: Field) -> bool:
+    """Whether a value keeps the rules of its field itself, not of what is inside it."""
+    schema = one.schema
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    match one.kind:
+        case "string":
+            if not isinstance(value, str):
+                return False
+            limits = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+            pattern = schema.get("pattern")
+            return limits[0] <= len(value) <= limits[1] and (
+                pattern is None or re.search(pattern, value) is not None
+            )
+        case "integer" | "number":
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                return False
+            if not math.isfinite(value) or (one.kind == "integer" and value != int(value)):
+                return False
+            step = schema.get("multipleOf")
+            bounds = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+            return bounds[0] <= value <= bounds[1] and (not step or value % step == 0)
+        case "boolean":
+            return isinstance(value, bool)
+        case "array":
+            sizes = schema.get("minItems", 0), schema.get("maxItems", math.inf)
+            return isinstance(value, list) and sizes[0] <= len(value) <= sizes[1]
+        case "object":
+            return isinstance(value, dict)
+    return True
+
+
+def named(place: str) -> str:
+    """The option of a field, with what is inside it: "loras[1].scale" is "--loras[1].scale"."""
+    name, rest = re.match(r"(\w*)(.*)", place, re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"--{name.replace('_', '-')}{rest}"
+
+
+def with_options_named(error: str, fields: Mapping[str, Field]) -> str:
+    """The worker's error, in whose lines a field is called as its option is."""
+    lines = []
+    for line in error.splitlines():
+        place, colon, rest = line.partition(": ")
+        is_field = colon and re.split(r"[\[.]", place)[0] in fields
+        lines.append(f"{named(place)}: {rest}" if is_field else line)
+    return "\n".join(lines)
+
+
+def _resolved(schema: Schema, root: Schema) -> Schema:
+    """With the reference followed and the alternative null left out; what stands outside counts."""
+    if "$ref" in schema:
+        target: Any = root
+        for key in schema["$ref"].removeprefix("#/").split("/"):
+            target = target[key]
+        schema = {**target, **{key: value for key, value in schema.items() if key != "$ref"}}
+    for union in ("anyOf", "oneOf"):
+        others = [one for one in schema.get(union, ()) if one.get("type") != "null"]
+        if len(others) == 1:
+            outside = {key: value for key, value in schema.items() if key != union}
+            return {**_resolved(others[0], root), **outside}
+    return schema
+
+
+def _number(text: str) -> Any:
+    """An int keeps all digits of a seed; what is no number stays text, and is refused as such."""
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{place}: {_shown(text)} is not valid JSON: {error}") from None
+
+
+def _at_most(limit: int | None) -> str:
+    return "any number" if limit is None else f"at most {limit}"
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) > MAX_SHOWN_CHARACTERS:
+        text = text[:MAX_SHOWN_CHARACTERS] + "..."
+    return json.dumps(text, ensure_ascii=False) if isinstance(value, str) else text
+
+
+def _metavar(one: Field) -> str:
+    if one.is_picture:
+        return "FILE|URL"
+    if one.kind == "array":
+        if one.items.properties:
+            first, *others = one.items.properties
+            return first.upper() + (f"[:{others[0].upper()}]" if others else "")
+        return "TEXT"
+    return {"integer": "N", "number": "X", "string": "TEXT"}.get(one.kind, "JSON")
+
+
+def _help(one: Field) -> str:
+    told = str(one.schema.get("description", ""))
+    if one.kind in ("integer", "number", "array") or "enum" in one.schema:
+        told += f" ({one.rule})"
+    if one.kind == "array":
+        told += " May be given several times; JSON and key=value,key=value are taken too."
+    return told.replace("`", "").replace("%", "%%").strip()

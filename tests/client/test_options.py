@@ -1,0 +1,254 @@
+"""client/options.py: options, files' columns and local checks, all from the schema."""
+
+import argparse
+import base64
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from client import options
+from client.options import UsageError, fields_of, load_schema
+from tests.from_schema import anything, nearly, valid
+
+SCHEMA = load_schema()
+FIELDS = fields_of(SCHEMA)
+QUICK = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    max_examples=30,
+)
+
+# What a later version might have: the command must take it as it is.
+LATER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "prompt": {"type": "string", "default": ""},
+        "eta": {"type": "number", "minimum": 0, "maximum": 1, "description": "Noise: 100% `eta`."},
+        "tiling": {"anyOf": [{"type": "boolean"}, {"type": "null"}], "default": None},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 64}, "maxItems": 2},
+        "controlnet": {
+            "anyOf": [
+                {"type": "array", "maxItems": 4, "items": {"$ref": "#/$defs/Control"}},
+                {"type": "null"},
+            ],
+            "default": None,
+            "x-aliases": ["control"],
+        },
+    },
+    "$defs": {
+        "Control": {
+            "type": "object",
+            "required": ["type", "image_url"],
+            "properties": {
+                "type": {"enum": ["canny", "depth"], "type": "string"},
+                "image_url": {
+                    "type": "string",
+                    "pattern": "(?i)^(https?://[^/]|data:image/)",
+                    "x-aliases": ["image"],
+                },
+                "scale": {"type": "number", "minimum": 0, "maximum": 2, "default": 1.0},
+                "guess": {"type": "boolean", "default": False},
+            },
+        }
+    },
+}
+
+
+def typed(schema: dict[str, Any], *arguments: str) -> dict[str, Any]:
+    """The input that these options make, checked."""
+    fields = fields_of(schema)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    options.add_options(parser, fields)
+    job_input = options.with_files(options.given(parser.parse_args(arguments), fields), fields)
+    options.check(job_input, fields)
+    return job_input
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_of_the_schema_is_an_option(name: str) -> None:
+    one = FIELDS[name]
+    least = str(one.schema.get("minimum"))
+    values = {"string": "text", "integer": least, "number": "0.5"}
+    if "enum" in one.schema:
+        value: tuple[str, ...] = (one.schema["enum"][0],)
+    elif one.is_picture or (one.kind == "array" and "pattern" in one.items.schema):
+        value = ("https://example.com/a.png",)
+    elif one.kind == "array":
+        value = (json.dumps([dict.fromkeys(one.items.schema["required"], "a")]),)
+    else:
+        value = () if one.kind == "boolean" else (values[one.kind],)
+    made = typed(SCHEMA, one.option, *value)
+    jsonschema.validate(made[name], {**SCHEMA["properties"][name], "$defs": SCHEMA["$defs"]})
+    for alias in one.aliases:
+        assert typed(SCHEMA, "--" + alias.replace("_", "-"), *value) == made
+
+
+def test_values_are_typed_and_keep_their_digits() -> None:
+    assert typed(
+        SCHEMA,
+        *("--seed", "18446744073709551615", "--guidance-scale", "7", "--strength", "0.25"),
+        *("--no-duplicate-first", "--mask-invert", "--prompt", "7"),
+    ) == {
+        "seed": 2**64 - 1,
+        "guidance_scale": 7,
+        "strength": 0.25,
+        "duplicate_first": False,
+        "mask_invert": True,
+        "prompt": "7",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "lora"),
+    [
+        ("dot.safetensors", {"path": "dot.safetensors"}),
+        ("dot.safetensors:0.5", {"path": "dot.safetensors", "scale": 0.5}),
+        ("https://example.com/a", {"path": "https://example.com/a"}),
+        ("https://example.com/a:-1", {"path": "https://example.com/a", "scale": -1}),
+        ("path=a,scale=2", {"path": "a", "scale": 2}),
+        ("url=https://e.com/a?b=c,d,weight=2", {"path": "https://e.com/a?b=c,d", "scale": 2}),
+        ('{"path": "a", "scale": 2}', {"path": "a", "scale": 2}),
+    ],
+)  # fmt: skip
+def test_a_lora_has_short_forms(text: str, lora: dict[str, Any]) -> None:
+    assert typed(SCHEMA, "--lora", text) == {"loras": [lora]}
+
+
+def test_a_list_s_option_may_be_given_several_times() -> None:
+    made = typed(SCHEMA, "--loras", '[{"path": "a"}, {"path": "b"}]', "--lora", "c:2")
+    assert made == {"loras": [{"path": "a"}, {"path": "b"}, {"path": "c", "scale": 2}]}
+    assert typed(SCHEMA, "--embeddings", "a.pt:<word>") == {
+        "embeddings": [{"path": "a.pt", "token": "<word>"}]
+    }
+
+
+def test_fields_that_nobody_knew_of_are_options_too(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "edges.png")
+    made = typed(
+        LATER,
+        *("--eta", "0.5", "--tiling", "--sizes", "64", "--sizes", "128"),
+        *("--controlnet", f"type=canny,image={tmp_path}/edges.png,scale=0.8,guess=true"),
+        *("--control", '{"type": "depth", "image_url": "https://example.com/d.png"}'),
+    )
+    first, second = made.pop("controlnet")
+    assert made == {"eta": 0.5, "tiling": True, "sizes": [64, 128]}
+    assert (
+        base64.b64decode(first.pop("image_url").partition(",")[2])
+        == (tmp_path / "edges.png").read_bytes()
+    )
+    assert first == {"type": "canny", "scale": 0.8, "guess": True}
+    assert second == {"type": "depth", "image_url": "https://example.com/d.png"}
+
+
+def test_the_help_of_a_later_field_is_its_description(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    options.add_options(parser, fields_of(LATER))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert "Noise: 100% eta. (a number from 0 to 1)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--eta", "2"), "--eta: must be a number from 0 to 1; got 2"),
+        (("--eta", "nan"), "--eta: must be a number from 0 to 1; got NaN"),
+        (("--controlnet", "type=canny"), "--controlnet[0].image_url: is missing"),
+        (
+            ("--controlnet", "type=cany,image_url=https://a.b/c"),
+            '--controlnet[0].type: must be one of canny, depth; got "cany" (did you mean canny?)',
+        ),
+        (
+            ("--controlnet", '{"typ": "canny"}'),
+            "controlnet[0].typ: unknown field (did you mean type?)",
+        ),
+        (("--controlnet", "{"), '--controlnet: "{" is not valid JSON'),
+        (("--sizes", "64") * 3, "--sizes: must be a list of at most 2, each an integer"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_by_its_option(arguments: tuple[str, ...], told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        typed(LATER, *arguments)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@QUICK
+@given(data=st.data())
+def test_the_local_check_agrees_with_the_schema(name: str, data: st.DataObject) -> None:
+    schema = SCHEMA["properties"][name]
+    value = data.draw(valid(schema, SCHEMA) | nearly(schema, SCHEMA) | anything)
+    judge = jsonschema.Draft202012Validator({**schema, "$defs": SCHEMA["$defs"]})
+    if value is None or (isinstance(value, list) and len({*map(str, value)}) < len(value)):
+        return  # not sent; that items are unique, the worker judges
+    told = options.problems({name: value}, FIELDS)
+    if not judge.is_valid(value):
+        assert told, value
+    elif not _has_null(value):
+        assert told == [], value
+
+
+def _has_null(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(_has_null(one) for one in values)
+
+
+def test_a_table_s_columns_are_fields() -> None:
+    table = 'prompt,steps,loras,preview\na cat,4,a:0.5,true\n"a, b",,,\n'
+    rows = csv.DictReader(io.StringIO(table))
+    first, second = (options.from_row(options.own_names(row, FIELDS), FIELDS) for row in rows)
+    assert first == {
+        "prompt": "a cat",
+        "num_inference_steps": 4,
+        "loras": [{"path": "a", "scale": 0.5}],
+        "preview": True,
+    }
+    assert second == {"prompt": "a, b"}
+
+
+def test_other_services_names_become_the_fields_and_nulls_go() -> None:
+    assert options.own_names({"steps": 4, "seed": None}, FIELDS) == {"num_inference_steps": 4}
+    with pytest.raises(UsageError, match="num_inference_steps, which is given as well"):
+        options.own_names({"num_inference_steps": 4, "steps": 4}, FIELDS)
+
+
+def test_a_picture_is_sent_as_it_is_with_its_type(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "named.png", "JPEG")
+    uri = typed(SCHEMA, "--image", str(tmp_path / "named.png"))["image_url"]
+    assert uri.startswith("data:image/jpeg;base64,")
+    for address in ("https://example.com/a.png", "data:image/png;base64,AA"):
+        assert typed(SCHEMA, "--image", address) == {"image_url": address}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("none.png", None, "No such file"),
+        ("a.png", b"text", "no picture"),
+        (".", None, "directory"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_not_sent(
+    name: str, content: bytes | None, reason: str, tmp_path: Path
+) -> None:
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=f"--mask-url: .*{reason}"):
+        typed(SCHEMA, "--mask", str(tmp_path / name))
+
+
+def test_a_worker_s_error_names_the_options() -> None:
+    error = "mask_blur: needs mask_url\nloras[0].path: was not found\nthe worker: is full"
+    assert options.with_options_named(error, FIELDS) == (
+        "--mask-blur: needs mask_url\n--loras[0].path: was not found\nthe worker: is full"
+    )
