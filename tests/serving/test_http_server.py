@@ -597,6 +597,32 @@ def test_a_client_that_does_not_finish_a_request_s_head_is_dropped(
     asyncio.run(ask())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_USER_TIMEOUT")
+def test_a_client_that_takes_nothing_of_its_answer_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ports, "STUCK_MILLISECONDS", 500)
+
+    async def ask() -> None:
+        large = Answer({"images": ["x" * 30 * MB], "seed": 1}, Outcome.DONE)
+        worker = Served(large).server
+        [listening] = ports.open_ports(Settings(port=free_port()))
+        await worker.wait_for_models()
+        serving = asyncio.create_task(worker.server.serve([listening]))
+        with socket.create_connection(("127.0.0.1", listening.getsockname()[1])) as client:
+            client.sendall(b"POST /generate HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
+            connections = worker.server.server_state.connections
+            async with asyncio.timeout(60):
+                while not connections:
+                    await asyncio.sleep(0.02)
+                while connections:
+                    await asyncio.sleep(0.02)
+        worker.server.should_exit = True
+        await serving
+
+    asyncio.run(ask())
+
+
 def test_a_form_becomes_the_json_that_says_the_same() -> None:
     picture_bytes = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture_bytes, "PNG")
