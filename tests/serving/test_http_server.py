@@ -514,7 +514,18 @@ def test_after_a_broken_gpu_ping_says_so_and_no_job_is_let_in(
 
     async def ask() -> None:
         served = Served(Answer({"error": "broken", "refresh_worker": True}, Outcome.GPU_BROKEN))
+        is_broken = asyncio.Event()
+
+        async def body() -> Any:
+            await is_broken.wait()
+            yield b"{}"
+
+        late = asyncio.create_task(served.post(json=None, content=body()))
+        while not served.server._places.taken:
+            await asyncio.sleep(0.01)
         assert (await served.post()).status_code == 503
+        is_broken.set()
+        assert (await late).status_code == 503
         assert (await served.client.get("/ping")).status_code == 503
         assert (await served.post()).status_code == 503
         assert len(served.jobs) == 1
