@@ -191,7 +191,8 @@ class Server:
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith("RUNPOD_REALTIME_")  # would start a server in place of a worker
+            # Would start a server in place of a worker.
+            if not name.startswith(("RUNPOD_REALTIME_", "SERVE_HTTP"))
         }
         return {
             **inherited,

@@ -169,7 +169,7 @@ class WorkerServer:
 
     def told_to_end(self) -> None:
         """No job is let in any more; the server ends once those are answered that are here."""
-        log.info("told to end; jobs that are left: %d", self._places.taken)
+        log.info("ending; jobs that are left: %d", self._places.taken)
         self._state = State.ENDING
         hurry()
         self._ending = asyncio.create_task(self._end())
@@ -261,6 +261,8 @@ class WorkerServer:
             # The place is taken before the body is read: what is held has a limit.
             with self._places.entered():
                 read = {"id": job_id, **await job(await read_body(request))}
+                if self.is_broken and (refusal := self._refusal()) is not None:
+                    return _refused(request, refusal)
                 return await self._run(request, read)
         except Full as full:
             self._metrics.on_job(TURNED_AWAY)

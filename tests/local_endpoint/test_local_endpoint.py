@@ -1022,7 +1022,8 @@ def test_a_worker_that_dies_at_start_is_an_error_in_tests_too() -> None:
 def test_workers_get_the_environment_of_runpod_and_a_home_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("RUNPOD_REALTIME_PORT", "8000")  # would make it a server
+    for name, value in (("RUNPOD_REALTIME_PORT", "8000"), ("SERVE_HTTP", "true")):
+        monkeypatch.setenv(name, value)  # would make it a server
     monkeypatch.setenv("RUNPOD_AI_API_KEY", "of this machine")
     monkeypatch.setenv("SETTING", "passed on")
     script = "import json, os; print(json.dumps(dict(os.environ)))"
@@ -1053,7 +1054,7 @@ def test_workers_get_the_environment_of_runpod_and_a_home_of_their_own(
         "SETTING": "passed on",
     }
     assert {name: worker.get(name) for name in expected} == expected
-    assert "RUNPOD_REALTIME_PORT" not in worker
+    assert not {"RUNPOD_REALTIME_PORT", "SERVE_HTTP"} & set(worker)
     assert worker["HOME"] != os.environ.get("HOME")
 
 

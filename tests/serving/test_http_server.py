@@ -514,7 +514,18 @@ def test_after_a_broken_gpu_ping_says_so_and_no_job_is_let_in(
 
     async def ask() -> None:
         served = Served(Answer({"error": "broken", "refresh_worker": True}, Outcome.GPU_BROKEN))
+        is_broken = asyncio.Event()
+
+        async def body() -> Any:
+            await is_broken.wait()
+            yield b"{}"
+
+        late = asyncio.create_task(served.post(json=None, content=body()))
+        while not served.server._places.taken:
+            await asyncio.sleep(0.01)
         assert (await served.post()).status_code == 503
+        is_broken.set()
+        assert (await late).status_code == 503
         assert (await served.client.get("/ping")).status_code == 503
         assert (await served.post()).status_code == 503
         assert len(served.jobs) == 1
@@ -592,6 +603,32 @@ def test_a_client_that_does_not_finish_a_request_s_head_is_dropped(
             assert b" 204 " in await reader.readuntil(b"\r\n\r\n")
         writer.close()
         server.should_exit = True
+        await serving
+
+    asyncio.run(ask())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_USER_TIMEOUT")
+def test_a_client_that_takes_nothing_of_its_answer_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ports, "STUCK_MILLISECONDS", 500)
+
+    async def ask() -> None:
+        large = Answer({"images": ["x" * 30 * MB], "seed": 1}, Outcome.DONE)
+        worker = Served(large).server
+        [listening] = ports.open_ports(Settings(port=free_port()))
+        await worker.wait_for_models()
+        serving = asyncio.create_task(worker.server.serve([listening]))
+        with socket.create_connection(("127.0.0.1", listening.getsockname()[1])) as client:
+            client.sendall(b"POST /generate HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
+            connections = worker.server.server_state.connections
+            async with asyncio.timeout(60):
+                while not connections:
+                    await asyncio.sleep(0.02)
+                while connections:
+                    await asyncio.sleep(0.02)
+        worker.server.should_exit = True
         await serving
 
     asyncio.run(ask())
