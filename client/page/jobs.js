@@ -16,6 +16,7 @@ let emptyElement;
 let clearButton;
 let addFinished = async () => {};
 let allJobs = [];
+let isLeaving = false;
 
 // Shows the jobs in the section, and goes on with those that a reload cut off. `addPictures` gets
 // {input, output, jobId, seconds} of each that has ended well: the same again where the page was
@@ -38,6 +39,9 @@ export function openJobs(section, { addPictures }) {
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) allJobs.forEach((job) => job.wake?.());
   });
+  // What breaks off because the page is left is no failure of its job.
+  addEventListener("pagehide", () => (isLeaving = true));
+  addEventListener("pageshow", () => (isLeaving = false));
   setInterval(() => allJobs.filter((job) => !job.isOver).forEach(showState), 1000);
   for (const kept of keptJobs()) resume(kept);
 }
@@ -384,6 +388,7 @@ function timeLeft(seconds) {
 // What a reload must not lose: jobs that have not ended.
 
 function keep() {
+  if (isLeaving) return;
   const open = allJobs.filter((job) => !job.isSettled);
   const texts = open.map((job) => keptText(job, false));
   for (let cut = 0; ; cut += 1) {
