@@ -155,6 +155,7 @@ class Gallery {
   }
 
   async addFiles(files) {
+    await whenOpened;
     let added = 0;
     for (const file of files) {
       if (!PICTURE_TYPES.includes(file.type)) {
