@@ -27,7 +27,7 @@ ELSEWHERE = {
 }
 
 IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w.]+)";\n', re.MULTILINE)
-EXPORT = re.compile(r"^export ", re.MULTILINE)
+EXPORT = re.compile(r"^export (?=(?:async )?function\b|class\b|const\b|let\b)", re.MULTILINE)
 TOP_LEVEL = re.compile(
     r"^(?:export )?(?:(?:async )?function\*?|class|const|let) (\w+)", re.MULTILINE
 )

@@ -598,7 +598,7 @@ function objectListField(property, path) {
   };
   add.addEventListener("click", () => {
     build([...values(), {}]);
-    rows.at(-1).element.querySelector("input, textarea, select, button")?.focus();
+    rows.at(-1).element.querySelector("input, textarea, select")?.focus();
     onChange();
   });
   build([]);
@@ -692,7 +692,7 @@ function pictureField(property, path) {
     return true;
   };
   thumbnail.addEventListener("load", () => {
-    if (dataUri) told.textContent = `${thumbnail.naturalWidth} × ${thumbnail.naturalHeight}, ${mediaType(dataUri)}, ${megabytes(Math.ceil((dataUri.length * 3) / 4))}`;
+    if (dataUri) told.textContent = `${thumbnail.naturalWidth} x ${thumbnail.naturalHeight}, ${mediaType(dataUri)}, ${megabytes(Math.ceil((dataUri.length * 3) / 4))}`;
   });
   thumbnail.addEventListener("error", () => {
     thumbnail.hidden = true;
@@ -705,7 +705,8 @@ function pictureField(property, path) {
   });
   control.addEventListener("change", showPicture);
   choose.addEventListener("click", () => chooser.click());
-  chooser.addEventListener("change", () => {
+  chooser.addEventListener("change", (event) => {
+    event.stopPropagation(); // it is not what the field is checked by
     if (chooser.files[0]) put(chooser.files[0]);
     chooser.value = "";
   });

@@ -6,6 +6,7 @@ import {parseJson, writeJson} from "./json.js";
 const JOBS_KEY = "sdxl-jobs";
 const POLL_MS = { near: 500, far: 1000, queue: 3000, hidden: 10_000, trouble: 30_000 };
 const MAX_FINISHED = 20;
+const MAX_DONE = 3; // their pictures are in the gallery
 const ENDED = ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"];
 const STAGES = { base: "base", refiner: "refiner", download: "downloading", loading: "loading" };
 
@@ -15,6 +16,7 @@ let emptyElement;
 let clearButton;
 let addFinished = async () => {};
 let allJobs = [];
+let isLeaving = false;
 
 // Shows the jobs in the section, and goes on with those that a reload cut off. `addPictures` gets
 // {input, output, jobId, seconds} of each that has ended well: the same again where the page was
@@ -37,6 +39,9 @@ export function openJobs(section, { addPictures }) {
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) allJobs.forEach((job) => job.wake?.());
   });
+  // What breaks off because the page is left is no failure of its job.
+  addEventListener("pagehide", () => (isLeaving = true));
+  addEventListener("pageshow", () => (isLeaving = false));
   setInterval(() => allJobs.filter((job) => !job.isOver).forEach(showState), 1000);
   for (const kept of keptJobs()) resume(kept);
 }
@@ -102,8 +107,8 @@ async function follow(job) {
   while (!job.isOver) {
     try {
       take(job, await status(job.jobId, job.at));
+      if (failures) job.trouble = "";
       failures = 0;
-      job.trouble = "";
     } catch (error) {
       if (error.status === 404) {
         end(job, { error: error.message });
@@ -273,13 +278,14 @@ function dismiss(job) {
   allJobs = allJobs.filter((one) => one !== job);
   job.view.item.remove();
   showList();
-  (next?.querySelector("button:not([hidden])") ?? clearButton).focus();
+  (next?.querySelector("button:not([hidden])") ?? document.getElementById("draw")).focus();
 }
 
 function clearFinished() {
   allJobs.filter((job) => job.isOver).forEach((job) => job.view.item.remove());
   allJobs = allJobs.filter((job) => !job.isOver);
   showList();
+  document.getElementById("draw").focus();
 }
 
 function showList() {
@@ -287,11 +293,11 @@ function showList() {
   const link = document.getElementById("running");
   link.hidden = running === 0;
   link.textContent = running === 1 ? "1 job" : `${running} jobs`;
-  const finished = allJobs.filter((job) => job.isOver);
-  for (const job of finished.slice(MAX_FINISHED)) {
-    job.view.item.remove();
-    allJobs = allJobs.filter((one) => one !== job);
-  }
+  const finished = allJobs.filter((job) => job.isSettled);
+  const isDone = (job) => job.state === "done" && !job.warning && job.view.report.hidden;
+  const surplus = [...finished.filter(isDone).slice(MAX_DONE), ...finished.slice(MAX_FINISHED)];
+  surplus.forEach((job) => job.view.item.remove());
+  allJobs = allJobs.filter((job) => !surplus.includes(job));
   emptyElement.hidden = allJobs.length > 0;
   clearButton.hidden = !allJobs.some((job) => job.isOver);
 }
@@ -346,10 +352,12 @@ function showState(job) {
   const isFailed = job.state === "failed";
   view.error.textContent = isFailed ? job.error : "";
   view.error.hidden = !isFailed;
+  const hadFocus = document.activeElement === view.cancel;
   view.cancel.hidden = job.isOver || !job.jobId;
   view.cancel.disabled = Boolean(job.isStopping);
   view.again.hidden = !job.isOver || Boolean(job.isCut);
   view.dismiss.hidden = !job.isOver;
+  if (hadFocus && job.isOver) view.dismiss.focus();
 }
 
 function stateWords(job) {
@@ -380,6 +388,7 @@ function timeLeft(seconds) {
 // What a reload must not lose: jobs that have not ended.
 
 function keep() {
+  if (isLeaving) return;
   const open = allJobs.filter((job) => !job.isSettled);
   const texts = open.map((job) => keptText(job, false));
   for (let cut = 0; ; cut += 1) {

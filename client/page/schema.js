@@ -119,7 +119,7 @@ export function numberOf(property, text) {
     const whole = BigInt(text.replace(/^\+|\..*$/g, ""));
     return Number.isSafeInteger(Number(whole)) ? Number(whole) : whole;
   }
-  const number = text.trim() === "" ? NaN : Number(text);
+  const number = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(text) ? Number(text) : NaN;
   return Number.isFinite(number) ? number : undefined;
 }
 
