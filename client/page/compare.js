@@ -18,8 +18,17 @@ export function comparePictures(first, second) {
   const show = () => {
     const [left, right] = pair;
     const image = (picture, side) =>
-      make("img", { class: side, src: picture.url, alt: `${side === "left" ? "Left" : "Right"}: ${picture.name}`, draggable: "false" });
-    stage.replaceChildren(image(right, "right"), image(left, "left"), make("span", { class: "divider", "aria-hidden": "true" }));
+      make("img", {
+        class: side,
+        src: picture.url,
+        alt: `${side === "left" ? "Left" : "Right"}: ${picture.name}`,
+        draggable: "false",
+      });
+    stage.replaceChildren(
+      image(right, "right"),
+      image(left, "left"),
+      make("span", { class: "divider", "aria-hidden": "true" }),
+    );
     names.replaceChildren(
       make("span", {}, make("strong", {}, "Left: "), `${left.name}, ${sizeOf(left)}`),
       make("span", {}, make("strong", {}, "Right: "), `${right.name}, ${sizeOf(right)}`),
@@ -42,7 +51,10 @@ export function comparePictures(first, second) {
     stage.setPointerCapture(event.pointerId);
     drag(event);
   });
-  stage.addEventListener("pointermove", (event) => stage.hasPointerCapture(event.pointerId) && drag(event));
+  stage.addEventListener(
+    "pointermove",
+    (event) => stage.hasPointerCapture(event.pointerId) && drag(event),
+  );
 
   show();
   const dialog = openDialog(
@@ -73,14 +85,22 @@ function sizeOf({ width, height }) {
 // The parameters that are not the same in both, as [name, first, second].
 export function differingParameters(first, second) {
   const names = new Set([...Object.keys(first), ...Object.keys(second)]);
-  return [...names].filter((name) => first[name] !== second[name]).map((name) => [name, first[name], second[name]]);
+  return [...names]
+    .filter((name) => first[name] !== second[name])
+    .map((name) => [name, first[name], second[name]]);
 }
 
 function tellDifferences(left, right) {
   const rows = differingParameters(left.parameters, right.parameters);
   const told = [];
   if (left.width !== right.width || left.height !== right.height) {
-    told.push(make("p", { class: "hint" }, "The pictures have different sizes; each is shown as large as fits."));
+    told.push(
+      make(
+        "p",
+        { class: "hint" },
+        "The pictures have different sizes; each is shown as large as fits.",
+      ),
+    );
   }
   if (!rows.length) return [...told, make("p", {}, "All parameters that are known are the same.")];
   const head = ["Parameter", "Left", "Right"].map((name) => make("th", { scope: "col" }, name));
@@ -93,9 +113,21 @@ function tellDifferences(left, right) {
       "tbody",
       {},
       ...rows.map(([name, ...values]) =>
-        make("tr", {}, make("th", { scope: "row" }, name), ...values.map((value) => make("td", {}, value ?? "-"))),
+        make(
+          "tr",
+          {},
+          make("th", { scope: "row" }, name),
+          ...values.map((value) => make("td", {}, value ?? "-")),
+        ),
       ),
     ),
   );
-  return [...told, make("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": "What differs" }, table)];
+  return [
+    ...told,
+    make(
+      "div",
+      { class: "table-scroll", tabindex: 0, role: "region", "aria-label": "What differs" },
+      table,
+    ),
+  ];
 }

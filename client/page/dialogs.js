@@ -15,21 +15,22 @@ export function labelledControl(text, control) {
 
 // A modal dialog with a heading, which leaves the page when it is closed.
 export function openDialog(title, classes, ...children) {
+  const dialog = framedDialog(title, classes, ...children);
+  dialog.firstChild.append(button("Close", () => dialog.close()));
+  dialog.showModal();
+  return dialog;
+}
+
+function framedDialog(title, classes, ...children) {
   const heading = make("h2", { id: `dialog-${(labelled += 1)}` }, title);
   const dialog = make(
     "dialog",
     { class: `sheet ${classes}`, "aria-labelledby": heading.id },
-    make(
-      "header",
-      {},
-      heading,
-      button("Close", () => dialog.close(), { class: "close" }),
-    ),
+    make("header", {}, heading),
     ...children,
   );
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
-  dialog.showModal();
   return dialog;
 }
 
@@ -37,7 +38,7 @@ export function openDialog(title, classes, ...children) {
 export function confirmed(question, action) {
   return new Promise((resolve) => {
     let answer = false;
-    const dialog = openDialog(
+    const dialog = framedDialog(
       question,
       "question",
       make(
@@ -55,5 +56,6 @@ export function confirmed(question, action) {
       ),
     );
     dialog.addEventListener("close", () => resolve(answer));
+    dialog.showModal();
   });
 }

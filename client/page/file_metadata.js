@@ -4,7 +4,7 @@ import {parseJson} from "./json.js";
 
 const XMP_NAMESPACE = "urn:sdxl-worker:";
 const MAX_TEXT_BYTES = 4_000_000;
-const PROMPT_FIELDS = ["prompt", "negative_prompt", "prompt_2", "negative_prompt_2"];
+export const PROMPT_FIELDS = ["prompt", "negative_prompt", "prompt_2", "negative_prompt_2"];
 
 // The texts of a picture's file by name: request, parameters, model, Software, versions...
 export async function readTexts(blob) {
@@ -53,14 +53,22 @@ export function describePicture(texts, input) {
   const about = Object.fromEntries(
     Object.entries(texts).filter(([name]) => !["request", "parameters"].includes(name)),
   );
-  return { request, completed, missing, fromFile, about, infotext: infotextOf(texts, request, completed) };
+  return {
+    request,
+    completed,
+    missing,
+    fromFile,
+    about,
+    infotext: infotextOf(texts, request, completed),
+  };
 }
 
 // A1111's text, with the prompts in their lines where the file leaves them out.
 function infotextOf({ parameters }, { prompt, negative_prompt: negative }, completed) {
   if (!parameters) return "";
   const lines = [parameters];
-  if (negative && completed.includes("negative_prompt")) lines.unshift(`Negative prompt: ${negative}`);
+  if (negative && completed.includes("negative_prompt"))
+    lines.unshift(`Negative prompt: ${negative}`);
   if (prompt && completed.includes("prompt")) lines.unshift(prompt);
   return lines.join("\n");
 }
@@ -84,7 +92,7 @@ function utf8(bytes) {
 
 async function textsOfPng(bytes, view) {
   const texts = {};
-  for (let offset = 8; offset + 12 <= bytes.length; ) {
+  for (let offset = 8; offset + 12 <= bytes.length;) {
     const length = view.getUint32(offset);
     const kind = latin1(bytes.subarray(offset + 4, offset + 8));
     const data = bytes.subarray(offset + 8, offset + 8 + length);
@@ -116,7 +124,10 @@ async function textOfChunk(kind, data) {
 
 // Null where it is damaged, or larger than any text of a picture.
 async function inflate(data) {
-  const reader = new Blob([data]).stream().pipeThrough(new DecompressionStream("deflate")).getReader();
+  const reader = new Blob([data])
+    .stream()
+    .pipeThrough(new DecompressionStream("deflate"))
+    .getReader();
   const parts = [];
   let size = 0;
   try {
@@ -140,7 +151,7 @@ async function inflate(data) {
 function jpegSegments(bytes, view) {
   const found = {};
   const names = { exif: "Exif\0\0", xmp: "http://ns.adobe.com/xap/1.0/\0" };
-  for (let offset = 2; bytes[offset] === 0xff && offset + 4 <= bytes.length; ) {
+  for (let offset = 2; bytes[offset] === 0xff && offset + 4 <= bytes.length;) {
     const marker = bytes[offset + 1];
     if (marker === 0xda) break;
     const length = view.getUint16(offset + 2);
@@ -156,7 +167,7 @@ function jpegSegments(bytes, view) {
 
 function webpChunks(bytes, view) {
   const found = {};
-  for (let offset = 12; offset + 8 <= bytes.length; ) {
+  for (let offset = 12; offset + 8 <= bytes.length;) {
     const kind = latin1(bytes.subarray(offset, offset + 4));
     const length = view.getUint32(offset + 4, true);
     const data = bytes.subarray(offset + 8, offset + 8 + length);

@@ -20,7 +20,10 @@ export function parseAxis(field, text) {
   const parts = splitList(text);
   if (!parts.length) throw new Error(`${field.name}: needs values, such as ${exampleOf(field)}`);
   const values = parts.flatMap((part) => valuesOf(field, part));
-  if (values.length > MAX_CELLS) throw new Error(`${field.name}: ${values.length} values are more than the ${MAX_CELLS} cells of a grid`);
+  if (values.length > MAX_CELLS)
+    throw new Error(
+      `${field.name}: ${values.length} values are more than the ${MAX_CELLS} cells of a grid`,
+    );
   const seen = new Set();
   for (const value of values) {
     const problem = field.name === REPLACE ? "" : problemOf(field, value);
@@ -56,7 +59,10 @@ function valuesOf(field, part) {
   }
   if (field.type === "string") return [part];
   const number = "([+-]?\\d+(?:\\.\\d+)?)";
-  const [, first, last, step = "1"] = RegExp(`^${number}\\s*-\\s*${number}$`).exec(part) ?? RegExp(`^${number}:${number}:${number}$`).exec(part) ?? [];
+  const [, first, last, step = "1"] =
+    RegExp(`^${number}\\s*-\\s*${number}$`).exec(part) ??
+    RegExp(`^${number}:${number}:${number}$`).exec(part) ??
+    [];
   if (first !== undefined) return range(field, first, last, step, part);
   const value = numberOf(field, part);
   if (value === undefined) throw new Error(`${field.name}: must be ${field.rule}; got ${part}`);
@@ -72,13 +78,23 @@ function range(field, first, last, step, part) {
     return text.startsWith("-") ? -size : size;
   };
   const [from, to, by] = [first, last, step].map(units);
-  if (by <= 0n || to < from) throw new Error(`${field.name}: a range goes up, by a step above 0; got ${part}`);
-  if ((to - from) / by >= BigInt(MAX_CELLS)) throw new Error(`${field.name}: ${part} has more than ${MAX_CELLS} values`);
+  if (by <= 0n || to < from)
+    throw new Error(`${field.name}: a range goes up, by a step above 0; got ${part}`);
+  if ((to - from) / by >= BigInt(MAX_CELLS))
+    throw new Error(`${field.name}: ${part} has more than ${MAX_CELLS} values`);
   const values = [];
   for (let value = from; value <= to; value += by) {
-    const text = value.toString().replace("-", "").padStart(digits + 1, "0");
+    const text = value
+      .toString()
+      .replace("-", "")
+      .padStart(digits + 1, "0");
     const place = text.length - digits;
-    values.push(numberOf(field, `${value < 0n ? "-" : ""}${text.slice(0, place)}${digits ? `.${text.slice(place)}` : ""}`));
+    values.push(
+      numberOf(
+        field,
+        `${value < 0n ? "-" : ""}${text.slice(0, place)}${digits ? `.${text.slice(place)}` : ""}`,
+      ),
+    );
   }
   return values;
 }
@@ -113,10 +129,15 @@ async function inTurns(list, count, signal, work) {
 
 // A grid in a section. `actions` are the page's: {readInput, submit, propertiesOf}.
 export function openGrid(section, actions) {
-  const scalars = actions.propertiesOf().filter(
-    ({ name, type, isPicture, isList, enum: choices }) =>
-      !isPicture && !isList && !NOT_COMPARED.includes(name) && (["integer", "number", "boolean"].includes(type) || choices),
-  );
+  const scalars = actions
+    .propertiesOf()
+    .filter(
+      ({ name, type, isPicture, isList, enum: choices }) =>
+        !isPicture &&
+        !isList &&
+        !NOT_COMPARED.includes(name) &&
+        (["integer", "number", "boolean"].includes(type) || choices),
+    );
   const prompt = { name: REPLACE, type: "string", rule: "words" };
   new Grid(section, actions, [...scalars, prompt]);
 }
@@ -142,12 +163,22 @@ class Grid {
     this.#start = button("Start", () => this.#run(), { class: "primary" });
     this.#cancel = button("Cancel all", () => this.#stopping?.abort(), { disabled: true });
     this.#save = button("Download as one picture", () => this.#download(), { disabled: true });
-    this.#table = make("div", { class: "table-scroll grid-table", tabindex: 0, role: "region", "aria-label": "Cells of the grid", hidden: true });
+    this.#table = make("div", {
+      class: "table-scroll grid-table",
+      tabindex: 0,
+      role: "region",
+      "aria-label": "Cells of the grid",
+      hidden: true,
+    });
     const body = make(
       "details",
       {},
       make("summary", {}, "X/Y grid"),
-      make("p", { class: "hint" }, "Draws what the form says once for each pair of values. Values are a list (20, 30, 40), a range (1-4), or a range with a step (20:50:10). For words of the prompt, the first is replaced by each."),
+      make(
+        "p",
+        { class: "hint" },
+        "Draws what the form says once for each pair of values. Values are a list (20, 30, 40), a range (1-4), or a range with a step (20:50:10). For words of the prompt, the first is replaced by each.",
+      ),
       this.#axisRow("X", "num_inference_steps", false),
       this.#axisRow("Y", "", true),
       this.#count,
@@ -161,8 +192,15 @@ class Grid {
   }
 
   #axisRow(axis, chosen, mayBeNone) {
-    const select = make("select", {}, ...(mayBeNone ? [make("option", { value: "" }, "nothing")] : []), ...this.#fields.map(({ name }) => make("option", { value: name }, name)));
-    select.value = this.#fields.some(({ name }) => name === chosen) ? chosen : select.options[0].value;
+    const select = make(
+      "select",
+      {},
+      ...(mayBeNone ? [make("option", { value: "" }, "nothing")] : []),
+      ...this.#fields.map(({ name }) => make("option", { value: name }, name)),
+    );
+    select.value = this.#fields.some(({ name }) => name === chosen)
+      ? chosen
+      : select.options[0].value;
     const values = make("input", { type: "text", autocomplete: "off" });
     const changed = () => {
       const field = this.#fieldOf(select.value);
@@ -174,7 +212,12 @@ class Grid {
     values.addEventListener("input", () => this.#tellCount());
     this.#axes[axis] = { select, values };
     changed();
-    return make("div", { class: "row axis" }, labelledControl(`${axis} setting`, select), labelledControl(`${axis} values`, values));
+    return make(
+      "div",
+      { class: "row axis" },
+      labelledControl(`${axis} setting`, select),
+      labelledControl(`${axis} values`, values),
+    );
   }
 
   #fieldOf(name) {
@@ -187,9 +230,11 @@ class Grid {
       const field = this.#fieldOf(this.#axes[axis].select.value);
       return field ? { field, values: parseAxis(field, this.#axes[axis].values.value) } : null;
     });
-    if (y && x.field === y.field) throw new Error("X and Y are the same setting; choose two, or nothing for Y");
+    if (y && x.field === y.field)
+      throw new Error("X and Y are the same setting; choose two, or nothing for Y");
     const cells = x.values.length * (y ? y.values.length : 1);
-    if (cells > MAX_CELLS) throw new Error(`${cells} pictures are too many; a grid has at most ${MAX_CELLS}`);
+    if (cells > MAX_CELLS)
+      throw new Error(`${cells} pictures are too many; a grid has at most ${MAX_CELLS}`);
     return { x, y, cells };
   }
 
@@ -228,7 +273,11 @@ class Grid {
     this.#stopping = new AbortController();
     const { signal } = this.#stopping;
     this.#setRunning(true);
-    const cells = cellsOf(base, x, y).map((cell) => ({ ...cell, place: make("td", {}, "waiting"), picture: null }));
+    const cells = cellsOf(base, x, y).map((cell) => ({
+      ...cell,
+      place: make("td", {}, "waiting"),
+      picture: null,
+    }));
     this.#drawn = { x, y, cells };
     this.#showTable();
     let [done, failed] = [0, 0];
@@ -240,7 +289,10 @@ class Grid {
     await inTurns(cells, JOBS_AT_ONCE, signal, async (cell) => {
       cell.place.textContent = "drawing";
       try {
-        const { output } = await this.#actions.submit(cell.input, { label: `grid: ${axisLabel(x, cell.x)}${y ? `, ${axisLabel(y, cell.y)}` : ""}`, signal });
+        const { output } = await this.#actions.submit(cell.input, {
+          label: `grid: ${axisLabel(x, cell.x)}${y ? `, ${axisLabel(y, cell.y)}` : ""}`,
+          signal,
+        });
         await this.#showPicture(cell, output);
         done += 1;
       } catch (error) {
@@ -249,7 +301,8 @@ class Grid {
       }
       tell("");
     });
-    for (const { place } of cells) if (place.textContent === "waiting") place.textContent = "cancelled";
+    for (const { place } of cells)
+      if (place.textContent === "waiting") place.textContent = "cancelled";
     tell(signal.aborted ? "Cancelled: " : "Finished: ");
     this.#setRunning(false);
     this.#save.disabled = done === 0;
@@ -269,7 +322,12 @@ class Grid {
 
   async #showPicture(cell, output) {
     const source = output?.images?.[0] ?? output?.image_url;
-    const name = [axisLabel(this.#drawn.x, cell.x), this.#drawn.y && axisLabel(this.#drawn.y, cell.y)].filter(Boolean).join(", ");
+    const name = [
+      axisLabel(this.#drawn.x, cell.x),
+      this.#drawn.y && axisLabel(this.#drawn.y, cell.y),
+    ]
+      .filter(Boolean)
+      .join(", ");
     const isShown = typeof source === "string" && /^(data:image\/|https?:\/\/)/i.test(source);
     if (!isShown) throw new Error("the answer has no picture");
     cell.picture = await loadImage(source);
@@ -279,18 +337,37 @@ class Grid {
 
   #showTable() {
     const { x, y, cells } = this.#drawn;
-    const head = make("tr", {}, ...(y ? [make("td", {})] : []), ...x.values.map((value) => make("th", { scope: "col" }, String(value))));
+    const head = make(
+      "tr",
+      {},
+      ...(y ? [make("td", {})] : []),
+      ...x.values.map((value) => make("th", { scope: "col" }, String(value))),
+    );
     const rows = (y ? y.values : [null]).map((value, row) =>
       make(
         "tr",
         {},
         ...(y ? [make("th", { scope: "row" }, String(value))] : []),
-        ...cells.slice(row * x.values.length, (row + 1) * x.values.length).map(({ place }) => place),
+        ...cells
+          .slice(row * x.values.length, (row + 1) * x.values.length)
+          .map(({ place }) => place),
       ),
     );
-    const title = `${x.field.name} across${y ? `, ${y.field.name} down` : ""}`;
-    this.#table.replaceChildren(make("table", {}, make("caption", {}, title), make("thead", {}, head), make("tbody", {}, ...rows)));
+    this.#table.replaceChildren(
+      make(
+        "table",
+        {},
+        make("caption", {}, this.#title),
+        make("thead", {}, head),
+        make("tbody", {}, ...rows),
+      ),
+    );
     this.#table.hidden = false;
+  }
+
+  get #title() {
+    const { x, y } = this.#drawn;
+    return `${x.field.name} across${y ? `, ${y.field.name} down` : ""}`;
   }
 
   // All cells in their places, as large as they are, under their labels.
@@ -303,9 +380,14 @@ class Grid {
     const canvas = make("canvas");
     const context = canvas.getContext("2d");
     context.font = `${font}px sans-serif`;
-    const rowLabels = (y ? y.values : []).map((value) => axisLabel(y, value));
-    const margin = Math.ceil(Math.max(0, ...rowLabels.map((label) => Math.min(width, context.measureText(label).width + 2 * GAP_PX))));
-    const top = 2 * font;
+    const rowLabels = (y ? y.values : []).map(String);
+    const margin = Math.ceil(
+      Math.max(
+        0,
+        ...rowLabels.map((label) => Math.min(width, context.measureText(label).width + 2 * GAP_PX)),
+      ),
+    );
+    const top = 4 * font;
     canvas.width = margin + x.values.length * (width + GAP_PX);
     canvas.height = top + (cells.length / x.values.length) * (height + GAP_PX);
     context.fillStyle = "white";
@@ -313,23 +395,34 @@ class Grid {
     context.fillStyle = "black";
     context.font = `${font}px sans-serif`;
     context.textBaseline = "middle";
+    context.fillText(this.#title, GAP_PX, font, canvas.width - 2 * GAP_PX);
     context.textAlign = "center";
-    x.values.forEach((value, i) => context.fillText(axisLabel(x, value), margin + i * (width + GAP_PX) + width / 2, top / 2, width));
+    x.values.forEach((value, i) =>
+      context.fillText(value, margin + i * (width + GAP_PX) + width / 2, 3 * font, width),
+    );
     context.textAlign = "left";
-    rowLabels.forEach((label, i) => context.fillText(label, GAP_PX, top + i * (height + GAP_PX) + height / 2, margin - GAP_PX));
+    rowLabels.forEach((label, i) =>
+      context.fillText(label, GAP_PX, top + i * (height + GAP_PX) + height / 2, margin - GAP_PX),
+    );
     cells.forEach(({ picture, place }, i) => {
       const left = margin + (i % x.values.length) * (width + GAP_PX);
       const down = top + Math.floor(i / x.values.length) * (height + GAP_PX);
       if (picture) context.drawImage(picture, left, down);
-      else context.fillText(place.textContent, left + GAP_PX, down + height / 2, width - 2 * GAP_PX);
+      else
+        context.fillText(place.textContent, left + GAP_PX, down + height / 2, width - 2 * GAP_PX);
     });
     try {
       canvas.toBlob((blob) => {
-        if (blob) saveBlob(blob, `grid-${x.field.name}${y ? `-${y.field.name}` : ""}.png`.replaceAll(" ", "-"));
+        if (blob)
+          saveBlob(
+            blob,
+            `grid-${x.field.name}${y ? `-${y.field.name}` : ""}.png`.replaceAll(" ", "-"),
+          );
         else this.#status.textContent = "The grid is too large for one picture in this browser.";
       }, "image/png");
     } catch {
-      this.#status.textContent = "Pictures that the answer only links to cannot be put into one; the gallery has their links.";
+      this.#status.textContent =
+        "Pictures that the answer only links to cannot be put into one; the gallery has their links.";
     }
   }
 }

@@ -5,6 +5,7 @@ import {parseJson, writeJson} from "./json.js";
 
 const JOBS_KEY = "sdxl-jobs";
 const POLL_MS = { near: 500, far: 1000, queue: 3000, hidden: 10_000, trouble: 30_000 };
+const LEAVING_MS = 1000;
 const MAX_FINISHED = 20;
 const MAX_DONE = 3; // their pictures are in the gallery
 const ENDED = ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"];
@@ -77,6 +78,8 @@ async function send(job) {
     follow(job);
     if (job.isUnwanted) stop(job);
   } catch (error) {
+    // A page that is left breaks off its requests first: then the next page tells of it.
+    if (!error.wasRefused) await pause(job, LEAVING_MS);
     const told = error.wasRefused
       ? error.message
       : `${error.message}. Whether the job has arrived is not known, so it was not sent again.`;

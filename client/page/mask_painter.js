@@ -68,7 +68,9 @@ export class MaskPixels {
       bottom: Math.max(from.y, to.y) + radius,
     };
     return this.#set(box, value, (x, y) => {
-      const along = length2 ? Math.min(1, Math.max(0, ((x - from.x) * dx + (y - from.y) * dy) / length2)) : 0;
+      const along = length2
+        ? Math.min(1, Math.max(0, ((x - from.x) * dx + (y - from.y) * dy) / length2))
+        : 0;
       return (x - from.x - along * dx) ** 2 + (y - from.y - along * dy) ** 2 <= radius * radius;
     });
   }
@@ -80,7 +82,11 @@ export class MaskPixels {
   ellipse(x, y, width, height, value) {
     const [a, b] = [width / 2, height / 2];
     const box = { left: x, top: y, right: x + width, bottom: y + height };
-    return this.#set(box, value, (px, py) => ((px - x - a) / a) ** 2 + ((py - y - b) / b) ** 2 <= 1);
+    return this.#set(
+      box,
+      value,
+      (px, py) => ((px - x - a) / a) ** 2 + ((py - y - b) / b) ** 2 <= 1,
+    );
   }
 
   invert() {
@@ -151,7 +157,10 @@ function union(a, b) {
 // Both are data URIs; the mask to start from may be null. Rejects where one cannot be read.
 export async function paintMask(pictureUri, maskUri) {
   const picture = await loadImage(pictureUri);
-  const share = Math.min(1, Math.sqrt(MAX_CANVAS_PIXELS / (picture.naturalWidth * picture.naturalHeight)));
+  const share = Math.min(
+    1,
+    Math.sqrt(MAX_CANVAS_PIXELS / (picture.naturalWidth * picture.naturalHeight)),
+  );
   const width = Math.max(1, Math.floor(picture.naturalWidth * share));
   const height = Math.max(1, Math.floor(picture.naturalHeight * share));
   const mask = new MaskPixels(width, height);
@@ -200,7 +209,11 @@ class Painter {
     this.#cursor = make("span", { class: "brush-cursor", hidden: true, "aria-hidden": "true" });
     picture.alt = "";
     this.#frame = make("div", { class: "mask-frame" }, picture, this.#canvas, this.#cursor);
-    this.#stage = make("div", { class: "mask-stage", tabindex: 0, role: "group", "aria-label": "Picture" }, this.#frame);
+    this.#stage = make(
+      "div",
+      { class: "mask-stage", tabindex: 0, role: "group", "aria-label": "Picture" },
+      this.#frame,
+    );
     this.#message = make("p", { class: "message", role: "status" });
     this.#dialog = openDialog(
       "Paint a mask",
@@ -211,7 +224,11 @@ class Painter {
       make(
         "footer",
         {},
-        make("p", { class: "hint" }, "What is painted is repainted. [ and ] size the brush, B paints, E erases, Ctrl+Z undoes, Enter applies, Escape dismisses."),
+        make(
+          "p",
+          { class: "hint" },
+          "What is painted is repainted. [ and ] size the brush, B paints, E erases, Ctrl+Z undoes, Enter applies, Escape dismisses.",
+        ),
         button("Apply mask", () => this.#apply(), { class: "primary" }),
       ),
     );
@@ -233,7 +250,8 @@ class Painter {
   }
 
   #toolRow() {
-    const radio = (value, checked) => make("input", { type: "radio", name: "mask-tool", value, checked });
+    const radio = (value, checked) =>
+      make("input", { type: "radio", name: "mask-tool", value, checked });
     this.#controls.paint = radio("paint", true);
     this.#controls.erase = radio("erase", false);
     const side = Math.max(this.#mask.width, this.#mask.height);
@@ -244,8 +262,21 @@ class Painter {
       value: Math.max(4, Math.round(side / 16)),
       oninput: () => this.#sizeCursor(),
     });
-    this.#controls.opacity = make("input", { type: "range", min: 10, max: 100, value: 60, oninput: () => this.#setOpacity() });
-    this.#controls.zoom = make("input", { type: "range", min: 100, max: 800, step: 25, value: 100, oninput: () => this.#fit() });
+    this.#controls.opacity = make("input", {
+      type: "range",
+      min: 10,
+      max: 100,
+      value: 60,
+      oninput: () => this.#setOpacity(),
+    });
+    this.#controls.zoom = make("input", {
+      type: "range",
+      min: 100,
+      max: 800,
+      step: 25,
+      value: 100,
+      oninput: () => this.#fit(),
+    });
     return make(
       "div",
       { class: "row" },
@@ -279,8 +310,14 @@ class Painter {
 
   #shapeRow() {
     const { width, height } = this.#mask;
-    const number = (value, min, max) => make("input", { type: "number", min, max, step: 1, value, required: true });
-    const shape = make("select", {}, make("option", { value: "rectangle" }, "Rectangle"), make("option", { value: "ellipse" }, "Ellipse"));
+    const number = (value, min, max) =>
+      make("input", { type: "number", min, max, step: 1, value, required: true });
+    const shape = make(
+      "select",
+      {},
+      make("option", { value: "rectangle" }, "Rectangle"),
+      make("option", { value: "ellipse" }, "Ellipse"),
+    );
     const fields = [
       number(Math.round(width / 4), 0, width - 1),
       number(Math.round(height / 4), 0, height - 1),
@@ -356,7 +393,10 @@ class Painter {
       if (!before) return;
       this.#fingers.set(event.pointerId, event);
       if (this.#fingers.size > 1) {
-        this.#stage.scrollBy((before.clientX - event.clientX) / 2, (before.clientY - event.clientY) / 2);
+        this.#stage.scrollBy(
+          (before.clientX - event.clientX) / 2,
+          (before.clientY - event.clientY) / 2,
+        );
       } else if (this.#last) {
         const passed = event.getCoalescedEvents?.() ?? [];
         for (const one of [...passed, event]) this.#strokeTo(this.#point(one));
@@ -437,14 +477,16 @@ class Painter {
     const { size } = this.#controls;
     const key = event.key.toLowerCase();
     if (event.key === "Enter" && !target.matches("button, summary, select")) this.#apply();
-    else if ((event.ctrlKey || event.metaKey) && key === "z") this.#show(event.shiftKey ? this.#mask.redo() : this.#mask.undo());
+    else if ((event.ctrlKey || event.metaKey) && key === "z")
+      this.#show(event.shiftKey ? this.#mask.redo() : this.#mask.undo());
     else if ((event.ctrlKey || event.metaKey) && key === "y") this.#show(this.#mask.redo());
     else if (event.ctrlKey || event.metaKey || event.altKey || inField) return;
     else if (key === "[" || key === "]") {
       const step = Math.max(1, Math.round(size.valueAsNumber / 8));
       size.value = size.valueAsNumber + (key === "]" ? step : -step);
       this.#sizeCursor();
-    } else if (key === "b" || key === "e") this.#controls[key === "b" ? "paint" : "erase"].checked = true;
+    } else if (key === "b" || key === "e")
+      this.#controls[key === "b" ? "paint" : "erase"].checked = true;
     else return;
     event.preventDefault();
   }
@@ -452,7 +494,9 @@ class Painter {
   #apply() {
     const { width, height, pixels } = this.#mask;
     if (this.#mask.isEmpty) {
-      this.#tell("Nothing is painted yet, so nothing would be repainted: paint over what is to change.");
+      this.#tell(
+        "Nothing is painted yet, so nothing would be repainted: paint over what is to change.",
+      );
       return;
     }
     const canvas = make("canvas", { width, height });

@@ -23,7 +23,8 @@ export function fileNameOf(prompt, seed, mediaType) {
     if (slug.length + word.length > 60) break;
     slug += (slug && "-") + word;
   }
-  const name = seed === null || seed === undefined ? slug || "picture" : `${slug || "picture"}-${seed}`;
+  const name =
+    seed === null || seed === undefined ? slug || "picture" : `${slug || "picture"}-${seed}`;
   return `${name}.${extensionOf(mediaType)}`;
 }
 
@@ -47,7 +48,10 @@ function picturesAsFiles(input) {
     if (Array.isArray(value)) return value.map((one, i) => replaced(one, `${name}_${i + 1}`));
     if (value !== null && typeof value === "object") {
       return Object.fromEntries(
-        Object.entries(value).map(([key, one]) => [key, replaced(one, name ? `${name}_${key}` : key)]),
+        Object.entries(value).map(([key, one]) => [
+          key,
+          replaced(one, name ? `${name}_${key}` : key),
+        ]),
       );
     }
     return value;
@@ -57,7 +61,9 @@ function picturesAsFiles(input) {
 
 function filesFirst(files) {
   const names = files.map(({ name }) => name).join(" and ");
-  return files.length ? `# Save the input ${files.length > 1 ? "pictures" : "picture"} as ${names} first.\n` : "";
+  return files.length
+    ? `# Save the input ${files.length > 1 ? "pictures" : "picture"} as ${names} first.\n`
+    : "";
 }
 
 function shellQuoted(text) {
@@ -84,7 +90,10 @@ export function pythonOf(url, input) {
   const { input: bare, files } = picturesAsFiles(input);
   let literal = pythonLiteral(bare, "");
   for (const { name, prefix, mark } of files) {
-    literal = literal.replace(JSON.stringify(mark), () => `data_uri(${JSON.stringify(prefix)}, ${JSON.stringify(name)})`);
+    literal = literal.replace(
+      JSON.stringify(mark),
+      () => `data_uri(${JSON.stringify(prefix)}, ${JSON.stringify(name)})`,
+    );
   }
   const reader = `
 
@@ -139,6 +148,10 @@ function pythonLiteral(value, indent) {
   const [open, close] = Array.isArray(value) ? "[]" : "{}";
   const items = Array.isArray(value)
     ? value.map((one) => pythonLiteral(one, inner))
-    : Object.entries(value).map(([key, one]) => `${JSON.stringify(key)}: ${pythonLiteral(one, inner)}`);
-  return items.length ? `${open}\n${items.map((item) => `${inner}${item},\n`).join("")}${indent}${close}` : open + close;
+    : Object.entries(value).map(
+        ([key, one]) => `${JSON.stringify(key)}: ${pythonLiteral(one, inner)}`,
+      );
+  return items.length
+    ? `${open}\n${items.map((item) => `${inner}${item},\n`).join("")}${indent}${close}`
+    : open + close;
 }

@@ -39,7 +39,9 @@ export class PictureStore {
   #lose() {
     this.#database?.close();
     this.#database = null;
-    this.#tell("The browser has closed its storage. Load the page again to see the pictures in it; new ones stay in this tab until then.");
+    this.#tell(
+      "The browser has closed its storage. Load the page again to see the pictures in it; new ones stay in this tab until then.",
+    );
   }
 
   // Whether the picture is new. One that is there already, by its id, stays as it is.
@@ -67,7 +69,11 @@ export class PictureStore {
 
   // {id, time, bytes} of all pictures, newest first, without their contents.
   async list() {
-    const listed = [...this.#memory.pictures.values()].map(({ id, time, bytes }) => ({ id, time, bytes }));
+    const listed = [...this.#memory.pictures.values()].map(({ id, time, bytes }) => ({
+      id,
+      time,
+      bytes,
+    }));
     if (this.#database) {
       const source = this.#database.transaction("pictures").objectStore("pictures").index("byTime");
       await new Promise((resolve, reject) => {
@@ -129,7 +135,9 @@ export class PictureStore {
 
   #read(store, key) {
     if (this.#memory[store].has(key)) return this.#memory[store].get(key);
-    return this.#database && resultOf(this.#database.transaction(store).objectStore(store).get(key));
+    return (
+      this.#database && resultOf(this.#database.transaction(store).objectStore(store).get(key))
+    );
   }
 
   // False where a picture of this id is there already.

@@ -46,7 +46,7 @@ def data_uri(content: bytes) -> str:
 
 
 @pytest.fixture
-def form(open_page: OpenPage, bare_endpoint: LocalEndpoint) -> Page:
+def form(bare_endpoint: LocalEndpoint, open_page: OpenPage) -> Page:
     """The page of an endpoint whose jobs nobody draws, with all groups open."""
     page = open_page(page_of(bare_endpoint))
     open_groups(page)
@@ -251,7 +251,7 @@ def test_a_slider_moves_its_number_and_follows_it(form: Page) -> None:
 
 
 def test_descriptions_are_explained_as_text(
-    open_page: OpenPage, bare_endpoint: LocalEndpoint
+    bare_endpoint: LocalEndpoint, open_page: OpenPage
 ) -> None:
     hostile = (
         "<img src=x onerror=alert(1)> `<b>code</b>` [good](https://example.com/a) "
@@ -356,7 +356,7 @@ NEWER: dict[str, Any] = {
 
 
 def test_fields_of_a_newer_worker_have_controls(
-    open_page: OpenPage, bare_endpoint: LocalEndpoint
+    bare_endpoint: LocalEndpoint, open_page: OpenPage
 ) -> None:
     page = open_page(page_of(bare_endpoint), schema=NEWER)
     open_groups(page)
@@ -388,7 +388,7 @@ def test_fields_of_a_newer_worker_have_controls(
 
 
 def test_json_that_cannot_be_read_is_told(
-    open_page: OpenPage, bare_endpoint: LocalEndpoint
+    bare_endpoint: LocalEndpoint, open_page: OpenPage
 ) -> None:
     page = open_page(page_of(bare_endpoint), schema=NEWER)
     open_groups(page)

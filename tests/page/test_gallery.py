@@ -73,6 +73,7 @@ def fill(page: Page, **fields: Any) -> None:
 
 def drop(page: Page, *files: tuple[str, str, bytes]) -> None:
     """Drop files on the gallery, as (name, media type, content)."""
+    expect(gallery(page).get_by_role("heading", name="Gallery")).to_be_visible()
     transfer = page.evaluate_handle(
         """(files) => {
             const transfer = new DataTransfer();
@@ -306,6 +307,33 @@ def test_a_database_that_is_taken_away_is_told_and_the_gallery_goes_on(
     expect(gallery(page)).to_contain_text("The browser has closed its storage")
     add(page, drawn, job_id="later")
     expect(tiles(page)).to_have_count(2)
+
+
+def test_a_file_that_is_dropped_while_the_gallery_opens_is_kept(page: Page) -> None:
+    page.add_init_script(
+        """{
+            const { open } = IDBFactory.prototype;
+            IDBFactory.prototype.open = function (...names) {
+                const opening = {};
+                setTimeout(() => {
+                    const request = open.apply(this, names);
+                    for (const name of ["onsuccess", "onerror", "onupgradeneeded"]) {
+                        request[name] = () => {
+                            opening.result = request.result;
+                            opening[name]?.();
+                        };
+                    }
+                }, 500);
+                return opening;
+            };
+        }"""
+    )
+    page.reload()
+    expect(gallery(page).get_by_role("heading", name="Gallery")).to_be_visible()
+    drop(page, ("early.png", "image/png", png_of((8, 8), "red")))
+    expect(tiles(page)).to_have_count(1)
+    page.reload()
+    expect(tiles(page)).to_have_count(1)
 
 
 # What the files tell
