@@ -297,7 +297,7 @@ def _batch(parsed: argparse.Namespace, fields: Mapping[str, Field]) -> int:
     _make_folder(folder)
     display = make_display(quiet=parsed.quiet, preview=False)
     if repeated:
-        display.note(f"{repeated} lines ask for what another one asks for, and are left out.")
+        display.note(f"Lines that ask for the same as another one, left out: {repeated}")
 
     async def work(endpoint: Endpoint) -> Outcome:
         batch = Batch(

@@ -32,6 +32,8 @@ OF_THE_DELIVERY = ("preview", "check", "on_too_large", "duplicate_first", "uploa
 MAX_SEED = 2**64 - 1
 # Of the part that comes from the prompt; a file system takes 255 in all.
 MAX_SLUG_BYTES = 80
+# Of files that are not written to the end yet.
+PART_PREFIX, PART_SUFFIX = ".sdxl-", ".part"
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_NAMESPACE = "urn:sdxl-worker:"
@@ -89,7 +91,7 @@ def write_new(content: bytes, path: Path) -> Path:
 def write(content: bytes, path: Path) -> None:
     """Write a file, in whole or not at all, in the place of one that is there."""
     with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=".sdxl-", suffix=".part", delete=False
+        dir=path.parent, prefix=PART_PREFIX, suffix=PART_SUFFIX, delete=False
     ) as file:
         try:
             file.write(content)

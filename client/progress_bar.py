@@ -205,7 +205,7 @@ class BarDisplay(Display):
         self._picture: RenderableType | None = None
         self._shown: bytes | None = None
         self._live = Live(
-            get_renderable=self._renderable, console=console, transient=True, refresh_per_second=8
+            get_renderable=self._renderable, console=console, transient=True, refresh_per_second=4
         )
 
     def __enter__(self) -> Self:
