@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,11 +30,12 @@ from client.options import (
     with_files,
     with_options_named,
 )
-from client.picture_files import SUFFIXES, slug
+from client.picture_files import PART_PREFIX, PART_SUFFIX, SUFFIXES, slug
 from client.progress_bar import Display
 
 JOURNAL = ".sdxl-batch.jsonl"
 HASH_DIGITS = 10
+SECONDS_OF_A_WRITE = 600
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,9 @@ def alone_in(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageError(f"another `sdxl batch` is at work in {folder}") from None
+        for part in folder.glob(f"{PART_PREFIX}*{PART_SUFFIX}"):
+            if time.time() - part.stat().st_mtime > SECONDS_OF_A_WRITE:
+                part.unlink(missing_ok=True)  # of a process that was killed
         yield
 
 

@@ -146,7 +146,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", metavar="FILE", help="a file with the API key in it")
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         help="cancel a job that takes longer, its wait in the queue included (default: no limit)",
     )
@@ -174,11 +174,12 @@ def _add_saving(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
+def seconds(text: str) -> float:
+    """Its name is in argparse's message."""
+    value = float(text)
+    if not 0 < value < float("inf"):
         raise ValueError
-    return seconds
+    return value
 
 
 def _draw(parsed: argparse.Namespace, fields: Mapping[str, Field]) -> int:
@@ -296,7 +297,7 @@ def _batch(parsed: argparse.Namespace, fields: Mapping[str, Field]) -> int:
     _make_folder(folder)
     display = make_display(quiet=parsed.quiet, preview=False)
     if repeated:
-        display.note(f"{repeated} lines ask for what another one asks for, and are left out.")
+        display.note(f"Lines that ask for the same as another one, left out: {repeated}")
 
     async def work(endpoint: Endpoint) -> Outcome:
         batch = Batch(
@@ -406,9 +407,10 @@ async def _until_signal(call: Coroutine[Any, Any, Any], display: Display) -> Any
         display.say("Cancelling; once more to end at once.")
         working.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        # Elsewhere than on Unix, asyncio itself turns Ctrl-C into the same cancellation.
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            loop.add_signal_handler(getattr(signal, name), stop)
     try:
         result = await working
     except (EndpointError, JobFailedError) as error:

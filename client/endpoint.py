@@ -22,9 +22,11 @@ LOCAL_KEY = "YOUR_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 
-REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=120, sock_connect=20)
+# However slow the line is, as long as something comes.
+REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=100)
 # How long nothing may come back before it is given up; jobs go on meanwhile.
 TROUBLE_SECONDS = 600
+DOWNLOAD_TROUBLE_SECONDS = 60
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 15.0
 # Of a job that is cancelled because the command was interrupted.
@@ -209,7 +211,7 @@ class Endpoint:
         Raises:
             EndpointError: it cannot be had, or is too large.
         """
-        patience = _Patience(CANCEL_SECONDS)
+        patience = _Patience(DOWNLOAD_TROUBLE_SECONDS)
         place = _without_query(link)
         while True:
             try:

@@ -30,7 +30,10 @@ PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 # They say how a picture is delivered, not how it is made.
 OF_THE_DELIVERY = ("preview", "check", "on_too_large", "duplicate_first", "upload_urls")
 MAX_SEED = 2**64 - 1
-MAX_NAME_CHARACTERS = 60
+# Of the part that comes from the prompt; a file system takes 255 in all.
+MAX_SLUG_BYTES = 80
+# Of files that are not written to the end yet.
+PART_PREFIX, PART_SUFFIX = ".sdxl-", ".part"
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_NAMESPACE = "urn:sdxl-worker:"
@@ -55,7 +58,7 @@ class PictureError(Exception):
 def slug(text: str) -> str:
     """A name for files: letters, digits and hyphens."""
     words = re.sub(r"[\W_]+", "-", text.lower()).strip("-")
-    return words[:MAX_NAME_CHARACTERS].rstrip("-") or "picture"
+    return words.encode()[:MAX_SLUG_BYTES].decode(errors="ignore").rstrip("-") or "picture"
 
 
 def suffix_of(content: bytes) -> str:
@@ -88,7 +91,7 @@ def write_new(content: bytes, path: Path) -> Path:
 def write(content: bytes, path: Path) -> None:
     """Write a file, in whole or not at all, in the place of one that is there."""
     with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=".sdxl-", suffix=".part", delete=False
+        dir=path.parent, prefix=PART_PREFIX, suffix=PART_SUFFIX, delete=False
     ) as file:
         try:
             file.write(content)

@@ -19,9 +19,11 @@ from rich.text import Text
 
 # Where there is no terminal, a line at most so often, or when the stage changes.
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_OF_THE_BATCHS_RATE = 3600
 PREVIEW_ROWS = 16
 MAX_PREVIEW_BYTES = 2**20
 MAX_PREVIEW_SIDE_PX = 1024
+MAX_LABEL_CHARACTERS = 40
 
 
 def printable(text: str) -> str:
@@ -33,7 +35,7 @@ class JobProgress:
     """One job as its status tells it."""
 
     def __init__(self, label: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        self.label = label
+        self.label = " ".join(label.split())[:MAX_LABEL_CHARACTERS]
         self.stage = "sending"
         self.percent: float | None = None
         self.preview: bytes | None = None
@@ -176,9 +178,14 @@ class _TextColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         job = task.fields.get("job")
-        text = job.text() if job else f"{task.completed:g} of {task.total or 0:g} done"
-        label = f"{job.label[:40]}: " if job and job.label else ""
-        return Text(printable(f"{label}{text}"), no_wrap=True, overflow="ellipsis")
+        if job is None:
+            text = f"{task.completed:g} of {task.total or 0:g} done"
+            if task.time_remaining:
+                text += f", {_duration(task.time_remaining)} left"
+        else:
+            text = f"{job.label}: {job.text()}" if job.label else job.text()
+        text = printable(text).replace("\n", " ")
+        return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 class BarDisplay(Display):
@@ -187,13 +194,18 @@ class BarDisplay(Display):
     def __init__(self, console: Console, *, shows_pictures: bool) -> None:
         super().__init__(console)
         self.shows_pictures = shows_pictures
-        self._bars = Progress(BarColumn(bar_width=24), _TextColumn(), console=console)
+        self._bars = Progress(
+            BarColumn(bar_width=24),
+            _TextColumn(),
+            console=console,
+            speed_estimate_period=SECONDS_OF_THE_BATCHS_RATE,
+        )
         self._tasks: dict[JobProgress, TaskID] = {}
         self._total: TaskID | None = None
         self._picture: RenderableType | None = None
         self._shown: bytes | None = None
         self._live = Live(
-            get_renderable=self._renderable, console=console, transient=True, refresh_per_second=8
+            get_renderable=self._renderable, console=console, transient=True, refresh_per_second=4
         )
 
     def __enter__(self) -> Self:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,19 @@ def environment(endpoint: LocalEndpoint | None = None, **variables: str) -> dict
 class Terminal:
     """The command in a pseudo-terminal, and what its screen showed."""
 
-    def __init__(self, *arguments: str, folder: Path, env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        folder: Path,
+        env: dict[str, str],
+        answers: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            answers: what the terminal says when it is asked something.
+        """
+        self._answers = dict(answers or {})
+        self.raw = ""
         self._screen = pyte.Screen(COLUMNS, ROWS)
         self._stream = pyte.Stream(self._screen)
         self._child = pexpect.spawn(
@@ -97,11 +109,15 @@ class Terminal:
 
     def _read(self) -> bool:
         try:
-            self._stream.feed(self._child.read_nonblocking(4096, 0.2))
+            text = self._child.read_nonblocking(4096, 0.2)
         except pexpect.TIMEOUT:
             return True
         except pexpect.EOF:
             return False
+        self.raw += text
+        for question in [one for one in self._answers if one in self.raw]:
+            self._child.send(self._answers.pop(question))
+        self._stream.feed(text)
         for line in self.text.splitlines():
             if line not in self.seen:
                 self.seen.append(line)
@@ -113,8 +129,8 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     """Starts the command in a terminal of its own, in the test's folder."""
     started: list[Terminal] = []
 
-    def start(*arguments: str, env: dict[str, str]) -> Terminal:
-        started.append(Terminal(*arguments, folder=tmp_path, env=env))
+    def start(*arguments: str, **options: Any) -> Terminal:
+        started.append(Terminal(*arguments, folder=tmp_path, **options))
         return started[-1]
 
     yield start

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import time
@@ -56,14 +57,18 @@ def test_each_line_is_drawn_once_and_what_is_there_stays(
     before = endpoint.jobs
     done = sdxl(*arguments, "--json", folder=tmp_path, env=environment(endpoint))
     assert json.loads(done.stdout)["there_before"] == 2
-    assert "1 lines ask for what another one asks for" in done.stderr
+    assert "Lines that ask for the same as another one, left out: 1" in done.stderr
     assert len(jobs_since(endpoint, before)) == 2, "the new one, and the one that was removed"
     assert (tmp_path / "prompts" / first).read_bytes() == content
 
     (tmp_path / "prompts" / JOURNAL).unlink()
+    (tmp_path / "prompts" / ".sdxl-old.part").touch()
+    os.utime(tmp_path / "prompts" / ".sdxl-old.part", (0, 0))
+    (tmp_path / "prompts" / ".sdxl-new.part").touch()
     before = endpoint.jobs
     sdxl(*arguments, folder=tmp_path, env=environment(endpoint))
     assert jobs_since(endpoint, before) == [], "the pictures alone tell what is done"
+    assert [path.name for path in (tmp_path / "prompts").glob(".*.part")] == [".sdxl-new.part"]
 
 
 def test_a_csv_and_a_jsonl_hold_whole_requests(endpoint: LocalEndpoint, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -287,13 +288,27 @@ def test_the_picture_so_far_is_shown_in_half_cells(
 ) -> None:
     before = endpoint.jobs
     env = environment(endpoint, COLORTERM="truecolor")
-    shell = terminal("draw", PROMPT, "--num-inference-steps", "400", "--seed", "1", env=env)
+    shell = terminal("draw", PROMPT, "--num-inference-steps", "200", "--seed", "1", env=env)
     assert len(shell.wait_for(lambda one: one.colours())) > 10
     assert shell.end() == 0
     assert shell.text.endswith("a-red-circle-on-a-blue-background-seed1.png")
     assert shell.colours() == set(), "the picture is gone"
     [job] = jobs_since(endpoint, before)
     assert job.request["input"]["preview"] is True
+
+
+def test_a_terminal_with_sixels_gets_pixels(
+    endpoint: LocalEndpoint, terminal: Callable[..., Terminal]
+) -> None:
+    shell = terminal(
+        *("draw", PROMPT, "--num-inference-steps", "200", "--preview"),
+        env=environment(endpoint),
+        answers={"\x1b[c": "\x1b[?62;4c", "\x1b[16t": "\x1b[6;20;10t"},
+    )
+    assert shell.end() == 0
+    assert re.search("\x1bP[0-9;]*q", shell.raw)
+    assert "\N{UPPER HALF BLOCK}" not in shell.raw
+    assert shell.has_cursor
 
 
 def test_a_terminal_that_cannot_show_pictures_costs_nothing(

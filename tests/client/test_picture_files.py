@@ -142,7 +142,8 @@ def test_what_is_no_picture_is_refused(content: bytes) -> None:
         ("caf\u00e9 \u732b", "caf\u00e9-\u732b"),
         ("\x1b[2J\n", "2j"),
         ("?!", "picture"),
-        ("x" * 300, "x" * 60),
+        ("x" * 300, "x" * 80),
+        ("\u732b" * 300, "\u732b" * 26),
     ],
 )
 def test_names_are_readable_and_safe(text: str, name: str) -> None:

@@ -48,7 +48,7 @@ def test_in_a_terminal_a_local_job_shows_its_steps_and_leaves_no_bar(tmp_path: P
 
 
 def test_without_a_terminal_there_is_no_bar(tmp_path: Path) -> None:
-    done = handler_process("--test_input", json.dumps(JOB), folder=tmp_path)
+    done = handler_process("--test_input", json.dumps({"input": QUICK}), folder=tmp_path)
     assert done.returncode == 0
     assert "step" not in done.stdout + done.stderr
     assert "loading the models" not in done.stdout + done.stderr
