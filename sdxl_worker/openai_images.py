@@ -355,8 +355,8 @@ def _parsed(given: Mapping[Any, Any], *, is_edit: bool, has_storage: bool) -> Im
         how = {"mask", "mask_url", "mask_from_alpha", "mode"}
         takes_holes = how.isdisjoint(given)
         lines += [
-            f"{name}: required, {words}; got nothing"
-            for name, own_name, words in (
+            f"{name}: required, {what}; got nothing"
+            for name, own_name, what in (
                 ("prompt", "prompt", "what to draw"),
                 ("image", "image_url", "the picture to edit"),
             )
