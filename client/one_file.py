@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PAGE_DIR = Path(__file__).resolve().parent / "page"
-SCHEMA = Path(__file__).resolve().parent.parent / "docs" / "input.schema.json"
+# In a wheel the schema lies beside this module, in a checkout where `make docs` writes it.
+IN_WHEEL = Path(__file__).resolve().parent / "input.schema.json"
+IN_CHECKOUT = Path(__file__).resolve().parent.parent / "docs" / "input.schema.json"
+SCHEMA = IN_WHEEL if IN_WHEEL.exists() else IN_CHECKOUT
 INDEX = "index.html"
 FILE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 

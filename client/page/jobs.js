@@ -5,6 +5,7 @@ import {parseJson, writeJson} from "./json.js";
 
 const JOBS_KEY = "sdxl-jobs";
 const POLL_MS = { near: 500, far: 1000, queue: 3000, hidden: 10_000, trouble: 30_000 };
+const LEAVING_MS = 1000;
 const MAX_FINISHED = 20;
 const MAX_DONE = 3; // their pictures are in the gallery
 const ENDED = ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"];
@@ -16,7 +17,6 @@ let emptyElement;
 let clearButton;
 let addFinished = async () => {};
 let allJobs = [];
-let isLeaving = false;
 
 // Shows the jobs in the section, and goes on with those that a reload cut off. `addPictures` gets
 // {input, output, jobId, seconds} of each that has ended well: the same again where the page was
@@ -39,9 +39,6 @@ export function openJobs(section, { addPictures }) {
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) allJobs.forEach((job) => job.wake?.());
   });
-  // What breaks off because the page is left is no failure of its job.
-  addEventListener("pagehide", () => (isLeaving = true));
-  addEventListener("pageshow", () => (isLeaving = false));
   setInterval(() => allJobs.filter((job) => !job.isOver).forEach(showState), 1000);
   for (const kept of keptJobs()) resume(kept);
 }
@@ -81,6 +78,8 @@ async function send(job) {
     follow(job);
     if (job.isUnwanted) stop(job);
   } catch (error) {
+    // A page that is left breaks off its requests first: then the next page tells of it.
+    if (!error.wasRefused) await pause(job, LEAVING_MS);
     const told = error.wasRefused
       ? error.message
       : `${error.message}. Whether the job has arrived is not known, so it was not sent again.`;
@@ -388,7 +387,6 @@ function timeLeft(seconds) {
 // What a reload must not lose: jobs that have not ended.
 
 function keep() {
-  if (isLeaving) return;
   const open = allJobs.filter((job) => !job.isSettled);
   const texts = open.map((job) => keptText(job, false));
   for (let cut = 0; ; cut += 1) {

@@ -324,7 +324,10 @@ def test_a_job_that_the_endpoint_no_longer_knows_ends(
     expect(jobs_of(jobs_page).locator(".problem")).to_contain_text("no longer kept (404)")
 
 
-def test_a_hidden_page_asks_less_often(bare_endpoint: LocalEndpoint, open_page: OpenPage) -> None:
+def test_a_hidden_page_asks_less_often(
+    bare_endpoint: LocalEndpoint, open_page: OpenPage, watch: Watch
+) -> None:
+    watch.origins.add(origin(page_of(bare_endpoint)))
     page = open_page("about:blank")
     page.clock.install()
     page.goto(page_of(bare_endpoint))

@@ -152,7 +152,10 @@ def test_a_script_that_was_added_does_not_run(
     open_page: OpenPage, watch: Watch, tmp_path: Path
 ) -> None:
     watch.expected = ["content security policy: script-src", "Content Security Policy"]
-    added = "<body><script>document.title = 'added'</script><img src='data:,' onerror='document.title = 0'>"
+    added = (
+        "<body><script>document.title = 'added'</script>"
+        "<img src='data:,' onerror='document.title = 0'>"
+    )
     page = from_disk(open_page, tmp_path, one_file().replace("<body>", added))
     expect(page.locator("html[data-ready]")).to_be_attached()
     expect(page).to_have_title("SDXL")
