@@ -10,7 +10,7 @@ from playwright.sync_api import Locator, Page, expect
 from local_endpoint import LocalEndpoint
 from tests.hand_worker import HandWorker
 from tests.page.conftest import OpenPage, page_of
-from tests.page.pictures import CHEAP, PROMPT, data_uri, draw, png_of, tiles
+from tests.page.gallery_steps import CHEAP, PROMPT, data_uri, draw, png_of, tiles
 
 
 def grid(page: Page) -> Locator:
