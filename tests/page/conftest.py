@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from local_endpoint import LocalEndpoint, Rules
 from local_endpoint.server import REPOSITORY
@@ -72,10 +72,17 @@ def endpoint() -> Iterator[LocalEndpoint]:
 
 
 @pytest.fixture
-def bare_endpoint() -> Iterator[LocalEndpoint]:
-    """Without a worker: a test takes the jobs, by `HandWorker(bare_endpoint)`."""
-    with LocalEndpoint(workers=0, endpoint_id="page-tests", rules=Rules(poll_seconds=5)) as running:
+def bare_endpoint(
+    contexts: list[BrowserContext], request: pytest.FixtureRequest
+) -> Iterator[LocalEndpoint]:
+    """Without a worker: a test takes the jobs, by `HandWorker(bare_endpoint)`.
+
+    Its parameter: more options of the endpoint.
+    """
+    options = {"endpoint_id": "page-tests", **getattr(request, "param", {})}
+    with LocalEndpoint(workers=0, rules=Rules(poll_seconds=5), **options) as running:
         yield running
+        _close(contexts)  # first: a page that still asks would find nobody
 
 
 @pytest.fixture
@@ -84,13 +91,25 @@ def watch() -> Watch:
 
 
 @pytest.fixture
-def open_page(chromium: Browser, watch: Watch) -> Iterator[OpenPage]:
+def contexts() -> list[BrowserContext]:
+    """Those that are open."""
+    return []
+
+
+def _close(contexts: list[BrowserContext]) -> None:
+    while contexts:
+        contexts.pop().close()
+
+
+@pytest.fixture
+def open_page(
+    chromium: Browser, watch: Watch, contexts: list[BrowserContext]
+) -> Iterator[OpenPage]:
     """`open_page(address, schema=None, **options)`: a page in a browser context of its own.
 
     `schema` replaces the worker's; the options are those of Playwright's `Browser.new_context`,
     such as `**PHONE` or `color_scheme="dark"`.
     """
-    contexts = []
 
     def opened(address: str, *, schema: Any = None, **options: Any) -> Page:
         context = chromium.new_context(**{"viewport": DESKTOP, "locale": "en-US", **options})
@@ -109,8 +128,7 @@ def open_page(chromium: Browser, watch: Watch) -> Iterator[OpenPage]:
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
+    _close(contexts)
     assert watch.problems() == []
 
 

@@ -23,7 +23,7 @@ from sdxl_worker.outputs.files import encode
 from sdxl_worker.outputs.metadata import About, describe
 from sdxl_worker.request import OutputFormat, Request
 from tests.page.conftest import OpenPage, page_of
-from tests.page.pictures import (
+from tests.page.gallery_steps import (
     CHEAP,
     PROMPT,
     Drawn,
@@ -157,7 +157,7 @@ def test_seeds_go_round_at_two_to_the_64th_without_losing_a_digit(page: Page, dr
 
 def test_a_seed_that_only_the_answer_tells_keeps_its_digits(page: Page) -> None:
     """Of a picture without metadata."""
-    output = {"images": [data_uri(png_of((8, 8), "red"))] * 2, "seed": 2**53 + 1}
+    output = {"images": [data_uri(png_of((8, 8), "red"))] * 2, "seed": LAST_SEED}
     page.evaluate(
         """async (text) => {
             const { addPictures } = await import("/gallery.js");
@@ -166,8 +166,8 @@ def test_a_seed_that_only_the_answer_tells_keeps_its_digits(page: Page) -> None:
         }""",
         json.dumps(output),
     )
-    expect(tiles(page).nth(0)).to_contain_text(f"seed {2**53 + 1}")
-    expect(tiles(page).nth(1)).to_contain_text(f"seed {2**53 + 2}")
+    expect(tiles(page).nth(0)).to_contain_text(f"seed {LAST_SEED}")
+    expect(tiles(page).nth(1)).to_have_text("seed 0")
 
 
 def test_hundreds_of_pictures_are_shown_a_page_at_a_time(page: Page) -> None:
@@ -440,15 +440,15 @@ def test_foreign_text_stays_text(page: Page) -> None:
 
 
 def test_again_gives_an_equal_picture_and_next_seed_the_next(
-    page: Page, alone: Drawn, endpoint: LocalEndpoint
+    page: Page, drawn: Drawn, alone: Drawn, endpoint: LocalEndpoint
 ) -> None:
-    add(page, alone)
+    add(page, drawn)
     open_picture(page).get_by_role("button", name="Again", exact=True).click()
-    expect(tiles(page)).to_have_count(2)
+    expect(tiles(page)).to_have_count(3)
     open_picture(page)
     assert downloaded(page)[1] == alone.files[0]
     page.get_by_role("dialog").get_by_role("button", name="Next seed").click()
-    expect(tiles(page)).to_have_count(3)
+    expect(tiles(page)).to_have_count(4)
     expect(tiles(page).first).to_contain_text("seed 0")
     open_picture(page)
     assert downloaded(page)[1] == draw(endpoint, seed=0).files[0]
