@@ -7,7 +7,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from local_endpoint import LocalEndpoint
-from tests.page.pictures import Drawn, add, close, draw, gallery, open_picture, tiles
+from tests.page.gallery_steps import Drawn, add, close, draw, gallery, open_picture, tiles
 
 
 @pytest.fixture(scope="module")

@@ -105,6 +105,25 @@ def test_no_field_stands_in_two_places(form: Page) -> None:
     assert sorted(names) == sorted(FIELDS)
 
 
+def test_fields_stand_in_groups(bare_endpoint: LocalEndpoint, open_page: OpenPage) -> None:
+    names = "(all) => all.map((one) => one.dataset.field)"
+    page = open_page(page_of(bare_endpoint))
+    first = page.locator("#fields > .first [data-field]").evaluate_all(names)
+    assert first == [
+        *("prompt", "negative_prompt", "width", "height", "num_inference_steps"),
+        *("guidance_scale", "seed", "num_images"),
+    ]
+    newer = open_page(page_of(bare_endpoint), schema=NEWER)
+
+    def group(title: str) -> list[str]:
+        inside = newer.locator("details", has_text=title).locator("[data-field]")
+        return list(inside.evaluate_all(names))
+
+    open_groups(newer)
+    assert group("Picture and mask") == ["controlnet"]  # its rows have pictures
+    assert {"anything", "either", "sizes", "nothing"} <= set(group("More"))
+
+
 def test_defaults_are_placeholders(form: Page) -> None:
     for name, schema in NUMBERS.items():
         default = schema["default"]

@@ -23,7 +23,7 @@ from sdxl_worker.outputs.files import encode
 from sdxl_worker.outputs.metadata import About, describe
 from sdxl_worker.request import OutputFormat, Request
 from tests.page.conftest import OpenPage, page_of
-from tests.page.pictures import (
+from tests.page.gallery_steps import (
     CHEAP,
     PROMPT,
     Drawn,

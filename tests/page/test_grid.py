@@ -10,7 +10,7 @@ from playwright.sync_api import Locator, Page, expect
 from local_endpoint import LocalEndpoint
 from tests.hand_worker import HandWorker
 from tests.page.conftest import OpenPage, page_of
-from tests.page.pictures import CHEAP, PROMPT, data_uri, draw, png_of, tiles
+from tests.page.gallery_steps import CHEAP, PROMPT, data_uri, draw, png_of, tiles
 
 
 def grid(page: Page) -> Locator:
@@ -30,6 +30,15 @@ def fill_cheaply(page: Page, **fields: Any) -> None:
     cheap = {name: CHEAP[name] for name in ("width", "height", "num_inference_steps")}
     for name, value in {"prompt": PROMPT, **cheap, **fields}.items():
         page.get_by_label(name, exact=True).fill(str(value))
+
+
+def job_ids(endpoint: LocalEndpoint) -> set[str]:
+    return {job.id for job in endpoint.jobs}
+
+
+def inputs_since(endpoint: LocalEndpoint, known: set[str]) -> list[dict[str, Any]]:
+    """Those of the jobs that are not known; old ones may be forgotten meanwhile."""
+    return [job.request["input"] for job in endpoint.jobs if job.id not in known]
 
 
 def cells(section: Locator) -> Locator:
@@ -106,7 +115,7 @@ def test_two_settings_are_drawn_cell_by_cell_with_one_failing(
     samplers = ["DPMSolverMultistep", "Euler (trailing timesteps)"]
     choose(section, ("scheduler", ", ".join(samplers)), ("schedule", "trailing, karras"))
     expect(section.get_by_role("status").first).to_have_text("2 x 2 values: 4 jobs, 3 at a time.")
-    before = len(endpoint.jobs)
+    before = job_ids(endpoint)
     section.get_by_role("button", name="Start").click()
     expect(section).to_contain_text("Finished: 3 of 4 drawn, 1 failed.")
     table = section.get_by_role("table", name="scheduler across, schedule down")
@@ -115,7 +124,7 @@ def test_two_settings_are_drawn_cell_by_cell_with_one_failing(
     expect(cells(section).get_by_role("img")).to_have_count(3)
     expect(cells(section).nth(3)).to_contain_text("schedule: ")
     expect(tiles(page)).to_have_count(3)
-    sent = [job.request["input"] for job in endpoint.jobs[before:]]
+    sent = inputs_since(endpoint, before)
     pairs = [(one["scheduler"], one["schedule"]) for one in sent]
     assert sorted(pairs) == sorted((x, y) for x in samplers for y in ("trailing", "karras"))
     assert {one["seed"] for one in sent} == {3}
@@ -161,10 +170,10 @@ def test_words_of_the_prompt_are_replaced_and_a_random_seed_is_the_same_for_all(
     fill_cheaply(page)
     section = grid(page)
     choose(section, ("words of the prompt", '"red circle", "green, $& square"'))
-    before = len(endpoint.jobs)
+    before = job_ids(endpoint)
     section.get_by_role("button", name="Start").click()
     expect(section).to_contain_text("Finished: 2 of 2 drawn. All with seed")
-    sent = [job.request["input"] for job in endpoint.jobs[before:]]
+    sent = inputs_since(endpoint, before)
     assert [one["prompt"] for one in sent] == [
         PROMPT,
         "a green, $& square on a blue background",
@@ -178,10 +187,10 @@ def test_words_that_are_not_in_the_prompt_are_told_before_a_job_starts(
     fill_cheaply(page)
     section = grid(page)
     choose(section, ("words of the prompt", "cat, dog"))
-    before = len(endpoint.jobs)
+    before = job_ids(endpoint)
     section.get_by_role("button", name="Start").click()
     expect(section).to_contain_text('The prompt does not have "cat"')
-    assert len(endpoint.jobs) == before
+    assert inputs_since(endpoint, before) == []
 
 
 def test_what_cannot_start_says_why(page: Page) -> None:

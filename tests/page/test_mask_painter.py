@@ -9,7 +9,16 @@ from playwright.sync_api import Locator, Page, expect
 
 from local_endpoint import LocalEndpoint
 from tests.page.conftest import PHONE, OpenPage, page_of
-from tests.page.pictures import add, data_uri, draw, file_of, open_picture, parameter, png_of, tiles
+from tests.page.gallery_steps import (
+    add,
+    data_uri,
+    draw,
+    file_of,
+    open_picture,
+    parameter,
+    png_of,
+    tiles,
+)
 
 WIDTH, HEIGHT = 96, 64
 
@@ -249,3 +258,33 @@ def test_painting_a_gallery_picture_repaints_only_what_was_painted(
     )
     assert (before[~mask] == after[~mask]).all()
     assert np.abs(before[mask] - after[mask]).mean() > 5
+
+
+def test_two_fingers_move_a_zoomed_picture_and_paint_nothing(
+    open_page: OpenPage, endpoint: LocalEndpoint
+) -> None:
+    page = open_page(page_of(endpoint), **PHONE)
+    dialog = open_painter(page)
+    set_range(dialog, "Zoom", 300)
+    canvas = dialog.get_by_role("img", name="Mask of")
+    stage = dialog.locator(".mask-stage")
+    stage.evaluate("(stage) => stage.scrollTo(0, 0)")
+    before, frame = canvas.bounding_box(), stage.bounding_box()
+    assert before is not None
+    assert frame is not None
+    fingers = page.context.new_cdp_session(page)
+    x, y = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
+    for kind, moved, count in (
+        ("touchStart", 0, 1),
+        ("touchStart", 0, 2),
+        ("touchMove", 40, 2),
+        ("touchMove", 80, 2),
+        ("touchEnd", 0, 0),
+    ):
+        points = [{"x": x - moved + 30 * i, "y": y, "id": i} for i in range(count)]
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    after = canvas.bounding_box()
+    assert after is not None
+    assert after["x"] < before["x"] - 30
+    dialog.get_by_role("button", name="Apply mask").click()
+    expect(dialog.get_by_role("status")).to_contain_text("Nothing is painted yet")
