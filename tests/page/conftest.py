@@ -13,6 +13,7 @@ Playwright leaves an event loop running in the thread of the tests, so a test he
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -142,3 +143,11 @@ def page_of(endpoint: LocalEndpoint) -> str:
     """The address of the page that an endpoint serves."""
     parts = urlsplit(endpoint.url)
     return f"{parts.scheme}://{parts.netloc}/"
+
+
+def wait_until(page: Page, condition: str) -> None:
+    """Wait for an expression. Playwright's own `wait_for_function` breaks the page's policy."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        page.wait_for_timeout(50)

@@ -62,6 +62,7 @@ def dialog(page: Page) -> Locator:
 
 def unfold(scope: Page | Locator) -> None:
     """Open all that can be opened."""
+    scope.locator("details").first.wait_for(state="attached")
     while scope.locator("details:not([open])").count():
         scope.locator("details:not([open]) > summary").first.click()
 
@@ -121,8 +122,9 @@ def by_hand(
     open_page: OpenPage, bare_endpoint: LocalEndpoint, request: pytest.FixtureRequest
 ) -> ByHand:
     """Its parameter: options of the browser's context."""
-    options = getattr(request, "param", {})
-    return ByHand(open_page(page_of(bare_endpoint), **options), bare_endpoint)
+    page = open_page(page_of(bare_endpoint), **getattr(request, "param", {}))
+    expect(page.locator("html[data-ready]")).to_be_attached()
+    return ByHand(page, bare_endpoint)
 
 
 def walk(by_hand: ByHand) -> Iterator[str]:

@@ -9,7 +9,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from local_endpoint import LocalEndpoint
 from tests.hand_worker import HandWorker
-from tests.page.conftest import OpenPage, page_of
+from tests.page.conftest import OpenPage, page_of, wait_until
 from tests.page.gallery_steps import CHEAP, PROMPT, data_uri, draw, png_of, tiles
 
 
@@ -223,7 +223,7 @@ def test_three_jobs_run_at_once_and_cancel_all_ends_them(
     section.get_by_role("button", name="Start").click()
     expect(cells(section).filter(has_text="drawing")).to_have_count(3)
     expect(cells(section).filter(has_text="waiting")).to_have_count(5)
-    page.wait_for_function("document.querySelectorAll('#jobs li').length === 3")
+    wait_until(page, "document.querySelectorAll('#jobs li').length === 3")
     job = worker.take()
     worker.done(job["id"], {"output": {"images": [data_uri(png_of((8, 8), "red"))], "seed": 1}})
     expect(cells(section).get_by_role("img")).to_have_count(1)

@@ -8,7 +8,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from local_endpoint import LocalEndpoint
-from tests.page.conftest import PHONE, OpenPage, page_of
+from tests.page.conftest import PHONE, OpenPage, page_of, wait_until
 from tests.page.gallery_steps import (
     add,
     data_uri,
@@ -51,7 +51,7 @@ def apply(dialog: Locator) -> np.ndarray:
 
 
 def mask_of(page: Page) -> np.ndarray:
-    page.wait_for_function("window.painted !== undefined")
+    wait_until(page, "window.painted !== undefined")
     pixels = np.asarray(Image.open(io.BytesIO(file_of(page.evaluate("window.painted")))))
     assert set(np.unique(pixels[..., :3])) <= {0, 255}
     assert (pixels[..., 3] == 255).all()
@@ -176,7 +176,7 @@ def test_escape_dismisses_without_a_mask(painter: Locator) -> None:
     stroke(painter, (10, 10), (20, 10))
     page.keyboard.press("Escape")
     expect(painter).to_have_count(0)
-    page.wait_for_function("window.painted === null")
+    wait_until(page, "window.painted === null")
 
 
 def test_a_mask_to_start_from_counts_as_in_the_worker(page: Page) -> None:
