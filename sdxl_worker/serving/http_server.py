@@ -53,6 +53,8 @@ RETRY_AFTER_SECONDS = 10
 KEEP_ALIVE_SECONDS = 75
 # What a request's head, or the first one of a connection, may take.
 HEAD_SECONDS = 30
+# Far above those of browsers and proxies. What is read at once comes on top.
+MAX_HEAD_BYTES = 64 * 1024
 # Below the usual limit of 1024 files.
 MAX_CONNECTIONS = 900
 
@@ -338,29 +340,54 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(HttpToolsProtocol):
-    """uvicorn's, which would wait for ever for a request's head."""
+    """uvicorn's, which would wait for ever for a request's head, or for the rest of a body that was
+    answered already, and keep heads of any size."""
 
     _giving_up: asyncio.TimerHandle | None = None
+    _beside_bodies_bytes = 0
+    """What came since the last of a body, or of a request: a head, or what may follow chunks."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        self._give_up_in(HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        if self._beside_bodies_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("The request's head is too large.")
+            return
+        self._beside_bodies_bytes += len(data)
+        super().data_received(data)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._expect_head()
+        self._give_up_in(HEAD_SECONDS)
 
     def on_headers_complete(self) -> None:
         self._expect_nothing()
+        self._beside_bodies_bytes = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._beside_bodies_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._beside_bodies_bytes = 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:
+            # uvicorn's own limit of an idle connection ends with the first byte that follows.
+            self._give_up_in(KEEP_ALIVE_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
         super().connection_lost(exc)
 
-    def _expect_head(self) -> None:
+    def _give_up_in(self, seconds: float) -> None:
         if self._giving_up is None:
-            self._giving_up = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            self._giving_up = self.loop.call_later(seconds, self.transport.close)
 
     def _expect_nothing(self) -> None:
         if self._giving_up is not None:

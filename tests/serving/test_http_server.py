@@ -608,6 +608,88 @@ def test_a_client_that_does_not_finish_a_request_s_head_is_dropped(
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /ping HTTP/1.1\r\n",
+        b"GET /ping HTTP/1.1\r\nX: ",
+        b"GET /",
+        b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+    ],
+)
+def test_a_head_without_an_end_is_refused_and_not_kept(begin: bytes) -> None:
+    """Nor are the headers that may follow a body in chunks."""
+
+    async def ask() -> None:
+        server = Served(DONE, api_key="key").server.server
+        [listening] = ports.open_ports(Settings(port=free_port()))
+        serving = asyncio.create_task(server.serve([listening]))
+        _, writer = await asyncio.open_connection("127.0.0.1", listening.getsockname()[1])
+        writer.write(begin)
+        line = (b"X: " if begin.endswith(b"\n") else b"") + b"a" * 10_000
+        sent = 0
+        with pytest.raises(OSError):
+            while sent < 20 * MB:
+                writer.write(line + (b"\r\n" if begin.endswith(b"\n") else b""))
+                sent += len(line)
+                await writer.drain()
+        writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(ask())
+
+
+def test_large_bodies_and_many_requests_are_no_large_head() -> None:
+    async def ask() -> None:
+        served = Served(DONE)
+        server = served.server.server
+        await served.server.wait_for_models()
+        [listening] = ports.open_ports(Settings(port=free_port()))
+        serving = asyncio.create_task(server.serve([listening]))
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/generate"
+
+        async def chunks() -> Any:
+            yield b'{"prompt": "'
+            for _ in range(300):
+                yield b"a" * 10_000
+            yield b'"}'
+
+        async with httpx.AsyncClient() as client:
+            for _ in range(3):
+                assert (await client.post(url, content=chunks())).status_code == 200
+                long = {"prompt": "a" * MB}
+                headers = {"X": "a" * 30_000}
+                assert (await client.post(url, json=long, headers=headers)).status_code == 200
+        server.should_exit = True
+        await serving
+
+    asyncio.run(ask())
+
+
+def test_a_body_that_is_answered_already_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_SECONDS", 0.5)
+
+    async def ask() -> None:
+        server = Served(DONE, api_key="key").server.server
+        [listening] = ports.open_ports(Settings(port=free_port()))
+        serving = asyncio.create_task(server.serve([listening]))
+        address = "127.0.0.1", listening.getsockname()[1]
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"POST /generate HTTP/1.1\r\nContent-Length: 1000\r\n\r\n")
+        assert b" 401 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"{")
+        async with asyncio.timeout(60):
+            await reader.read()
+        writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(ask())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_USER_TIMEOUT")
 def test_a_client_that_takes_nothing_of_its_answer_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
