@@ -29,6 +29,7 @@ from sdxl_worker.request import (
     FromIntegralFloat,
     InputModel,
     Request,
+    check_extent,
     parse_request,
 )
 from sdxl_worker.settings import Settings
@@ -314,6 +315,10 @@ def parse_openai_call(job: Mapping[str, Any]) -> ImagesCall | None:
         raise OpenAIRequestError(
             f"openai_input: must be an object with a prompt in it; got {shown(given)}"
         )
+    try:
+        check_extent(given)
+    except RequestError as error:
+        raise OpenAIRequestError(str(error)) from None
     has_storage = bool(job.get("s3Config"))
     return _parsed(given, is_edit=route == EDITS, has_storage=has_storage)
 

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -86,8 +85,12 @@ def read_object(body: bytes) -> dict[str, Any]:
         value = json.loads(body)
     except RecursionError:
         raise BodyRefused(400, "the body is nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise BodyRefused(400, f"the body is not valid JSON: {error}") from None
+    except ValueError:  # of bytes that are no text, and of numbers that Python does not read
+        raise BodyRefused(
+            400, "the body must be JSON in UTF-8, with no number of thousands of digits"
+        ) from None
     if not isinstance(value, dict):
         raise BodyRefused(400, f"the body must be a JSON object; got {shown(value)}")
     return value
@@ -112,21 +115,19 @@ async def read_form_or_object(request: Request, body: bytes) -> dict[str, Any]:
             max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=HTTP_LIMIT_BYTES
         ) as form:
             values: dict[str, list[str]] = {}
-            for name, value in form.multi_items():
-                values.setdefault(name, []).append(
+            for sent_name, value in form.multi_items():
+                values.setdefault(sent_name.removesuffix("[]"), []).append(
                     await _data_uri(value) if isinstance(value, UploadFile) else value
                 )
+            lists = {name.removesuffix("[]") for name in form if name.endswith("[]")}
     except HTTPException as error:
         raise BodyRefused(400, f"the form cannot be read: {error.detail}") from None
-    return dict(_joined(values))
+    return {
+        name: several if name in lists or len(several) > 1 else several[0]
+        for name, several in values.items()
+    }
 
 
 async def _data_uri(file: UploadFile) -> str:
     payload = base64.b64encode(await file.read()).decode("ascii")
     return f"data:{file.content_type or 'application/octet-stream'};base64,{payload}"
-
-
-def _joined(values: dict[str, list[str]]) -> Iterator[tuple[str, str | list[str]]]:
-    for name, several in values.items():
-        is_list = name.endswith("[]")
-        yield name.removesuffix("[]"), several if is_list or len(several) > 1 else several[0]

@@ -64,7 +64,9 @@ class Metrics:
             outcome: the value of an `Outcome`, `STOPPED` or `TURNED_AWAY`.
         """
         self._jobs.labels(outcome).inc()
-        pictures = [] if output is None else output.get("images") or output.get("data") or []
+        output = output or {}
+        # OpenAI's list of models has data, too.
+        pictures = output.get("data" if "created" in output else "images", [])
         self._pictures.inc(len(pictures))
 
     def on_stage(self, stage: str, seconds: float) -> None:

@@ -110,4 +110,5 @@ def test_openai_s_pictures_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> N
     metrics = Metrics(Places(1, 1))
     metrics.on_job("done", {"created": 1, "data": [{"b64_json": "aGk="}, {"b64_json": "aGk="}]})
     metrics.on_job("refused", {"error": "no"})
+    metrics.on_job("done", {"object": "list", "data": [{"id": "a model"}]})
     assert b"sdxl_pictures_total 2.0" in metrics.text()
