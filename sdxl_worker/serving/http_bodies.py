@@ -9,7 +9,9 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from sdxl_worker.errors import RequestError
 from sdxl_worker.outputs.size_guard import HTTP_LIMIT_BYTES
+from sdxl_worker.request import check_extent
 from sdxl_worker.wording import shown
 
 # 30 MB at two megabits a second.
@@ -79,7 +81,7 @@ def job_of(body: bytes) -> dict[str, Any]:
 def read_object(body: bytes) -> dict[str, Any]:
     """
     Raises:
-        BodyRefused: it is no JSON object.
+        BodyRefused: it is no JSON object, or one that no request looks like.
     """
     try:
         value = json.loads(body)
@@ -93,6 +95,10 @@ def read_object(body: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(value, dict):
         raise BodyRefused(400, f"the body must be a JSON object; got {shown(value)}")
+    try:
+        check_extent(value)  # before it waits for its turn: such objects take many times their text
+    except RequestError as error:
+        raise BodyRefused(400, str(error)) from None
     return value
 
 
