@@ -67,6 +67,10 @@ STATUS = {
     Outcome.GPU_BROKEN: 503,
     Outcome.FAILED: 500,
 }
+# The same call would fail again, or most likely so. OpenAI's clients, which send a call that was
+# answered with 5xx twice more by themselves, heed this; every try costs a GPU's time.
+NOT_AGAIN = {"x-should-retry": "false"}
+IN_VAIN = (Outcome.NO_PICTURE, Outcome.OUT_OF_MEMORY, Outcome.FAILED)
 PING = "/ping"
 
 
@@ -439,9 +443,12 @@ async def _hang_up(request: Request) -> None:
 
 def _response(request: Request, answer: Answer) -> Response:
     status = STATUS[answer.outcome]
-    if "error" in answer.output:
-        return _refused(request, Refusal(status, answer.output["error"]))
-    return _json(status, answer.output)
+    if "error" not in answer.output:
+        return _json(status, answer.output)
+    response = _refused(request, Refusal(status, answer.output["error"]))
+    if answer.outcome in IN_VAIN:
+        response.headers.update(NOT_AGAIN)
+    return response
 
 
 def _refused(request: Request, refusal: Refusal) -> Response:

@@ -483,24 +483,27 @@ DONE = Answer({"images": ["data:image/png;base64,aGk="], "seed": 1}, Outcome.DON
 
 
 @pytest.mark.parametrize(
-    ("outcome", "status", "kind"),
+    ("outcome", "status", "kind", "should_retry"),
     [
-        (Outcome.REFUSED, 400, "invalid_request_error"),
-        (Outcome.NO_MODEL, 503, "server_error"),
-        (Outcome.NO_PICTURE, 500, "server_error"),
-        (Outcome.OUT_OF_MEMORY, 503, "server_error"),
-        (Outcome.GPU_BROKEN, 503, "server_error"),
-        (Outcome.FAILED, 500, "server_error"),
+        (Outcome.REFUSED, 400, "invalid_request_error", None),
+        (Outcome.NO_MODEL, 503, "server_error", None),
+        (Outcome.NO_PICTURE, 500, "server_error", "false"),
+        (Outcome.OUT_OF_MEMORY, 503, "server_error", "false"),
+        (Outcome.GPU_BROKEN, 503, "server_error", None),
+        (Outcome.FAILED, 500, "server_error", "false"),
     ],
 )
 def test_each_failure_has_its_status_and_one_string(
-    outcome: Outcome, status: int, kind: str
+    outcome: Outcome, status: int, kind: str, should_retry: str | None
 ) -> None:
+    """And OpenAI's clients are told where another try would be in vain."""
+
     async def ask() -> None:
         failure = Answer({"error": "so it is", "refresh_worker": True}, outcome)
         for path in ("/generate", "/v1/images/generations", "/v1/images/edits"):
             response = await Served(failure).post(path)
             assert response.status_code == status
+            assert response.headers.get("x-should-retry") == should_retry
             told = {"message": "so it is", "type": kind, "param": None, "code": None}
             assert response.json() == {"error": told if path.startswith("/v1/") else "so it is"}
 
