@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from sdxl_worker.errors import OpenAIRequestError, RequestError
+from sdxl_worker.errors import OpenAIRequestError, RequestError, ToldToEndError
 from sdxl_worker.few_step import REFINER_FIELDS
 from sdxl_worker.request import (
     MAX_IMAGES,
@@ -284,7 +284,8 @@ class ImagesCall:
         try:
             yield
         except RequestError as error:
-            raise OpenAIRequestError(_reworded(str(error), self.words)) from None
+            kind = ToldToEndError if isinstance(error, ToldToEndError) else OpenAIRequestError
+            raise kind(_reworded(str(error), self.words)) from None
 
 
 def is_openai_call(job_input: object) -> bool:

@@ -35,7 +35,7 @@ from sdxl_worker.serving.http_bodies import (
     read_form_or_object,
     read_object,
 )
-from sdxl_worker.serving.metrics import CONTENT_TYPE, STOPPED, TURNED_AWAY, Metrics
+from sdxl_worker.serving.metrics import CONTENT_TYPE, TURNED_AWAY, Metrics
 from sdxl_worker.serving.places import Full, Places
 from sdxl_worker.settings import Settings, is_on_runpod
 
@@ -61,6 +61,7 @@ MAX_CONNECTIONS = 900
 STATUS = {
     Outcome.DONE: 200,
     Outcome.REFUSED: 400,
+    Outcome.STOPPED: 503,
     Outcome.NO_MODEL: 503,
     Outcome.NO_PICTURE: 500,
     Outcome.OUT_OF_MEMORY: 503,
@@ -303,7 +304,7 @@ class WorkerServer:
         seconds = time.monotonic() - began
         self._metrics.on_stage("job", seconds)
         if running.cancelled():
-            self._metrics.on_job(STOPPED)
+            self._metrics.on_job(Outcome.STOPPED.value)
             return _refused(request, Refusal(503, self._why_not_answered(), RETRY_AFTER_SECONDS))
         answer = running.result()
         self._metrics.on_job(answer.outcome.value, answer.output)
@@ -445,7 +446,8 @@ def _response(request: Request, answer: Answer) -> Response:
     status = STATUS[answer.outcome]
     if "error" not in answer.output:
         return _json(status, answer.output)
-    response = _refused(request, Refusal(status, answer.output["error"]))
+    retry_after_seconds = RETRY_AFTER_SECONDS if answer.outcome is Outcome.STOPPED else None
+    response = _refused(request, Refusal(status, answer.output["error"], retry_after_seconds))
     if answer.outcome in IN_VAIN:
         response.headers.update(NOT_AGAIN)
     return response

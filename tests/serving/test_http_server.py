@@ -486,6 +486,7 @@ DONE = Answer({"images": ["data:image/png;base64,aGk="], "seed": 1}, Outcome.DON
     ("outcome", "status", "kind", "should_retry"),
     [
         (Outcome.REFUSED, 400, "invalid_request_error", None),
+        (Outcome.STOPPED, 503, "server_error", None),
         (Outcome.NO_MODEL, 503, "server_error", None),
         (Outcome.NO_PICTURE, 500, "server_error", "false"),
         (Outcome.OUT_OF_MEMORY, 503, "server_error", "false"),
@@ -504,6 +505,7 @@ def test_each_failure_has_its_status_and_one_string(
             response = await Served(failure).post(path)
             assert response.status_code == status
             assert response.headers.get("x-should-retry") == should_retry
+            assert ("Retry-After" in response.headers) is (outcome is Outcome.STOPPED)
             told = {"message": "so it is", "type": kind, "param": None, "code": None}
             assert response.json() == {"error": told if path.startswith("/v1/") else "so it is"}
 
