@@ -33,15 +33,22 @@ class BodyRefused(Exception):  # noqa: N818 - named as the local endpoint's refu
 async def read_body(request: Request) -> bytes:
     """
     Raises:
-        BodyRefused: it is over the limit, of which no more is kept, or too slow.
+        BodyRefused: it is over the limit, of which no more is kept, or too slow, or lost.
         ClientDisconnect: its sender is gone.
     """
+    headers = request.headers
+    if "upgrade" in headers and "upgrade" in headers.get("connection", "").lower():
+        # Java's client offers HTTP/2 so; the parser takes all that follows for another protocol's.
+        raise BodyRefused(
+            400,
+            "a body cannot come with an offer of another protocol (Upgrade); send HTTP/1.1 alone",
+        )
     too_large = BodyRefused(
         413,
         f"the body is over {HTTP_LIMIT_BYTES / 1e6:.0f} MB; send pictures as links (https://...), "
         "or smaller ones",
     )
-    told = request.headers.get("content-length", "")
+    told = headers.get("content-length", "")
     # Python reads no number of thousands of digits.
     if told.isdecimal() and (len(told) > 18 or int(told) > HTTP_LIMIT_BYTES):
         raise too_large

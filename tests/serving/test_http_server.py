@@ -112,6 +112,12 @@ class TestGenerate:
         assert response.status_code == 400
         assert response.json()["error"].startswith(told)
 
+    def test_what_java_s_client_does_to_the_body_is_told(self, client: httpx.Client) -> None:
+        headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": ""}
+        response = client.post("/generate", json=QUICK, headers=headers)
+        assert response.status_code == 400
+        assert "(Upgrade); send HTTP/1.1 alone" in response.json()["error"]
+
     def test_many_requests_go_over_one_connection(self, worker: HttpWorker) -> None:
         host, port = worker.url.removeprefix("http://").split(":")
         request = f"GET /ping HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
