@@ -5,6 +5,7 @@ import base64
 import json
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -116,8 +117,12 @@ async def read_form_or_object(request: Request, body: bytes) -> dict[str, Any]:
     Raises:
         BodyRefused: the body is neither a form nor a JSON object.
     """
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
         return read_object(body)
+    # The parser would leave out a part that is cut off without a word.
+    if (boundary := options.get(b"boundary")) and b"--%b--" % boundary not in body:
+        raise BodyRefused(400, "the form cannot be read: its end is missing")
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}

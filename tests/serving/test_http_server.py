@@ -759,6 +759,14 @@ def test_a_form_becomes_the_json_that_says_the_same() -> None:
         broken = await served.post("/v1/images/edits", json=None, content=b"x", headers=headers)
         assert broken.status_code == 400
         assert broken.json()["error"]["message"].startswith("the form cannot be read: ")
+        headers = {"Content-Type": "Multipart/Form-Data; Boundary=x"}
+        cut_off = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na cat and a'
+        broken = await served.post("/v1/images/edits", json=None, content=cut_off, headers=headers)
+        assert broken.status_code == 400
+        assert "its end is missing" in broken.text
+        whole = cut_off + b" dog\r\n--x--"
+        await served.post("/v1/images/edits", json=None, content=whole, headers=headers)
+        assert served.jobs[-1]["input"]["openai_input"] == {"prompt": "a cat and a dog"}
 
     asyncio.run(ask())
 
