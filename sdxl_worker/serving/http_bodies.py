@@ -23,28 +23,29 @@ BESIDE_INPUT = ("s3Config",)
 MAX_PARTS = 200
 
 
-class BodyRefused(Exception):  # noqa: N818 - named as the local endpoint's refusals
-    """The message tells what to change."""
+class Refusal(Exception):  # noqa: N818 - an answer
+    """A request's, in place of a job's. The message tells what to change."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, retry_after_seconds: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_seconds = retry_after_seconds
 
 
 async def read_body(request: Request) -> bytes:
     """
     Raises:
-        BodyRefused: it is over the limit, of which no more is kept, or too slow, or lost.
+        Refusal: it is over the limit, of which no more is kept, or too slow, or lost.
         ClientDisconnect: its sender is gone.
     """
     headers = request.headers
     if "upgrade" in headers and "upgrade" in headers.get("connection", "").lower():
         # Java's client offers HTTP/2 so; the parser takes all that follows for another protocol's.
-        raise BodyRefused(
+        raise Refusal(
             400,
             "a body cannot come with an offer of another protocol (Upgrade); send HTTP/1.1 alone",
         )
-    too_large = BodyRefused(
+    too_large = Refusal(
         413,
         f"the body is over {HTTP_LIMIT_BYTES / 1e6:.0f} MB; send pictures as links (https://...), "
         "or smaller ones",
@@ -61,7 +62,7 @@ async def read_body(request: Request) -> bytes:
                     raise too_large
                 body += chunk
     except TimeoutError:
-        raise BodyRefused(
+        raise Refusal(
             408, f"the body was not there after {READ_TIMEOUT_SECONDS:.0f} seconds"
         ) from None
     return bytes(body)
@@ -71,14 +72,14 @@ def job_of(body: bytes) -> dict[str, Any]:
     """`{"input": {...}}`, as on the queue, or the input's fields themselves.
 
     Raises:
-        BodyRefused: it is neither.
+        Refusal: it is neither.
     """
     sent = read_object(body)
     if "input" not in sent:
         return {"input": sent}
     foreign = [name for name in sent if name not in ("input", *BESIDE_INPUT)]
     if foreign:
-        raise BodyRefused(
+        raise Refusal(
             400,
             f"{shown(foreign[0])}: no such field beside input; there may be "
             f"{', '.join(BESIDE_INPUT)}",
@@ -89,24 +90,24 @@ def job_of(body: bytes) -> dict[str, Any]:
 def read_object(body: bytes) -> dict[str, Any]:
     """
     Raises:
-        BodyRefused: it is no JSON object, or one that no request looks like.
+        Refusal: it is no JSON object, or one that no request looks like.
     """
     try:
         value = json.loads(body)
     except RecursionError:
-        raise BodyRefused(400, "the body is nested too deeply") from None
+        raise Refusal(400, "the body is nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise BodyRefused(400, f"the body is not valid JSON: {error}") from None
+        raise Refusal(400, f"the body is not valid JSON: {error}") from None
     except ValueError:  # of bytes that are no text, and of numbers that Python does not read
-        raise BodyRefused(
+        raise Refusal(
             400, "the body must be JSON in UTF-8, with no number of thousands of digits"
         ) from None
     if not isinstance(value, dict):
-        raise BodyRefused(400, f"the body must be a JSON object; got {shown(value)}")
+        raise Refusal(400, f"the body must be a JSON object; got {shown(value)}")
     try:
         check_extent(value)  # before it waits for its turn: such objects take many times their text
     except RequestError as error:
-        raise BodyRefused(400, str(error)) from None
+        raise Refusal(400, str(error)) from None
     return value
 
 
@@ -115,14 +116,14 @@ async def read_form_or_object(request: Request, body: bytes) -> dict[str, Any]:
     data URIs; of several with one name, and of one that is called `name[]`, a list.
 
     Raises:
-        BodyRefused: the body is neither a form nor a JSON object.
+        Refusal: the body is neither a form nor a JSON object.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
         return read_object(body)
     # The parser would leave out a part that is cut off without a word.
     if (boundary := options.get(b"boundary")) and b"--%b--" % boundary not in body:
-        raise BodyRefused(400, "the form cannot be read: its end is missing")
+        raise Refusal(400, "the form cannot be read: its end is missing")
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -139,7 +140,7 @@ async def read_form_or_object(request: Request, body: bytes) -> dict[str, Any]:
                 )
             lists = {name.removesuffix("[]") for name in form if name.endswith("[]")}
     except HTTPException as error:
-        raise BodyRefused(400, f"the form cannot be read: {error.detail}") from None
+        raise Refusal(400, f"the form cannot be read: {error.detail}") from None
     return {
         name: several if name in lists or len(several) > 1 else several[0]
         for name, several in values.items()

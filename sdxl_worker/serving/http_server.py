@@ -29,7 +29,7 @@ from sdxl_worker.serving.answering import Answer, Answering, Outcome
 from sdxl_worker.serving.ending import HURRIED_SECONDS, hurry
 from sdxl_worker.serving.host_memory import give_back_host_memory
 from sdxl_worker.serving.http_bodies import (
-    BodyRefused,
+    Refusal,
     job_of,
     read_body,
     read_form_or_object,
@@ -81,13 +81,6 @@ class State(Enum):
     LOADING = 204
     READY = 200
     ENDING = 503
-
-
-class Refusal(Exception):  # noqa: N818 - an answer
-    def __init__(self, status: int, message: str, retry_after_seconds: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after_seconds = retry_after_seconds
 
 
 def serve(
@@ -275,8 +268,8 @@ class WorkerServer:
             self._metrics.on_job(TURNED_AWAY)
             told = f"too many jobs wait; try again in {full.retry_after_seconds} seconds"
             return _refused(request, Refusal(429, told, full.retry_after_seconds))
-        except BodyRefused as refused:
-            return _refused(request, Refusal(refused.status, str(refused)))
+        except Refusal as refused:
+            return _refused(request, refused)
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
 

@@ -35,6 +35,12 @@ QUEUE_LIMIT = 20
 MB = 10**6
 
 
+@pytest.fixture(autouse=True)
+def no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server in this process that is told to end hurries the waits of all later tests."""
+    monkeypatch.setattr(ending, "_ends_at", None)
+
+
 @pytest.fixture(scope="module")
 def health_port() -> int:
     return free_port()
@@ -518,11 +524,7 @@ def test_each_failure_has_its_status_and_one_string(
     asyncio.run(ask())
 
 
-def test_after_a_broken_gpu_ping_says_so_and_no_job_is_let_in(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ending, "_ends_at", None)
-
+def test_after_a_broken_gpu_ping_says_so_and_no_job_is_let_in() -> None:
     async def ask() -> None:
         served = Served(Answer({"error": "broken", "refresh_worker": True}, Outcome.GPU_BROKEN))
         is_broken = asyncio.Event()
@@ -547,7 +549,6 @@ def test_after_a_broken_gpu_ping_says_so_and_no_job_is_let_in(
 def test_what_is_not_answered_in_time_is_given_up_when_the_worker_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ending, "_ends_at", None)
     monkeypatch.setattr(http_server, "ANSWERED_WITHIN_SECONDS", 0.1)
 
     async def ask() -> None:
