@@ -11,6 +11,11 @@ class OpenAIRequestError(RequestError):
     """The same, of a call of OpenAI's API, whose answer says whose mistake it is."""
 
 
+class ToldToEndError(RequestError):
+    """Not the caller's mistake: the worker ends before what the job waits for is there. The message
+    tells the caller to send the job again."""
+
+
 class ModelError(Exception):
     """The models cannot be loaded as configured. The worker must stop: no job can succeed."""
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from sdxl_worker.errors import OpenAIRequestError, RequestError
+from sdxl_worker.errors import OpenAIRequestError, RequestError, ToldToEndError
 from sdxl_worker.few_step import REFINER_FIELDS
 from sdxl_worker.request import (
     MAX_IMAGES,
@@ -29,6 +29,7 @@ from sdxl_worker.request import (
     FromIntegralFloat,
     InputModel,
     Request,
+    check_extent,
     parse_request,
 )
 from sdxl_worker.settings import Settings
@@ -283,7 +284,8 @@ class ImagesCall:
         try:
             yield
         except RequestError as error:
-            raise OpenAIRequestError(_reworded(str(error), self.words)) from None
+            kind = ToldToEndError if isinstance(error, ToldToEndError) else OpenAIRequestError
+            raise kind(_reworded(str(error), self.words)) from None
 
 
 def is_openai_call(job_input: object) -> bool:
@@ -314,6 +316,10 @@ def parse_openai_call(job: Mapping[str, Any]) -> ImagesCall | None:
         raise OpenAIRequestError(
             f"openai_input: must be an object with a prompt in it; got {shown(given)}"
         )
+    try:
+        check_extent(given)
+    except RequestError as error:
+        raise OpenAIRequestError(str(error)) from None
     has_storage = bool(job.get("s3Config"))
     return _parsed(given, is_edit=route == EDITS, has_storage=has_storage)
 

@@ -656,7 +656,7 @@ def parse_request(job_input: object) -> Request:
     """
     if not isinstance(job_input, Mapping):
         raise RequestError(f"input: must be an object with a prompt in it; got {shown(job_input)}")
-    _check_extent(job_input)
+    check_extent(job_input)
     if "s3Config" in job_input:
         raise RequestError("s3Config: belongs beside input, not in it: {input: ..., s3Config: ...}")
     try:
@@ -665,8 +665,12 @@ def parse_request(job_input: object) -> Request:
         raise RequestError("\n".join(problems(error, Request))) from None
 
 
-def _check_extent(job_input: Mapping[Any, Any]) -> None:
-    """Refuse what no request looks like, before it costs time. Strings may be of any length."""
+def check_extent(job_input: Mapping[Any, Any]) -> None:
+    """Refuse what no request looks like, before it costs time. Strings may be of any length.
+
+    Raises:
+        RequestError: it has too many values, or too deep ones.
+    """
     count, level = 0, [job_input]
     for _ in range(MAX_NESTING):
         count += sum(map(len, level))

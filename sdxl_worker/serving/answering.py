@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from sdxl_worker.errors import ModelError, OpenAIRequestError, PictureError, RequestError
+from sdxl_worker.errors import (
+    ModelError,
+    OpenAIRequestError,
+    PictureError,
+    RequestError,
+    ToldToEndError,
+)
 from sdxl_worker.serving.job import run_job
 from sdxl_worker.serving.slot import next_job_has_begun
 from sdxl_worker.serving.threads import on_gpu_thread
@@ -22,6 +28,8 @@ class Outcome(Enum):
     DONE = "done"
     REFUSED = "refused"
     """The caller's mistake."""
+    STOPPED = "stopped"
+    """The worker was told to end."""
     NO_MODEL = "no_model"
     NO_PICTURE = "no_picture"
     OUT_OF_MEMORY = "out_of_memory"
@@ -49,6 +57,9 @@ async def answer(job: dict[str, Any]) -> Answer:
     extra = {"job_id": job.get("id")}
     try:
         return Answer(await run_job(job), Outcome.DONE)
+    except ToldToEndError as error:
+        log.info("stopped", extra=extra)
+        return _error(Outcome.STOPPED, str(error))
     except RequestError as error:
         log.info("refused", extra=extra)
         whose = {"error_type": INVALID_REQUEST} if isinstance(error, OpenAIRequestError) else {}

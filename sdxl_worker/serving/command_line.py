@@ -44,8 +44,8 @@ def prepare(arguments: list[str]) -> tuple[list[str], Place]:
     Returns:
         The arguments for the SDK, and where jobs come from.
 
-    Exits with a message where `--test_input` is neither JSON nor a file with JSON in it, and after
-    printing the help for `--help`.
+    Exits with a message where `--test_input` is neither JSON nor a file with JSON in it, or where
+    something unknown is beside `--serve`; and after printing the help for `--help`.
     """
     if {"-h", "--help"} & set(arguments):
         from runpod.serverless import parser
@@ -70,6 +70,8 @@ def prepare(arguments: list[str]) -> tuple[list[str], Place]:
     if "--rp_serve_api" in arguments or "RUNPOD_REALTIME_PORT" in os.environ:
         return arguments, Place.SERVER
     if job is None and (own.serve or os.environ.get("SERVE_HTTP", "").lower() in TRUE_WORDS):
+        if own.serve and arguments:
+            sys.exit(f"{arguments[0]}: no such argument; --serve goes with --port N alone")
         # Nothing is taken from a queue, nor told to it.
         os.environ.pop("RUNPOD_WEBHOOK_GET_JOB", None)
         return arguments, Place.HTTP

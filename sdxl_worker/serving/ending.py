@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from sdxl_worker.errors import RequestError
+from sdxl_worker.errors import ToldToEndError
 
 # What is left of such a wait when the worker is told to end.
 HURRIED_SECONDS = 5.0
@@ -21,7 +21,7 @@ async def not_holding_the_end(what: str) -> AsyncIterator[None]:
         what: is waited for, in the error's words.
 
     Raises:
-        RequestError: the worker was told to end, and this did not come in time.
+        ToldToEndError: the worker was told to end, and this did not come in time.
     """
     wait = asyncio.timeout_at(_ends_at)
     try:
@@ -31,7 +31,7 @@ async def not_holding_the_end(what: str) -> AsyncIterator[None]:
     except TimeoutError:
         if not wait.expired():
             raise
-        raise RequestError(
+        raise ToldToEndError(
             f"the worker was told to end before {what} was there; send the job again"
         ) from None
     finally:

@@ -29,13 +29,13 @@ from sdxl_worker.serving.answering import Answer, Answering, Outcome
 from sdxl_worker.serving.ending import HURRIED_SECONDS, hurry
 from sdxl_worker.serving.host_memory import give_back_host_memory
 from sdxl_worker.serving.http_bodies import (
-    BodyRefused,
+    Refusal,
     job_of,
     read_body,
     read_form_or_object,
     read_object,
 )
-from sdxl_worker.serving.metrics import CONTENT_TYPE, STOPPED, TURNED_AWAY, Metrics
+from sdxl_worker.serving.metrics import CONTENT_TYPE, TURNED_AWAY, Metrics
 from sdxl_worker.serving.places import Full, Places
 from sdxl_worker.settings import Settings, is_on_runpod
 
@@ -53,18 +53,25 @@ RETRY_AFTER_SECONDS = 10
 KEEP_ALIVE_SECONDS = 75
 # What a request's head, or the first one of a connection, may take.
 HEAD_SECONDS = 30
+# Far above those of browsers and proxies. What is read at once comes on top.
+MAX_HEAD_BYTES = 64 * 1024
 # Below the usual limit of 1024 files.
 MAX_CONNECTIONS = 900
 
 STATUS = {
     Outcome.DONE: 200,
     Outcome.REFUSED: 400,
+    Outcome.STOPPED: 503,
     Outcome.NO_MODEL: 503,
     Outcome.NO_PICTURE: 500,
     Outcome.OUT_OF_MEMORY: 503,
     Outcome.GPU_BROKEN: 503,
     Outcome.FAILED: 500,
 }
+# The same call would fail again, or most likely so. OpenAI's clients, which send a call that was
+# answered with 5xx twice more by themselves, heed this; every try costs a GPU's time.
+NOT_AGAIN = {"x-should-retry": "false"}
+IN_VAIN = (Outcome.NO_PICTURE, Outcome.OUT_OF_MEMORY, Outcome.FAILED)
 PING = "/ping"
 
 
@@ -74,13 +81,6 @@ class State(Enum):
     LOADING = 204
     READY = 200
     ENDING = 503
-
-
-class Refusal(Exception):  # noqa: N818 - an answer
-    def __init__(self, status: int, message: str, retry_after_seconds: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after_seconds = retry_after_seconds
 
 
 def serve(
@@ -268,8 +268,8 @@ class WorkerServer:
             self._metrics.on_job(TURNED_AWAY)
             told = f"too many jobs wait; try again in {full.retry_after_seconds} seconds"
             return _refused(request, Refusal(429, told, full.retry_after_seconds))
-        except BodyRefused as refused:
-            return _refused(request, Refusal(refused.status, str(refused)))
+        except Refusal as refused:
+            return _refused(request, refused)
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
 
@@ -297,7 +297,7 @@ class WorkerServer:
         seconds = time.monotonic() - began
         self._metrics.on_stage("job", seconds)
         if running.cancelled():
-            self._metrics.on_job(STOPPED)
+            self._metrics.on_job(Outcome.STOPPED.value)
             return _refused(request, Refusal(503, self._why_not_answered(), RETRY_AFTER_SECONDS))
         answer = running.result()
         self._metrics.on_job(answer.outcome.value, answer.output)
@@ -338,29 +338,54 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(HttpToolsProtocol):
-    """uvicorn's, which would wait for ever for a request's head."""
+    """uvicorn's, which would wait for ever for a request's head, or for the rest of a body that was
+    answered already, and keep heads of any size."""
 
     _giving_up: asyncio.TimerHandle | None = None
+    _beside_bodies_bytes = 0
+    """What came since the last of a body, or of a request: a head, or what may follow chunks."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        self._give_up_in(HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        if self._beside_bodies_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("The request's head is too large.")
+            return
+        self._beside_bodies_bytes += len(data)
+        super().data_received(data)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._expect_head()
+        self._give_up_in(HEAD_SECONDS)
 
     def on_headers_complete(self) -> None:
         self._expect_nothing()
+        self._beside_bodies_bytes = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._beside_bodies_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._beside_bodies_bytes = 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:
+            # uvicorn's own limit of an idle connection ends with the first byte that follows.
+            self._give_up_in(KEEP_ALIVE_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_nothing()
         super().connection_lost(exc)
 
-    def _expect_head(self) -> None:
+    def _give_up_in(self, seconds: float) -> None:
         if self._giving_up is None:
-            self._giving_up = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            self._giving_up = self.loop.call_later(seconds, self.transport.close)
 
     def _expect_nothing(self) -> None:
         if self._giving_up is not None:
@@ -412,9 +437,13 @@ async def _hang_up(request: Request) -> None:
 
 def _response(request: Request, answer: Answer) -> Response:
     status = STATUS[answer.outcome]
-    if "error" in answer.output:
-        return _refused(request, Refusal(status, answer.output["error"]))
-    return _json(status, answer.output)
+    if "error" not in answer.output:
+        return _json(status, answer.output)
+    retry_after_seconds = RETRY_AFTER_SECONDS if answer.outcome is Outcome.STOPPED else None
+    response = _refused(request, Refusal(status, answer.output["error"], retry_after_seconds))
+    if answer.outcome in IN_VAIN:
+        response.headers.update(NOT_AGAIN)
+    return response
 
 
 def _refused(request: Request, refusal: Refusal) -> Response:

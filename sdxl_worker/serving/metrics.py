@@ -26,8 +26,8 @@ from sdxl_worker.serving.places import Places
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # From a phase that takes no time to a job that the platform would no longer wait for.
 BUCKETS_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 8, 12, 20, 30, 60, 120, 330)
-# Of jobs that have no `Outcome`: their callers left, or there was no place for them.
-STOPPED, TURNED_AWAY = "stopped", "turned_away"
+# Of jobs that have no `Outcome`: there was no place for them.
+TURNED_AWAY = "turned_away"
 
 
 class Metrics:
@@ -54,17 +54,19 @@ class Metrics:
         )
         ProcessCollector(registry=registry)
         registry.register(_GpuMemory())
-        for outcome in (*(one.value for one in Outcome), STOPPED, TURNED_AWAY):
+        for outcome in (*(one.value for one in Outcome), TURNED_AWAY):
             self._jobs.labels(outcome)  # 0 rather than nothing, before the first one
         logs.phase_listeners[:] = [self.on_stage]
 
     def on_job(self, outcome: str, output: dict[str, Any] | None = None) -> None:
         """
         Args:
-            outcome: the value of an `Outcome`, `STOPPED` or `TURNED_AWAY`.
+            outcome: the value of an `Outcome`, or `TURNED_AWAY`.
         """
         self._jobs.labels(outcome).inc()
-        pictures = [] if output is None else output.get("images") or output.get("data") or []
+        output = output or {}
+        # OpenAI's list of models has data, too.
+        pictures = output.get("data" if "created" in output else "images", [])
         self._pictures.inc(len(pictures))
 
     def on_stage(self, stage: str, seconds: float) -> None:

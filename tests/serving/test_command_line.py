@@ -105,6 +105,13 @@ def test_help_is_given_at_once(tmp_path: Path) -> None:
         assert option in done.stdout
 
 
+@pytest.mark.parametrize("arguments", [["--prot", "9000"], ["serve"]])
+def test_what_serve_does_not_know_is_refused(arguments: list[str]) -> None:
+    """It would listen at another port than was meant."""
+    with pytest.raises(SystemExit, match=f"{arguments[0]}: no such argument"):
+        command_line.prepare(["--serve", *arguments])
+
+
 def test_a_job_that_fails_exits_with_its_reason(tmp_path: Path) -> None:
     done = handler_process(
         "--test_input", '{"input": {"prompt": "a", "height": 65}}', folder=tmp_path

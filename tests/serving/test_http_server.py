@@ -35,6 +35,12 @@ QUEUE_LIMIT = 20
 MB = 10**6
 
 
+@pytest.fixture(autouse=True)
+def no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server in this process that is told to end hurries the waits of all later tests."""
+    monkeypatch.setattr(ending, "_ends_at", None)
+
+
 @pytest.fixture(scope="module")
 def health_port() -> int:
     return free_port()
@@ -95,9 +101,9 @@ class TestGenerate:
         [
             (b"", "the body is not valid JSON: "),
             (b"{", "the body is not valid JSON: "),
-            (b"\xff", "the body is not valid JSON: "),
+            (b"\xff", "the body must be JSON in UTF-8"),
             (b"[" * 100_000, "the body is nested too deeply"),
-            (b"1" * 5000, "the body is not valid JSON: "),
+            (b"1" * 5000, "the body must be JSON in UTF-8, with no number of thousands of digits"),
             (b"[]", "the body must be a JSON object; got []"),
             (b'{"input": {}, "webhook": "https://a"}', '"webhook": no such field beside input'),
             (b'{"input": 3}', "input: must be an object with a prompt in it; got 3"),
@@ -111,6 +117,12 @@ class TestGenerate:
         response = client.post("/generate", content=body)
         assert response.status_code == 400
         assert response.json()["error"].startswith(told)
+
+    def test_what_java_s_client_does_to_the_body_is_told(self, client: httpx.Client) -> None:
+        headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": ""}
+        response = client.post("/generate", json=QUICK, headers=headers)
+        assert response.status_code == 400
+        assert "(Upgrade); send HTTP/1.1 alone" in response.json()["error"]
 
     def test_many_requests_go_over_one_connection(self, worker: HttpWorker) -> None:
         host, port = worker.url.removeprefix("http://").split(":")
@@ -483,35 +495,36 @@ DONE = Answer({"images": ["data:image/png;base64,aGk="], "seed": 1}, Outcome.DON
 
 
 @pytest.mark.parametrize(
-    ("outcome", "status", "kind"),
+    ("outcome", "status", "kind", "should_retry"),
     [
-        (Outcome.REFUSED, 400, "invalid_request_error"),
-        (Outcome.NO_MODEL, 503, "server_error"),
-        (Outcome.NO_PICTURE, 500, "server_error"),
-        (Outcome.OUT_OF_MEMORY, 503, "server_error"),
-        (Outcome.GPU_BROKEN, 503, "server_error"),
-        (Outcome.FAILED, 500, "server_error"),
+        (Outcome.REFUSED, 400, "invalid_request_error", None),
+        (Outcome.STOPPED, 503, "server_error", None),
+        (Outcome.NO_MODEL, 503, "server_error", None),
+        (Outcome.NO_PICTURE, 500, "server_error", "false"),
+        (Outcome.OUT_OF_MEMORY, 503, "server_error", "false"),
+        (Outcome.GPU_BROKEN, 503, "server_error", None),
+        (Outcome.FAILED, 500, "server_error", "false"),
     ],
 )
 def test_each_failure_has_its_status_and_one_string(
-    outcome: Outcome, status: int, kind: str
+    outcome: Outcome, status: int, kind: str, should_retry: str | None
 ) -> None:
+    """And OpenAI's clients are told where another try would be in vain."""
+
     async def ask() -> None:
         failure = Answer({"error": "so it is", "refresh_worker": True}, outcome)
         for path in ("/generate", "/v1/images/generations", "/v1/images/edits"):
             response = await Served(failure).post(path)
             assert response.status_code == status
+            assert response.headers.get("x-should-retry") == should_retry
+            assert ("Retry-After" in response.headers) is (outcome is Outcome.STOPPED)
             told = {"message": "so it is", "type": kind, "param": None, "code": None}
             assert response.json() == {"error": told if path.startswith("/v1/") else "so it is"}
 
     asyncio.run(ask())
 
 
-def test_after_a_broken_gpu_ping_says_so_and_no_job_is_let_in(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ending, "_ends_at", None)
-
+def test_after_a_broken_gpu_ping_says_so_and_no_job_is_let_in() -> None:
     async def ask() -> None:
         served = Served(Answer({"error": "broken", "refresh_worker": True}, Outcome.GPU_BROKEN))
         is_broken = asyncio.Event()
@@ -536,7 +549,6 @@ def test_after_a_broken_gpu_ping_says_so_and_no_job_is_let_in(
 def test_what_is_not_answered_in_time_is_given_up_when_the_worker_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ending, "_ends_at", None)
     monkeypatch.setattr(http_server, "ANSWERED_WITHIN_SECONDS", 0.1)
 
     async def ask() -> None:
@@ -608,6 +620,92 @@ def test_a_client_that_does_not_finish_a_request_s_head_is_dropped(
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /ping HTTP/1.1\r\n",
+        b"GET /ping HTTP/1.1\r\nX: ",
+        b"GET /",
+        b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+    ],
+)
+def test_a_head_without_an_end_is_refused_and_not_kept(begin: bytes) -> None:
+    """Nor are the headers that may follow a body in chunks."""
+
+    async def ask() -> None:
+        server = Served(DONE, api_key="key").server.server
+        [listening] = ports.open_ports(Settings(port=free_port()))
+        serving = asyncio.create_task(server.serve([listening]))
+        _, writer = await asyncio.open_connection("127.0.0.1", listening.getsockname()[1])
+        writer.write(begin)
+        line = b"a" * 10_000
+        if begin.endswith(b"\n"):
+            line = b"X: " + line + b"\r\n"
+
+        async def send_20_mb() -> None:
+            for _ in range(2000):
+                writer.write(line)
+                await writer.drain()
+
+        with pytest.raises(ConnectionError):
+            await send_20_mb()
+        writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(ask())
+
+
+def test_large_bodies_and_many_requests_are_no_large_head() -> None:
+    async def ask() -> None:
+        served = Served(DONE)
+        server = served.server.server
+        await served.server.wait_for_models()
+        [listening] = ports.open_ports(Settings(port=free_port()))
+        serving = asyncio.create_task(server.serve([listening]))
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/generate"
+
+        async def chunks() -> Any:
+            yield b'{"prompt": "'
+            for _ in range(300):
+                yield b"a" * 10_000
+            yield b'"}'
+
+        async with httpx.AsyncClient() as client:
+            for _ in range(3):
+                assert (await client.post(url, content=chunks())).status_code == 200
+                long = {"prompt": "a" * MB}
+                headers = {"X": "a" * 30_000}
+                assert (await client.post(url, json=long, headers=headers)).status_code == 200
+        server.should_exit = True
+        await serving
+
+    asyncio.run(ask())
+
+
+def test_a_body_that_is_answered_already_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_SECONDS", 0.5)
+
+    async def ask() -> None:
+        server = Served(DONE, api_key="key").server.server
+        [listening] = ports.open_ports(Settings(port=free_port()))
+        serving = asyncio.create_task(server.serve([listening]))
+        address = "127.0.0.1", listening.getsockname()[1]
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"POST /generate HTTP/1.1\r\nContent-Length: 1000\r\n\r\n")
+        assert b" 401 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"{")
+        async with asyncio.timeout(60):
+            await reader.read()
+        writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(ask())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_USER_TIMEOUT")
 def test_a_client_that_takes_nothing_of_its_answer_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
@@ -646,6 +744,7 @@ def test_a_form_becomes_the_json_that_says_the_same() -> None:
         await served.post("/v1/images/edits", files=[("image", png), ("mask", png)], **form)
         await served.post("/v1/images/edits", files=[("image[]", png)], **form)
         await served.post("/v1/images/edits", files=[("image", png), ("image", png)], **form)
+        await served.post("/v1/images/edits", files=[("image[]", png), ("image", png)], **form)
         await served.post("/v1/images/edits", json={"prompt": "a", "image": uri})
         inputs = [job["input"] for job in served.jobs]
         assert {one["openai_route"] for one in inputs} == {"/v1/images/edits"}
@@ -654,12 +753,36 @@ def test_a_form_becomes_the_json_that_says_the_same() -> None:
             {**texts, "image": uri, "mask": uri},
             {**texts, "image": [uri]},
             {**texts, "image": [uri, uri]},
+            {**texts, "image": [uri, uri]},
             {"prompt": "a", "image": uri},
         ]
         headers = {"Content-Type": "multipart/form-data"}
         broken = await served.post("/v1/images/edits", json=None, content=b"x", headers=headers)
         assert broken.status_code == 400
         assert broken.json()["error"]["message"].startswith("the form cannot be read: ")
+        headers = {"Content-Type": "Multipart/Form-Data; Boundary=x"}
+        cut_off = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na cat and a'
+        broken = await served.post("/v1/images/edits", json=None, content=cut_off, headers=headers)
+        assert broken.status_code == 400
+        assert "its end is missing" in broken.text
+        whole = cut_off + b" dog\r\n--x--"
+        await served.post("/v1/images/edits", json=None, content=whole, headers=headers)
+        assert served.jobs[-1]["input"]["openai_input"] == {"prompt": "a cat and a dog"}
+
+    asyncio.run(ask())
+
+
+def test_a_body_that_no_request_looks_like_does_not_wait() -> None:
+    """In memory, empty lists take some thirty times their text."""
+
+    async def ask() -> None:
+        served = Served(DONE)
+        body = {"input": {"prompt": "a", "loras": [[]] * 2000}}
+        for path in ("/generate", "/v1/images/generations", "/v1/images/edits"):
+            response = await served.post(path, json=body)
+            assert response.status_code == 400
+            assert "must hold at most 1000 values" in response.text
+        assert served.jobs == []
 
     asyncio.run(ask())
 

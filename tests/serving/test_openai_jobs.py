@@ -17,8 +17,10 @@ from PIL import Image, ImageDraw
 
 import handler
 from sdxl_worker.outputs import size_guard
+from sdxl_worker.serving import ending
 from sdxl_worker.serving import job as job_module
 from sdxl_worker.serving import progress as progress_module
+from sdxl_worker.serving.answering import Outcome, answer
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from tests.own_files import write_lora
 from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
@@ -281,6 +283,15 @@ def test_an_error_that_is_not_the_caller_s_has_no_type(monkeypatch: pytest.Monke
     output = called(GENERATIONS, **QUICK, size="64x64")
     assert list(output) == ["error"]
     assert output["error"].startswith("the worker failed at this job (RuntimeError)")
+
+
+def test_a_worker_s_end_is_no_mistake_of_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "_ends_at", 0.0)  # long ago
+    output = called(EDITS, **QUICK, image=png(photo()))
+    told = "the worker was told to end before the picture of image was there; send the job again"
+    assert output == {"error": told}
+    job = {"id": "own", "input": {**QUICK, "image_url": data_uri(photo())}}
+    assert asyncio.run(answer(job)).outcome is Outcome.STOPPED
 
 
 def test_progress_and_previews_are_sent_as_of_any_job(
