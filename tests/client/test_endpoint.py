@@ -83,6 +83,15 @@ def test_the_platform_s_key_is_not_for_others(
         find_address(endpoint, None)
 
 
+def test_the_platform_is_not_asked_where_all_can_read_the_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RUNPOD_API_KEY", "SDXL_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+        with pytest.raises(WrongEndpointError, match="over https:// alone"):
+            find_address("http://api.runpod.ai/v2/abc123", None)
+
+
 def test_a_key_comes_from_a_file_and_is_never_shown(tmp_path: Path) -> None:
     (tmp_path / "key").write_text(f"{KEY}\n")
     address = find_address("abc123", str(tmp_path / "key"))
@@ -182,8 +191,8 @@ def test_a_job_whose_answer_was_lost_is_not_sent_again(
 @pytest.mark.parametrize(
     ("code", "body", "told"),
     [
-        (401, "{}", "does not take the API key (401)"),
-        (404, "", "answered 404: see --endpoint"),
+        (401, "{}", "(401): see SDXL_API_KEY, RUNPOD_API_KEY or --api-key-file"),
+        (404, "", "address as far as /v2/ENDPOINT_ID, with --endpoint"),
         (413, '{"error": "by far"}', "the request is too large for 127.0.0.1: by far"),
         (400, '{"error": "no\\ninput"}', "127.0.0.1 answered 400: no input"),
         (400, "<html>a page</html>", "127.0.0.1 answered 400"),
@@ -197,6 +206,41 @@ def test_a_refusal_is_told_in_words(
         send(idle_endpoint)
     assert str(caught.value).endswith(told)
     assert "html" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", ["[" * 200_000, '{"id": ' + "9" * 10_000 + "}"])
+def test_an_answer_that_cannot_be_read_is_none(body: str, idle_endpoint: LocalEndpoint) -> None:
+    idle_endpoint.faults.answer("run", 200, body=body)
+    with pytest.raises(UnknownFateError):
+        send(idle_endpoint)
+
+
+def test_where_https_is_not_spoken_it_is_told_at_once(idle_endpoint: LocalEndpoint) -> None:
+    address = Address(idle_endpoint.url.replace("http:", "https:"), KEY)
+
+    async def call(ask: Callable[[Endpoint], Any]) -> None:
+        async with Endpoint(address) as endpoint:
+            await ask(endpoint)
+
+    asks: list[Callable[[Endpoint], Any]] = [
+        lambda endpoint: endpoint.run({}, lambda _: None),
+        lambda endpoint: endpoint.status("a"),
+        lambda endpoint: endpoint.download(f"{address.url}/a.png"),
+    ]
+    for ask in asks:
+        with pytest.raises(EndpointError, match="certificate is not trusted, or it does not speak"):
+            asyncio.run(call(ask))
+
+
+def test_a_name_that_is_not_found_is_told_with_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "TROUBLE_SECONDS", 0.1)
+
+    async def call() -> None:
+        async with Endpoint(Address("https://no-such-host.invalid/v2/a", KEY)) as endpoint:
+            await endpoint.status("a")
+
+    with pytest.raises(EndpointError, match="^no-such-host.invalid: "):
+        asyncio.run(call())
 
 
 @pytest.mark.parametrize("job_id", ["../run", "a/b", "", "a?b", "a\nb"])
@@ -254,6 +298,20 @@ def server(
     yield f"http://127.0.0.1:{running.server_port}"
     running.shutdown()
     running.server_close()
+
+
+@pytest.mark.parametrize("location", ["http://[bad", "http://a\u202e\x1b[2J/", ""])
+def test_a_redirect_to_nowhere_is_told(location: str) -> None:
+    async def call(url: str) -> None:
+        async with Endpoint(Address(url, KEY)) as endpoint:
+            await endpoint.status("a")
+
+    header = {"Location": location.encode().decode("latin-1")}
+    with (
+        server(lambda _: (302, header, b"")) as url,
+        pytest.raises(WrongEndpointError, match="redirects to .*, which was not followed"),
+    ):
+        asyncio.run(call(url))
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -315,6 +373,8 @@ def test_links_are_downloaded_without_the_key(tmp_path: Path) -> None:
     [
         ({"images": ["STORE/none.png?signature=secret"]}, "/none.png: the storage answered 403"),
         ({"images": ["file:///etc/passwd"]}, "file:///etc/passwd: is no http or https address"),
+        ({"images": ["http://"]}, "http://: is no address that can be asked"),
+        ({"images": ["http://[::1"]}, "http://[::1: is no address that can be asked"),
         ({"images": ["data:image/png;base64,AAAA"]}, "what came as picture 1: it is no PNG"),
         ({"images": ["data:image/png;base64,!"]}, "broken base64"),
         ({"images": [7]}, "something else than pictures"),
