@@ -167,7 +167,7 @@ def output_of(answer: Mapping[str, Any]) -> dict[str, Any]:
 def _readable(error: Any) -> str:
     """The SDK tells of a crash of the worker as JSON, with a traceback in it."""
     if isinstance(error, str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             parsed = json.loads(error)
             if isinstance(parsed, dict) and "error_message" in parsed:
                 kind = str(parsed.get("error_type", "")).removeprefix("<class '").removesuffix("'>")

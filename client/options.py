@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -130,7 +130,7 @@ class Field:
                 return self._parse_object(text)
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
 
     def _parse_object(self, text: str) -> Any:
@@ -266,6 +266,31 @@ def _with_files(value: Any, one: Field | None, place: str) -> Any:
     if not isinstance(value, str) or not one.is_picture or re.search(one.schema["pattern"], value):
         return value
     return data_uri(value, place)
+
+
+def pictures_left_out(
+    job_input: Mapping[str, Any], fields: Mapping[str, Field], *, without: Iterable[str] = ()
+) -> Iterator[str]:
+    """The places of pictures of which there is neither an address nor all of a data URI.
+
+    Args:
+        without: names of fields that do not matter.
+    """
+    for name, value in job_input.items():
+        if name in fields and name not in without:
+            yield from _pictures_left_out(value, fields[name], name)
+
+
+def _pictures_left_out(value: Any, one: Field, place: str) -> Iterator[str]:
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _pictures_left_out(item, one.items, f"{place}[{i}]")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name in one.properties:
+                yield from _pictures_left_out(item, one.properties[name], f"{place}.{name}")
+    elif one.is_picture and not re.match("https?://|data:[^,]*,", str(value), re.IGNORECASE):
+        yield place
 
 
 def data_uri(path: str, place: str) -> str:
@@ -412,7 +437,7 @@ def _number(text: str) -> Any:
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{place}: {_shown(text)} is not valid JSON: {error}") from None
 
 
@@ -444,4 +469,5 @@ def _help(one: Field) -> str:
         told += f" ({one.rule})"
     if one.kind == "array":
         told += " May be given several times; JSON and key=value,key=value are taken too."
+    told = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", told)  # a link's text
     return told.replace("`", "").replace("%", "%%").strip()

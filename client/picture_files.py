@@ -132,9 +132,12 @@ def request_in(told: Mapping[str, str]) -> dict[str, Any] | None:
     """The request that makes the picture again, if the file has one."""
     try:
         request = json.loads(told.get(REQUEST, ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return request if isinstance(request, dict) else None
+    if not isinstance(request, dict):
+        return None
+    # Whoever made the file does not choose where pictures go.
+    return {name: value for name, value in request.items() if name not in OF_THE_DELIVERY}
 
 
 def completed(content: bytes, job_input: Mapping[str, Any], seed: int) -> bytes:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from client.batch import JOURNAL, Journal, read_items
+from client.command import main
 from client.options import UsageError, fields_of, load_schema
 from local_endpoint import LocalEndpoint
 from tests.client.conftest import COMMAND, Terminal, environment, jobs_since, sdxl
@@ -229,6 +230,26 @@ def test_all_mistakes_are_told_before_anything_is_sent(tmp_path: Path) -> None:
     assert told[2] == "line 3: must be an input, a JSON object"
     assert told[3] == "line 4: sede: unknown field (did you mean seed?)"
     assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("none.txt", " \n\n", "none.txt: there is nothing to draw in it"),
+        ("none.csv", "prompt,seed\n", "none.csv: there is nothing to draw in it"),
+        ("long.csv", f"prompt\n{'x' * 200_000}", "line 2: cannot be read: field larger than"),
+        ("deep.jsonl", "[" * 200_000, "line 1: is not valid JSON"),
+    ],
+)
+def test_what_cannot_be_drawn_from_is_told(
+    name: str, text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(text)
+    assert main(["batch", name]) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_the_same_input_has_the_same_name_and_another_one_another() -> None:

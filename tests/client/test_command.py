@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from client import endpoint as endpoint_module
+from client.command import main
 from local_endpoint import LocalEndpoint
 from local_endpoint.server import REPOSITORY, Options
 from tests.client.conftest import Terminal, environment, jobs_since, sdxl
@@ -334,6 +336,13 @@ def test_a_terminal_that_cannot_show_pictures_costs_nothing(
         (("draw", "x", "--lora", "a:9"), "--loras[0].scale: must be a number from -5 to 5; got 9"),
         (("draw", "x", "--image", "none.png"), '--image-url: "none.png" is neither an address nor'),
         (("draw",), "nothing to draw"),
+        (("draw", "x", "--widht", "64"), "sdxl: --widht: no such option (did you mean --width?)"),
+        (("show", "--out=a", "x"), "sdxl: --out: no such option (see sdxl show --help)"),
+        (("draw", "a", "red"), "'red' is one word too many: put several words in quotes"),
+        (("draw", "x", "--timeout", "0"), "--timeout: must be a number of seconds above 0; got"),
+        (("draw", "x", "--lora"), "expected one argument; see sdxl draw --help"),
+        ((), "required: COMMAND; see sdxl --help"),
+        (("draw", "x", "--input", '{"a":' * 100_000), "--input: is not valid JSON"),
         (("draw", "x", "--prompt", "y"), "--prompt: there is another prompt"),
         (("draw", "x", "--input", "{"), "--input: is not valid JSON"),
         (("draw", "x", "--input", '{"widht": 64}'), "widht: unknown field (did you mean width?)"),
@@ -344,13 +353,24 @@ def test_a_terminal_that_cannot_show_pictures_costs_nothing(
     ],
 )  # fmt: skip
 def test_wrong_usage_is_told_and_nothing_is_sent(
-    arguments: tuple[str, ...], told: str, tmp_path: Path
+    arguments: tuple[str, ...],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = sdxl(*arguments, folder=tmp_path, env=environment())
-    assert done.returncode == 2, done.stderr
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDXL_ENDPOINT", "http://127.0.0.1:9/v2/ENDPOINT_ID")
+    assert main(list(arguments)) == 2
+    shown = capsys.readouterr()
+    assert told in shown.err
+    assert len(shown.err) < 1000
+    assert shown.out == ""
+
+
+def test_wrong_usage_is_told_as_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["draw", "x", "--json", "--widht", "64"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"].startswith("--widht: no such option")
 
 
 def test_where_no_endpoint_runs_it_says_how_to_start_one(tmp_path: Path) -> None:
@@ -375,11 +395,57 @@ def test_serve_is_the_local_endpoint_with_all_its_options(tmp_path: Path) -> Non
     assert "PORT: must be an integer from 0 to 65535; got 'x'" in refused.stderr
 
 
-def test_what_a_file_says_cannot_control_the_terminal(tmp_path: Path) -> None:
-    from PIL.PngImagePlugin import PngInfo
+def foreign(path: Path, **text: str) -> str:
+    """A picture's file that somebody else made, with these text chunks."""
+    chunks = PngInfo()
+    for name, value in text.items():
+        chunks.add_text(name, value)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=chunks)
+    return str(path)
 
-    text = PngInfo()
-    text.add_text("request", json.dumps({"prompt": "a\x1b[2J\x07b"}))
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
-    done = sdxl("show", "a.png", folder=tmp_path, env=environment())
-    assert done.stdout == "prompt: a\ufffd[2J\ufffdb\n"
+
+def test_what_a_file_says_cannot_control_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = json.dumps({"prompt": "a\x1b[2J\x07b"})
+    assert main(["show", foreign(tmp_path / "a.png", request=request)]) == 0
+    assert capsys.readouterr().out == "prompt: a\ufffd[2J\ufffdb\n"
+
+
+def test_a_name_that_cannot_be_printed_is_escaped(tmp_path: Path) -> None:
+    foreign(tmp_path / "a.png", request=json.dumps({"prompt": "\u732b"}))
+    env = environment(PYTHONIOENCODING="ascii")
+    assert sdxl("show", "a.png", folder=tmp_path, env=env).stdout == "prompt: \\u732b\n"
+
+
+def test_show_tells_what_other_programs_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = foreign(tmp_path / "a.png", parameters="a cat\nSteps: 5", deep="[" * 200_000)
+    assert main(["show", path]) == 0
+    assert "parameters: a cat\nSteps: 5\n" in capsys.readouterr().out
+    assert main(["again", path]) == 2
+    assert "does not tell how it was made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["own.png", "file:///etc/passwd", "data:image/png;base64"])
+def test_a_foreign_picture_does_not_choose_files_to_send(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("own.png")
+    request = json.dumps({"prompt": "a", "image_url": value, "mode": "img2img"})
+    assert main(["again", foreign(tmp_path / "a.png", request=request)]) == 2
+    assert "give it with --image-url FILE" in capsys.readouterr().err
+
+
+def test_a_foreign_picture_does_not_choose_where_pictures_go(
+    endpoint: LocalEndpoint, tmp_path: Path
+) -> None:
+    request = {"prompt": "a", "num_inference_steps": 1, "refiner_inference_steps": 0}
+    elsewhere = {**request, "upload_urls": ["https://example.com/put"], "preview": True}
+    foreign(tmp_path / "a.png", request=json.dumps(elsewhere))
+    before = endpoint.jobs
+    done = sdxl("again", "a.png", folder=tmp_path, env=environment(endpoint))
+    assert done.returncode == 0, done.stderr
+    assert [job.request["input"] for job in jobs_since(endpoint, before)] == [request]

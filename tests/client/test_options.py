@@ -33,7 +33,12 @@ LATER: dict[str, Any] = {
     "type": "object",
     "properties": {
         "prompt": {"type": "string", "default": ""},
-        "eta": {"type": "number", "minimum": 0, "maximum": 1, "description": "Noise: 100% `eta`."},
+        "eta": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 1,
+            "description": "Noise: 100% [`eta`](eta.md).",
+        },
         "tiling": {"anyOf": [{"type": "boolean"}, {"type": "null"}], "default": None},
         "sizes": {"type": "array", "items": {"type": "integer", "minimum": 64}, "maxItems": 2},
         "controlnet": {
@@ -245,6 +250,22 @@ def test_a_file_that_is_no_picture_is_not_sent(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=f"--mask-url: .*{reason}"):
         typed(SCHEMA, "--mask", str(tmp_path / name))
+
+
+def test_pictures_that_are_left_out_are_found_wherever_they_are() -> None:
+    job_input = {
+        "prompt": "data:image/png",
+        "controlnet": [
+            {"image_url": "https://example.com/a.png"},
+            {"image_url": "data:image/png;base64,AA"},
+            {"image_url": "data:image/png;base64"},
+            {"image_url": "a.png"},
+        ],
+    }
+    fields = fields_of(LATER)
+    found = list(options.pictures_left_out(job_input, fields))
+    assert found == ["controlnet[2].image_url", "controlnet[3].image_url"]
+    assert list(options.pictures_left_out(job_input, fields, without=["controlnet"])) == []
 
 
 def test_a_worker_s_error_names_the_options() -> None:
