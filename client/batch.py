@@ -111,7 +111,7 @@ def _rows_of(reader: "csv.DictReader[str]") -> Iterator[dict[str | Any, str | An
     try:
         yield from reader
     except csv.Error as error:
-        raise UsageError(f"line {reader.line_num}: cannot be read: {error}") from None
+        raise UsageError(f"line {reader.reader.line_num}: cannot be read: {error}") from None
 
 
 def _json_input(line: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ SCHEMA_PATHS = (
 )
 # An error describes a longer value by its beginning.
 MAX_SHOWN_CHARACTERS = 60
+# Where `_resolved` keeps the constants that a field takes beside its own values.
+CONSTANTS = "constants"
 # What a picture field's pattern says of the picture itself.
 PICTURE_PATTERN = "data:image/"
 
@@ -54,7 +56,7 @@ class Field:
 
     name: str
     schema: Schema
-    """With references followed, and without the alternative null."""
+    """With references followed, and without alternatives that mean "not given"."""
     root: Schema = field(repr=False)
 
     @property
@@ -364,6 +366,8 @@ def _problems_of(value: Any, one: Field, place: str) -> list[str]:
 def _fits(value: Any, one: Field) -> bool:
     """Whether a value keeps the rules of its field itself, not of what is inside it."""
     schema = one.schema
+    if not isinstance(value, bool) and value in schema.get(CONSTANTS, ()):
+        return True
     if "enum" in schema and value not in schema["enum"]:
         return False
     match one.kind:
@@ -410,17 +414,21 @@ def with_options_named(error: str, fields: Mapping[str, Field]) -> str:
 
 
 def _resolved(schema: Schema, root: Schema) -> Schema:
-    """With the reference followed and the alternative null left out; what stands outside counts."""
+    """With the reference followed, and of alternatives the one that is neither null nor a constant;
+    what stands outside counts.
+    """
     if "$ref" in schema:
         target: Any = root
         for key in schema["$ref"].removeprefix("#/").split("/"):
             target = target[key]
         schema = {**target, **{key: value for key, value in schema.items() if key != "$ref"}}
     for union in ("anyOf", "oneOf"):
-        others = [one for one in schema.get(union, ()) if one.get("type") != "null"]
+        options = schema.get(union, ())
+        constants = [one["const"] for one in options if set(one) == {"const"}]
+        others = [one for one in options if one.get("type") != "null" and set(one) != {"const"}]
         if len(others) == 1:
             outside = {key: value for key, value in schema.items() if key != union}
-            return {**_resolved(others[0], root), **outside}
+            return {**_resolved(others[0], root), **outside, CONSTANTS: constants}
     return schema
 
 

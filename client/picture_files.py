@@ -314,7 +314,7 @@ def _exif_with(exif: bytes, text: Mapping[str, str]) -> bytes:
 def _xmp_values(xmp: bytes) -> dict[str, str]:
     try:
         root = ET.fromstring(xmp)  # noqa: S314  expat bounds what entities become
-    except ET.ParseError:
+    except (ET.ParseError, LookupError, ValueError):  # the latter of its encoding
         return {}
     return {
         element.tag.removeprefix(f"{{{XMP_NAMESPACE}}}"): element.text or ""
@@ -326,7 +326,7 @@ def _xmp_values(xmp: bytes) -> dict[str, str]:
 def _xmp_with(xmp: bytes, text: Mapping[str, str]) -> bytes:
     try:
         root = ET.fromstring(xmp)  # noqa: S314  expat bounds what entities become
-    except ET.ParseError:
+    except (ET.ParseError, LookupError, ValueError):  # the latter of its encoding
         root = ET.Element(f"{{{_META}}}xmpmeta")
     about = root.find(f".//{{{_RDF}}}Description")
     if about is None:

@@ -129,6 +129,10 @@ def test_a_lora_has_short_forms(text: str, lora: dict[str, Any]) -> None:
     assert typed(SCHEMA, "--lora", text) == {"loras": [lora]}
 
 
+def test_a_side_of_0_is_sent_as_it_is() -> None:
+    assert typed(SCHEMA, "--width", "0", "--height", "0") == {"width": 0, "height": 0}
+
+
 def test_a_list_s_option_may_be_given_several_times() -> None:
     made = typed(SCHEMA, "--loras", '[{"path": "a"}, {"path": "b"}]', "--lora", "c:2")
     assert made == {"loras": [{"path": "a"}, {"path": "b"}, {"path": "c", "scale": 2}]}
