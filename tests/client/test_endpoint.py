@@ -26,7 +26,7 @@ from client.endpoint import (
     find_address,
 )
 from local_endpoint import LocalEndpoint
-from tests.client.conftest import environment, sdxl
+from tests.client.conftest import InProcess, environment
 
 KEY = "rpa_THE-KEY"
 REMOTE = "https://api.runpod.ai/v2/abc123"
@@ -315,7 +315,7 @@ def test_a_redirect_to_nowhere_is_told(location: str) -> None:
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_a_redirect_does_not_get_the_key(code: int, tmp_path: Path) -> None:
+def test_a_redirect_does_not_get_the_key(code: int, in_process: InProcess) -> None:
     asked: list[str] = []
 
     def note(request: BaseHTTPRequestHandler) -> Answer:
@@ -327,7 +327,7 @@ def test_a_redirect_does_not_get_the_key(code: int, tmp_path: Path) -> None:
         server(lambda _: (code, {"Location": f"{other}/v2/a/run"}, b"")) as first,
     ):
         env = environment(SDXL_ENDPOINT=f"{first}/v2/a", SDXL_API_KEY=KEY)
-        done = sdxl("draw", "x", folder=tmp_path, env=env)
+        done = in_process("draw", "x", env=env)
     assert done.returncode == 1
     assert "redirects to 127.0.0.1, which was not followed" in done.stderr
     assert asked == []
@@ -355,12 +355,12 @@ def answering(output: Any, job: dict[str, Any] | None = None) -> Callable[..., A
     return answer
 
 
-def test_links_are_downloaded_without_the_key(tmp_path: Path) -> None:
+def test_links_are_downloaded_without_the_key(in_process: InProcess, tmp_path: Path) -> None:
     output = {"images": ["STORE/red.png?signature=secret"], "seed": 3, "warning": "one of them"}
     with server(answering(output)) as url:
         env = environment(SDXL_ENDPOINT=f"{url}/v2/a", SDXL_API_KEY=KEY)
-        saved = sdxl("draw", "x", folder=tmp_path, env=env)
-        printed = sdxl("draw", "x", "--links", folder=tmp_path, env=env)
+        saved = in_process("draw", "x", env=env)
+        printed = in_process("draw", "x", "--links", env=env)
     assert saved.stdout == "x-seed3.png\n", saved.stderr
     assert Image.open(tmp_path / "x-seed3.png").getpixel((0, 0)) == (255, 0, 0)
     assert "Warning: one of them" in saved.stderr
@@ -383,10 +383,12 @@ def test_links_are_downloaded_without_the_key(tmp_path: Path) -> None:
         ({"error": "height: must be\nwidth: must be"}, "sdxl: --height: must be\n--width: must be"),
     ],
 )
-def test_an_answer_without_pictures_is_told(output: Any, told: str, tmp_path: Path) -> None:
+def test_an_answer_without_pictures_is_told(
+    output: Any, told: str, in_process: InProcess, tmp_path: Path
+) -> None:
     with server(answering(output)) as url:
         env = environment(SDXL_ENDPOINT=f"{url}/v2/a", SDXL_API_KEY=KEY)
-        done = sdxl("draw", "x", folder=tmp_path, env=env)
+        done = in_process("draw", "x", env=env)
     assert done.returncode == 1
     assert told in done.stderr
     assert "Traceback" not in done.stderr
@@ -394,7 +396,7 @@ def test_an_answer_without_pictures_is_told(output: Any, told: str, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_crash_of_the_worker_is_told_without_its_traceback(tmp_path: Path) -> None:
+def test_a_crash_of_the_worker_is_told_without_its_traceback(in_process: InProcess) -> None:
     error = json.dumps(
         {
             "error_type": "<class 'ValueError'>",
@@ -404,7 +406,7 @@ def test_a_crash_of_the_worker_is_told_without_its_traceback(tmp_path: Path) -> 
     )
     with server(answering(None, {"status": "FAILED", "error": error})) as url:
         env = environment(SDXL_ENDPOINT=f"{url}/v2/a", SDXL_API_KEY=KEY)
-        done = sdxl("draw", "x", folder=tmp_path, env=env)
+        done = in_process("draw", "x", env=env)
     assert done.stderr.splitlines()[-1] == "sdxl: the worker failed (ValueError): no such thing"
 
 
