@@ -232,8 +232,9 @@ class Batch:
             WrongEndpointError: no job would get through.
             OSError: pictures cannot be written.
         """
-        waiting = iter([item for item in items if not self.is_done(item)])
-        done = self.outcome.there_before = sum(self.is_done(item) for item in items)
+        left = [item for item in items if not self.is_done(item)]
+        waiting = iter(left)
+        done = self.outcome.there_before = len(items) - len(left)
         if done:
             self._display.note(f"{done} of {len(items)} are there already.")
         self._display.total(done, len(items))

@@ -14,7 +14,8 @@ export async function loadSchema() {
 // minimum, maximum, multipleOf, minLength, maxLength, pattern, enum, names (of the enum's values
 // the ones to offer first), rule (in words), isPicture, isList, items (as a field without a name),
 // itemProperties (as this list, where the items are objects), properties (of an object),
-// constants (taken beside the others: a side of 0), isRequired. "or null" and references are resolved.
+// constants (taken beside the others, such as a side of 0), isRequired. "or null" and references
+// are resolved.
 export function propertiesOf(schema, root = schema) {
   return Object.entries(schema.properties ?? {}).map(([name, part]) => ({
     ...propertyOf(part, root),
