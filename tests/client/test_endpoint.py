@@ -294,7 +294,7 @@ def server(
             pass
 
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}"
     running.shutdown()
     running.server_close()
@@ -394,6 +394,17 @@ def test_an_answer_without_pictures_is_told(
     assert "Traceback" not in done.stderr
     assert "secret" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_before_a_broken_one_are_saved_and_told(
+    in_process: InProcess, tmp_path: Path
+) -> None:
+    with server(answering({"images": ["STORE/red.png", "STORE/none.png"], "seed": 3})) as url:
+        done = in_process("draw", "x", env=environment(SDXL_ENDPOINT=f"{url}/v2/a"))
+    assert done.returncode == 1
+    assert "picture 2: " in done.stderr
+    assert done.stderr.endswith("\nsaved: x-seed3.png\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["x-seed3.png"]
 
 
 def test_a_crash_of_the_worker_is_told_without_its_traceback(in_process: InProcess) -> None:
