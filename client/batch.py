@@ -92,7 +92,7 @@ def _rows(text: str, kind: str, fields: Mapping[str, Field]) -> Iterator[tuple[i
     """The number of each line, and a function that reads it."""
     if kind == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
+        for row in _rows_of(reader):
             if None in row:
                 raise UsageError(f"line {reader.line_num}: has more cells than there are columns")
             cells = {name.strip(): cell or "" for name, cell in row.items()}
@@ -107,10 +107,17 @@ def _rows(text: str, kind: str, fields: Mapping[str, Field]) -> Iterator[tuple[i
             yield number, lambda line=line: {"prompt": line.strip()}
 
 
+def _rows_of(reader: "csv.DictReader[str]") -> Iterator[dict[str | Any, str | Any]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UsageError(f"line {reader.reader.line_num}: cannot be read: {error}") from None
+
+
 def _json_input(line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"is not valid JSON: {error}") from None
     if isinstance(value, dict) and isinstance(value.get("input"), dict):
         value = value["input"]
@@ -225,8 +232,9 @@ class Batch:
             WrongEndpointError: no job would get through.
             OSError: pictures cannot be written.
         """
-        waiting = iter([item for item in items if not self.is_done(item)])
-        done = self.outcome.there_before = sum(self.is_done(item) for item in items)
+        left = [item for item in items if not self.is_done(item)]
+        waiting = iter(left)
+        done = self.outcome.there_before = len(items) - len(left)
         if done:
             self._display.note(f"{done} of {len(items)} are there already.")
         self._display.total(done, len(items))

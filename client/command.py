@@ -3,7 +3,9 @@
 import argparse
 import asyncio
 import contextlib
+import difflib
 import importlib.metadata
+import io
 import json
 import os
 import signal
@@ -11,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from client import picture_files
 from client.batch import Batch, Outcome, alone_in, read_items
@@ -25,7 +27,9 @@ from client.options import (
     fields_of,
     given,
     load_schema,
+    named,
     own_names,
+    pictures_left_out,
     with_files,
     with_options_named,
 )
@@ -48,35 +52,56 @@ exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C cancels th
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     fields: Mapping[str, Field] = {}
-    parsed: argparse.Namespace | None = None
+    typed = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in typed
     warnings.simplefilter("ignore")  # libraries', of files that are told of in other words
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
-        typed = sys.argv[1:] if arguments is None else arguments
         if typed[:1] == ["serve"]:  # its options are not ours
             return _serve(typed[1:])
         fields = fields_of(load_schema())
-        parsed = _parser(fields).parse_args(typed)
+        parsed = _parsed(typed, fields)
         return int(parsed.act(parsed, fields))
     except (UsageError, WrongEndpointError) as error:
-        return _fail(parsed, str(error), WRONG_USAGE)
+        return _fail(str(error), WRONG_USAGE, as_json)
     except (EndpointError, JobFailedError) as error:
-        return _fail(parsed, with_options_named(str(error), fields), FAILED)
+        return _fail(with_options_named(str(error), fields), FAILED, as_json)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return _fail(parsed, f"{place}{error.strerror or error}", FAILED)
+        return _fail(f"{place}{error.strerror or error}", FAILED, as_json)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        return _fail(parsed, "interrupted", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED, as_json)
 
 
-def _fail(parsed: argparse.Namespace | None, message: str, status: int) -> int:
-    if getattr(parsed, "json", False):
+def _fail(message: str, status: int, as_json: bool) -> int:
+    if as_json:
         print(json.dumps({"error": message}))
     print(f"sdxl: {printable(message)}", file=sys.stderr)
     return status
 
 
-def _parser(fields: Mapping[str, Field]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong without a list of all that would be right."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _parsed(typed: list[str], fields: Mapping[str, Field]) -> argparse.Namespace:
+    parsed, others = _parser(fields).parse_known_args(typed)
+    if not others:
+        return parsed
+    if not others[0].startswith("-"):
+        raise UsageError(f"{others[0]!r} is one word too many: put several words in quotes")
+    name = others[0].partition("=")[0]
+    near = difflib.get_close_matches(name, parsed.parser._option_string_actions, 1)
+    hint = f"did you mean {near[0]}?" if near else f"see {parsed.parser.prog} --help"
+    raise UsageError(f"{name}: no such option ({hint})")
+
+
+def _parser(fields: Mapping[str, Field]) -> _Parser:
+    parser = _Parser(
         prog="sdxl",
         description="Draw pictures with an SDXL endpoint, on Runpod or on this machine.",
         epilog=EPILOG,
@@ -86,7 +111,7 @@ def _parser(fields: Mapping[str, Field]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sdxl {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, act: Any, told: str) -> argparse.ArgumentParser:
+    def command(name: str, act: Any, told: str) -> _Parser:
         made = commands.add_parser(
             name,
             help=told,
@@ -95,7 +120,7 @@ def _parser(fields: Mapping[str, Field]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        made.set_defaults(act=act)
+        made.set_defaults(act=act, parser=made)
         return made
 
     draw = command("draw", _draw, "draw pictures and save them")
@@ -146,7 +171,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key-file", metavar="FILE", help="a file with the API key in it")
     parser.add_argument(
         "--timeout",
-        type=seconds,
+        type=_seconds,
         metavar="SECONDS",
         help="cancel a job that takes longer, its wait in the queue included (default: no limit)",
     )
@@ -174,12 +199,11 @@ def _add_saving(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def seconds(text: str) -> float:
-    """Its name is in argparse's message."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0; got {text!r}")
 
 
 def _draw(parsed: argparse.Namespace, fields: Mapping[str, Field]) -> int:
@@ -198,14 +222,13 @@ def _again(parsed: argparse.Namespace, fields: Mapping[str, Field]) -> int:
     if request is None:
         raise UsageError(f"{parsed.picture}: does not tell how it was made")
     changes = own_names(_base_input(parsed.input), fields) | given(parsed, fields)
+    # Whoever made the file does not choose which files of this machine are sent.
+    for place in pictures_left_out(request, fields, without=changes):
+        raise UsageError(
+            f"{named(place)}: the picture was made from another one, which its file does not hold: "
+            f"give it with {named(place)} FILE"
+        )
     job_input = request | changes
-    for name, value in job_input.items():
-        one = fields.get(name)
-        if one is not None and one.is_picture and str(value)[:5] == "data:" and "," not in value:
-            raise UsageError(
-                f"{one.option}: the picture was made from another one, which its file does not "
-                f"hold: give it with {one.option} FILE"
-            )
     if not any(job_input.get(name) for name in ("prompt", "image_url")):
         raise UsageError(
             f"{parsed.picture}: was made where files do not tell the prompts; give them with "
@@ -291,6 +314,8 @@ def _batch(parsed: argparse.Namespace, fields: Mapping[str, Field]) -> int:
     text = _text_of(parsed.file)
     kind = "" if parsed.file == "-" else source.suffix.lower()
     items, repeated = read_items(text, kind, given(parsed, fields), fields)
+    if not items:
+        raise UsageError(f"{parsed.file}: there is nothing to draw in it")
     folder = Path(parsed.out or ("pictures" if parsed.file == "-" else source.stem))
     if parsed.out is None and folder.exists() and not folder.is_dir():
         folder = Path(f"{folder}-pictures")
@@ -345,7 +370,7 @@ def _show(parsed: argparse.Namespace, _: Mapping[str, Field]) -> int:
     values: dict[str, Any] = {}
     for name, text in told.items():
         values[name] = text
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             parsed_value = json.loads(text)
             values[name] = parsed_value if isinstance(parsed_value, dict) else text
     if parsed.json:
@@ -356,7 +381,8 @@ def _show(parsed: argparse.Namespace, _: Mapping[str, Field]) -> int:
     for name, value in values.items():
         if name == picture_files.REQUEST and isinstance(value, dict):
             _print_lines(f"{key}: {_text(one)}" for key, one in value.items())
-        elif name != picture_files.INFOTEXT:  # the same once more, in another form
+        # Beside a request, the infotext is the same once more.
+        elif name != picture_files.INFOTEXT or picture_files.REQUEST not in values:
             _print_lines([f"{name}: {_text(value)}"])
     return 0
 
@@ -427,7 +453,7 @@ def _base_input(value: str | None) -> dict[str, Any]:
     text = value if value.lstrip().startswith("{") else _text_of(value)
     try:
         job_input = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--input: is not valid JSON: {error}") from None
     if isinstance(job_input, dict) and isinstance(job_input.get("input"), dict):
         job_input = job_input["input"]

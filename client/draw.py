@@ -167,7 +167,7 @@ def output_of(answer: Mapping[str, Any]) -> dict[str, Any]:
 def _readable(error: Any) -> str:
     """The SDK tells of a crash of the worker as JSON, with a traceback in it."""
     if isinstance(error, str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             parsed = json.loads(error)
             if isinstance(parsed, dict) and "error_message" in parsed:
                 kind = str(parsed.get("error_type", "")).removeprefix("<class '").removesuffix("'>")
@@ -188,8 +188,7 @@ async def save_pictures(
         The files, and the links that stayed links.
 
     Raises:
-        JobFailedError: there is a picture that is none.
-        EndpointError: a link's picture cannot be had.
+        JobFailedError: there is a picture that is none, or a link's cannot be had.
         OSError: a file cannot be written.
     """
     images = output.get("images") or [output.get("image_url")]
@@ -203,14 +202,16 @@ async def save_pictures(
         if is_link and delivery.links:
             links.append(image)
             continue
-        content = await endpoint.download(image) if is_link else _decoded(image)
         seed = (first_seed + i) % (MAX_SEED + 1) if isinstance(first_seed, int) else i
         try:
+            content = await endpoint.download(image) if is_link else _decoded(image)
             suffix = picture_files.suffix_of(content)
             if not delivery.as_sent:
                 content = picture_files.completed(content, job_input, seed)
-        except PictureError as error:
-            raise JobFailedError(f"what came as picture {i + 1}: {error}", "COMPLETED") from None
+        except (EndpointError, PictureError) as error:
+            saved = "".join(f"\nsaved: {path}" for path in files)
+            told = f"what came as picture {i + 1}: {error}{saved}"
+            raise JobFailedError(told, "COMPLETED") from None
         path = delivery.place(i, len(images), suffix, seed)
         if delivery.overwrite:
             picture_files.write(content, path)
@@ -224,4 +225,4 @@ def _decoded(data_uri: str) -> bytes:
     try:
         return base64.b64decode(data_uri.partition(",")[2], validate=True)
     except (binascii.Error, ValueError):
-        raise JobFailedError("the endpoint answered with broken base64", "COMPLETED") from None
+        raise PictureError("it is broken base64") from None

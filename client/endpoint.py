@@ -92,18 +92,27 @@ def find_address(endpoint: str | None, api_key_file: str | None) -> Address:
     host = parsed.host
     key = _key_in(api_key_file) if api_key_file else os.environ.get("SDXL_API_KEY", "")
     # The key of the platform is not shown to others.
-    if not key and (host == "runpod.ai" or host.endswith(".runpod.ai")):
+    is_platform = host == "runpod.ai" or host.endswith(".runpod.ai")
+    if is_platform and parsed.scheme != "https":
+        raise WrongEndpointError(
+            f"--endpoint: {host} is asked over https:// alone: without it, all on the way would "
+            "see the API key"
+        )
+    if not key and is_platform:
         key = os.environ.get("RUNPOD_API_KEY", "")
     if not key and host in LOOPBACK:
         key = LOCAL_KEY
     if not key:
-        of_platform = " or RUNPOD_API_KEY" if host.endswith("runpod.ai") else ""
+        of_platform = " or RUNPOD_API_KEY" if is_platform else ""
         raise WrongEndpointError(
             f"{host} needs an API key: set SDXL_API_KEY{of_platform}, or give a file that has it "
             "with --api-key-file"
         )
     if not key.isascii() or not key.isprintable():
-        raise WrongEndpointError("the API key has characters in it that no key has")
+        raise WrongEndpointError(
+            "the API key has characters in it that no key has: see SDXL_API_KEY, RUNPOD_API_KEY or "
+            "--api-key-file"
+        )
     return Address(url, key)
 
 
@@ -168,13 +177,15 @@ class Endpoint:
                     if job_id or 400 <= code < 500:
                         raise
                 raise self._unknown("interrupted") from None
-            except aiohttp.ClientConnectorError as error:  # nothing was sent
+            except aiohttp.ClientSSLError as error:  # nothing was sent, here and below
+                raise WrongEndpointError(f"{self.address.url}: {_cause(error)}") from None
+            except aiohttp.ClientConnectorError as error:
                 if self.address.host in LOOPBACK:
                     raise WrongEndpointError(
                         f"nothing answers at {self.address.url}: start the endpoint with "
                         "`sdxl serve` or `make endpoint`, or name another one with --endpoint"
                     ) from None
-                trouble, wait_seconds = _cause(error), None
+                trouble, wait_seconds = f"{self.address.host}: {_cause(error)}", None
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise self._unknown(_cause(error)) from None
             else:
@@ -223,7 +234,11 @@ class Endpoint:
                     trouble = f"{place}: the storage answered {response.status}"
                     if response.status < 500 and response.status != 429:
                         raise EndpointError(trouble)
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            except aiohttp.ClientSSLError as error:
+                raise EndpointError(f"{place}: {_cause(error)}") from None
+            except ValueError:  # aiohttp's errors of addresses are this, too
+                raise EndpointError(f"{place}: is no address that can be asked") from None
+            except (aiohttp.ClientError, TimeoutError) as error:
                 trouble = f"{place}: {_cause(error)}"
             await self._pause(patience, trouble, None)
 
@@ -233,8 +248,10 @@ class Endpoint:
             wait_seconds = None
             try:
                 code, answer, wait_seconds = await self._ask(method, route)
+            except aiohttp.ClientSSLError as error:
+                raise WrongEndpointError(f"{self.address.url}: {_cause(error)}") from None
             except (aiohttp.ClientError, TimeoutError) as error:
-                trouble = _cause(error)
+                trouble = f"{self.address.host}: {_cause(error)}"
             else:
                 if code == 200 and isinstance(answer, dict):
                     return answer
@@ -264,7 +281,9 @@ class Endpoint:
             allow_redirects=False,  # the key is for this address alone
         ) as response:
             if 300 <= response.status < 400:
-                target = URL(response.headers.get("Location", "")).host or "another address"
+                target = "another address"
+                with contextlib.suppress(ValueError):
+                    target = URL(response.headers.get("Location", "")).host or target
                 raise WrongEndpointError(
                     f"{self.address.host} redirects to {target}, which was not followed: the API "
                     "key is not for others. Name the right address with --endpoint"
@@ -272,7 +291,7 @@ class Endpoint:
             text = await response.text(errors="replace")
             wait = response.headers.get("Retry-After", "")
             answer: Any = text
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 answer = json.loads(text)
             return response.status, answer, float(wait) if wait.isdecimal() else None
 
@@ -294,9 +313,15 @@ class Endpoint:
         host = self.address.host
         match code:
             case 401 | 403:
-                return WrongEndpointError(f"{host} does not take the API key ({code})")
+                return WrongEndpointError(
+                    f"{host} does not take the API key ({code}): see SDXL_API_KEY, RUNPOD_API_KEY "
+                    "or --api-key-file"
+                )
             case 404:
-                return NotThereError(f"{host} answered 404{_told(answer)}: see --endpoint")
+                return NotThereError(
+                    f"nothing is at {self.address.url} (404): give the endpoint's id, or its "
+                    "address as far as /v2/ENDPOINT_ID, with --endpoint"
+                )
             case 413:
                 return EndpointError(f"the request is too large for {host}{_told(answer)}")
         return EndpointError(f"{host} answered {code}{_told(answer)}")
@@ -362,7 +387,7 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "its name is not found"
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientSSLError):
-        return "its certificate is not trusted"
+        return "its certificate is not trusted, or it does not speak https"
     if isinstance(error, aiohttp.ClientOSError):
         return error.strerror or "the connection broke"
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError):

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,8 @@ SCHEMA_PATHS = (
 )
 # An error describes a longer value by its beginning.
 MAX_SHOWN_CHARACTERS = 60
+# Where `_resolved` keeps the constants that a field takes beside its own values.
+CONSTANTS = "constants"
 # What a picture field's pattern says of the picture itself.
 PICTURE_PATTERN = "data:image/"
 
@@ -54,7 +56,7 @@ class Field:
 
     name: str
     schema: Schema
-    """With references followed, and without the alternative null."""
+    """With references followed, and without alternatives that mean "not given"."""
     root: Schema = field(repr=False)
 
     @property
@@ -130,7 +132,7 @@ class Field:
                 return self._parse_object(text)
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
 
     def _parse_object(self, text: str) -> Any:
@@ -268,6 +270,31 @@ def _with_files(value: Any, one: Field | None, place: str) -> Any:
     return data_uri(value, place)
 
 
+def pictures_left_out(
+    job_input: Mapping[str, Any], fields: Mapping[str, Field], *, without: Iterable[str] = ()
+) -> Iterator[str]:
+    """The places of pictures of which there is neither an address nor all of a data URI.
+
+    Args:
+        without: names of fields that do not matter.
+    """
+    for name, value in job_input.items():
+        if name in fields and name not in without:
+            yield from _pictures_left_out(value, fields[name], name)
+
+
+def _pictures_left_out(value: Any, one: Field, place: str) -> Iterator[str]:
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _pictures_left_out(item, one.items, f"{place}[{i}]")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name in one.properties:
+                yield from _pictures_left_out(item, one.properties[name], f"{place}.{name}")
+    elif one.is_picture and not re.match("https?://|data:[^,]*,", str(value), re.IGNORECASE):
+        yield place
+
+
 def data_uri(path: str, place: str) -> str:
     """
     Args:
@@ -339,6 +366,8 @@ def _problems_of(value: Any, one: Field, place: str) -> list[str]:
 def _fits(value: Any, one: Field) -> bool:
     """Whether a value keeps the rules of its field itself, not of what is inside it."""
     schema = one.schema
+    if not isinstance(value, bool) and value in schema.get(CONSTANTS, ()):
+        return True
     if "enum" in schema and value not in schema["enum"]:
         return False
     match one.kind:
@@ -385,17 +414,21 @@ def with_options_named(error: str, fields: Mapping[str, Field]) -> str:
 
 
 def _resolved(schema: Schema, root: Schema) -> Schema:
-    """With the reference followed and the alternative null left out; what stands outside counts."""
+    """With the reference followed, and of alternatives the one that is neither null nor a constant;
+    what stands outside counts.
+    """
     if "$ref" in schema:
         target: Any = root
         for key in schema["$ref"].removeprefix("#/").split("/"):
             target = target[key]
         schema = {**target, **{key: value for key, value in schema.items() if key != "$ref"}}
     for union in ("anyOf", "oneOf"):
-        others = [one for one in schema.get(union, ()) if one.get("type") != "null"]
+        options = schema.get(union, ())
+        constants = [one["const"] for one in options if set(one) == {"const"}]
+        others = [one for one in options if one.get("type") != "null" and set(one) != {"const"}]
         if len(others) == 1:
             outside = {key: value for key, value in schema.items() if key != union}
-            return {**_resolved(others[0], root), **outside}
+            return {**_resolved(others[0], root), **outside, CONSTANTS: constants}
     return schema
 
 
@@ -412,7 +445,7 @@ def _number(text: str) -> Any:
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{place}: {_shown(text)} is not valid JSON: {error}") from None
 
 
@@ -444,4 +477,5 @@ def _help(one: Field) -> str:
         told += f" ({one.rule})"
     if one.kind == "array":
         told += " May be given several times; JSON and key=value,key=value are taken too."
+    told = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", told)  # a link's text
     return told.replace("`", "").replace("%", "%%").strip()

@@ -132,9 +132,12 @@ def request_in(told: Mapping[str, str]) -> dict[str, Any] | None:
     """The request that makes the picture again, if the file has one."""
     try:
         request = json.loads(told.get(REQUEST, ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return request if isinstance(request, dict) else None
+    if not isinstance(request, dict):
+        return None
+    # Whoever made the file does not choose where pictures go.
+    return {name: value for name, value in request.items() if name not in OF_THE_DELIVERY}
 
 
 def completed(content: bytes, job_input: Mapping[str, Any], seed: int) -> bytes:
@@ -311,7 +314,7 @@ def _exif_with(exif: bytes, text: Mapping[str, str]) -> bytes:
 def _xmp_values(xmp: bytes) -> dict[str, str]:
     try:
         root = ET.fromstring(xmp)  # noqa: S314  expat bounds what entities become
-    except ET.ParseError:
+    except (ET.ParseError, LookupError, ValueError):  # the latter of its encoding
         return {}
     return {
         element.tag.removeprefix(f"{{{XMP_NAMESPACE}}}"): element.text or ""
@@ -323,7 +326,7 @@ def _xmp_values(xmp: bytes) -> dict[str, str]:
 def _xmp_with(xmp: bytes, text: Mapping[str, str]) -> bytes:
     try:
         root = ET.fromstring(xmp)  # noqa: S314  expat bounds what entities become
-    except ET.ParseError:
+    except (ET.ParseError, LookupError, ValueError):  # the latter of its encoding
         root = ET.Element(f"{{{_META}}}xmpmeta")
     about = root.find(f".//{{{_RDF}}}Description")
     if about is None:

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 import time
@@ -77,8 +78,8 @@ class JobProgress:
         if self._first is None or self._last is None or self._last[0] <= self._first[0]:
             return None
         (first, began), (last, seen) = self._first, self._last
-        rate = (last - first) / (seen - began) if seen > began else 0
-        return max(0.0, (100 - last) / rate - (self._clock() - seen)) if rate else None
+        left = (100 - last) * (seen - began) / (last - first) - (self._clock() - seen)
+        return max(0.0, left) if seen > began and math.isfinite(left) else None
 
     def _see(self, progress: dict[str, Any]) -> None:
         stage = str(progress.get("stage"))
@@ -92,7 +93,7 @@ class JobProgress:
         else:
             self._enter("drawing", f"{stage}, step {progress.get('step')}/{progress.get('steps')}")
         if isinstance(percent, int | float) and not isinstance(percent, bool):
-            self.percent = min(max(float(percent), 0.0), 100.0)
+            self.percent = float(min(max(0, percent), 100))  # of NaN, 0
             self._last = (self.percent, self._clock())
             self._first = self._first or self._last
         return None
@@ -262,8 +263,12 @@ def make_display(*, quiet: bool, preview: bool | None) -> Display:
         return Display(console)
     if not console.is_terminal or console.is_dumb_terminal:
         return LineDisplay(console)
-    has_colours = os.environ.get("COLORTERM", "") in ("truecolor", "24bit")
-    wanted = preview if preview is not None else has_colours and console.color_system is not None
+    has_colours = (
+        os.environ.get("COLORTERM", "") in ("truecolor", "24bit")
+        and console.color_system is not None
+        and not console.no_color
+    )
+    wanted = has_colours if preview is None else preview
     # A terminal at stdout is asked what it can, and answers at stdin.
     can_be_asked = sys.stdin.isatty() or not sys.stdout.isatty()
     return BarDisplay(console, shows_pictures=wanted and can_be_asked)
@@ -294,4 +299,5 @@ def _duration(seconds: float) -> str:
 
 
 def _megabytes(count: Any) -> str:
-    return f"{count / 1e6:.0f} MB" if isinstance(count, int | float) else "? MB"
+    is_size = isinstance(count, int | float) and 0 <= count < 2**63
+    return f"{count / 1e6:.0f} MB" if is_size else "? MB"

@@ -75,6 +75,11 @@ def _readable(name: object) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def _or_zero(schema: dict[str, Any]) -> None:
+    """Publish what `NOT_GIVEN` takes for a side that is not given."""
+    schema["anyOf"].insert(-1, {"const": 0})
+
+
 def _drawn(seed: int) -> int:
     return secrets.randbits(32) if seed == -1 else seed
 
@@ -389,10 +394,11 @@ class Request(InputModel):
     )
     height: Side | None = Field(
         default=None,
+        json_schema_extra=_or_zero,
         description="Pixels. Not given, or 0: the model's native size (1024 for SDXL), or that "
         "of the picture in `image_url`. Not used with `image_url` alone, without `mode`.",
     )
-    width: Side | None = Field(default=None, description="As `height`.")
+    width: Side | None = Field(default=None, json_schema_extra=_or_zero, description="As `height`.")
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED), FromIntegralFloat, AfterValidator(_drawn)] = (
         Field(
             default=-1,

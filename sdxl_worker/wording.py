@@ -194,11 +194,11 @@ def _unknown_field(place: _Place, location: tuple[int | str, ...]) -> tuple[str,
 
 
 def _alternatives(schema: Schema) -> list[Schema]:
-    """What a value may be, except null, which means "not given"."""
+    """What a value may be, except null and bare constants, which mean "not given"."""
     if "type" in schema:
         return [schema]  # an object's own `anyOf` ties its fields together
     options = schema.get("anyOf") or schema.get("oneOf") or [schema]
-    options = [one for one in options if one.get("type") != "null"]
+    options = [one for one in options if one.get("type") != "null" and set(one) != {"const"}]
     if len(options) == 1 and options[0] is not schema and "type" not in options[0]:
         return _alternatives(options[0])  # a union within the only one
     # A field's own description and default stand beside its only alternative.

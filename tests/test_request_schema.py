@@ -1,8 +1,8 @@
 """The published JSON Schema and the worker's validation agree, on inputs drawn from the schema.
 
-Some differences are meant: `null`, a side of 0 and empty values of `NOT_GIVEN` mean "not given",
-which a client need not send; half a character, which JSON can carry, is refused; and JSON Schema
-cannot say that there are as many `upload_urls` as pictures, nor that tokens differ.
+Some differences are meant: `null` and empty values of `NOT_GIVEN` mean "not given", which a client
+need not send; half a character, which JSON can carry, is refused; and JSON Schema cannot say that
+there are as many `upload_urls` as pictures, nor that tokens differ.
 """
 
 import json
@@ -142,6 +142,16 @@ def test_what_the_schema_forbids_in_a_field_is_refused_by_its_name(field: str) -
         assert_both_judge_alike(Request, PUBLISHED, job_input)
 
     check()
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_a_side_of_0_is_allowed_and_not_given(side: str) -> None:
+    for zero in (0, 0.0):
+        job_input = {"prompt": "a", side: zero}
+        PUBLISHED.validate(job_input)
+        assert getattr(parse_request(job_input), side) is None
+    assert not PUBLISHED.is_valid({"prompt": "a", side: False})
+    assert named(refusal(Request, {"prompt": "a", side: False})[0]) == side
 
 
 @QUICK

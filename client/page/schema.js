@@ -14,7 +14,8 @@ export async function loadSchema() {
 // minimum, maximum, multipleOf, minLength, maxLength, pattern, enum, names (of the enum's values
 // the ones to offer first), rule (in words), isPicture, isList, items (as a field without a name),
 // itemProperties (as this list, where the items are objects), properties (of an object),
-// isRequired. "or null" and references are resolved.
+// constants (taken beside the others, such as a side of 0), isRequired. "or null" and references
+// are resolved.
 export function propertiesOf(schema, root = schema) {
   return Object.entries(schema.properties ?? {}).map(([name, part]) => ({
     ...propertyOf(part, root),
@@ -51,9 +52,12 @@ function resolved(part, root) {
     return resolved({ ...target, ...beside }, root);
   }
   const { anyOf, oneOf, ...own } = part;
-  const options = (anyOf ?? oneOf ?? []).filter((option) => option.type !== "null");
+  const isBare = (option) => Object.keys(option).join() === "const";
+  const all = anyOf ?? oneOf ?? [];
+  const options = all.filter((option) => option.type !== "null" && !isBare(option));
   if (own.type || options.length !== 1) return part; // an object's own anyOf ties its fields
-  return { ...resolved(options[0], root), ...own };
+  const constants = all.filter(isBare).map((option) => option.const);
+  return { ...resolved(options[0], root), ...own, constants };
 }
 
 // As the worker words it.
@@ -84,6 +88,7 @@ function listRule({ items, minItems, maxItems }) {
 export function problemOf(property, value) {
   const { type, minimum, maximum, multipleOf, minLength, maxLength, minItems, maxItems } = property;
   let isRight = true;
+  if (property.constants?.includes(value)) return "";
   if (property.enum) isRight = property.enum.includes(value);
   else if (type === "integer" || type === "number") {
     isRight =

@@ -12,6 +12,8 @@ import pexpect
 import pyte
 import pytest
 
+from client.command import main
+from client.endpoint import ENDED
 from local_endpoint import LocalEndpoint
 from local_endpoint.server import REPOSITORY
 
@@ -19,6 +21,10 @@ COMMAND = (sys.executable, "-m", "client")
 # Generous: the machine may be busy.
 TIMEOUT_SECONDS = 120
 ROWS, COLUMNS = 40, 100
+# Where it does not matter what is drawn.
+QUICK = ("--num-inference-steps", "2", "--refiner-inference-steps", "0")
+
+InProcess = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def environment(endpoint: LocalEndpoint | None = None, **variables: str) -> dict[str, str]:
@@ -153,6 +159,25 @@ def sdxl(
     )
 
 
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> InProcess:
+    """As `sdxl`, in the test's folder and without the start of a process."""
+
+    def call(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        for name in os.environ.keys() - env.keys():
+            monkeypatch.delenv(name)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        status = main(list(arguments))
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, status, shown.out, shown.err)
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def shared_endpoint() -> Iterator[LocalEndpoint]:
     """With a real worker on the miniature model."""
@@ -166,7 +191,8 @@ def endpoint(shared_endpoint: LocalEndpoint) -> Iterator[LocalEndpoint]:
     yield shared_endpoint
     shared_endpoint.faults.clear()
     for job in shared_endpoint.jobs:
-        shared_endpoint.call(f"cancel/{job.id}", {})
+        if job.status not in ENDED:
+            shared_endpoint.call(f"cancel/{job.id}", {})
 
 
 @pytest.fixture

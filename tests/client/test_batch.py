@@ -16,10 +16,9 @@ from PIL import Image
 from client.batch import JOURNAL, Journal, read_items
 from client.options import UsageError, fields_of, load_schema
 from local_endpoint import LocalEndpoint
-from tests.client.conftest import COMMAND, Terminal, environment, jobs_since, sdxl
+from tests.client.conftest import COMMAND, QUICK, InProcess, Terminal, environment, jobs_since, sdxl
 
 FIELDS = fields_of(load_schema())
-QUICK = ("--num-inference-steps", "2", "--refiner-inference-steps", "0", "--seed", "1")
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
 
@@ -42,7 +41,7 @@ def test_each_line_is_drawn_once_and_what_is_there_stays(
 ) -> None:
     prompts = write_prompts(tmp_path, 3)
     before = endpoint.jobs
-    arguments = ("batch", "prompts.txt", *QUICK)
+    arguments = ("batch", "prompts.txt", "--seed", "1", *QUICK)
     done = sdxl(*arguments, "--json", folder=tmp_path, env=environment(endpoint))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -105,7 +104,8 @@ def test_killed_at_any_moment_it_goes_on_and_sends_no_job_twice(
     endpoint: LocalEndpoint, tmp_path: Path
 ) -> None:
     prompts = write_prompts(tmp_path)
-    arguments = (*COMMAND, "batch", "prompts.txt", "--seed", "1", "--jobs", "2")
+    settings = ("batch", "prompts.txt", "--refiner-inference-steps", "0")
+    arguments = (*COMMAND, *settings, "--jobs", "2")
     before = endpoint.jobs
     deadline = time.monotonic() + 300
     log = tmp_path / "log"
@@ -124,7 +124,7 @@ def test_killed_at_any_moment_it_goes_on_and_sends_no_job_twice(
         running.wait()
         for name in pictures_in(tmp_path / "prompts"):
             Image.open(tmp_path / "prompts" / name).load()  # none is there in part
-    done = sdxl("batch", "prompts.txt", "--seed", "1", folder=tmp_path, env=environment(endpoint))
+    done = sdxl(*settings, folder=tmp_path, env=environment(endpoint))
     assert done.returncode == 0, done.stderr
     assert len(pictures_in(tmp_path / "prompts")) == len(prompts)
     # One that was killed while it sent says so when it goes on.
@@ -218,10 +218,12 @@ def test_two_at_once_in_one_folder_are_refused(
 # Without an endpoint.
 
 
-def test_all_mistakes_are_told_before_anything_is_sent(tmp_path: Path) -> None:
+def test_all_mistakes_are_told_before_anything_is_sent(
+    tmp_path: Path, in_process: InProcess
+) -> None:
     lines = ['{"prompt": "a", "width": 65}', "{", "[]", '{"prompt": "a", "sede": 1}']
     (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
-    done = sdxl("batch", "jobs.jsonl", folder=tmp_path, env=environment())
+    done = in_process("batch", "jobs.jsonl", env=environment())
     assert done.returncode == 2
     told = done.stderr.splitlines()
     assert told[0].startswith("sdxl: line 1: --width: must be an integer")
@@ -229,6 +231,25 @@ def test_all_mistakes_are_told_before_anything_is_sent(tmp_path: Path) -> None:
     assert told[2] == "line 3: must be an input, a JSON object"
     assert told[3] == "line 4: sede: unknown field (did you mean seed?)"
     assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("none.txt", " \n\n", "none.txt: there is nothing to draw in it"),
+        ("none.csv", "prompt,seed\n", "none.csv: there is nothing to draw in it"),
+        ("long.csv", f"prompt\n{'x' * 200_000}", "line 2: cannot be read: field larger than"),
+        ("deep.jsonl", "[" * 200_000, "line 1: is not valid JSON"),
+    ],
+)
+def test_what_cannot_be_drawn_from_is_told(
+    name: str, text: str, told: str, tmp_path: Path, in_process: InProcess
+) -> None:
+    (tmp_path / name).write_text(text)
+    done = in_process("batch", name, env=environment())
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_the_same_input_has_the_same_name_and_another_one_another() -> None:

@@ -26,7 +26,7 @@ from client.endpoint import (
     find_address,
 )
 from local_endpoint import LocalEndpoint
-from tests.client.conftest import environment, sdxl
+from tests.client.conftest import InProcess, environment
 
 KEY = "rpa_THE-KEY"
 REMOTE = "https://api.runpod.ai/v2/abc123"
@@ -81,6 +81,15 @@ def test_the_platform_s_key_is_not_for_others(
     monkeypatch.setenv("RUNPOD_API_KEY", KEY)
     with pytest.raises(WrongEndpointError, match="needs an API key: set SDXL_API_KEY"):
         find_address(endpoint, None)
+
+
+def test_the_platform_is_not_asked_where_all_can_read_the_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RUNPOD_API_KEY", "SDXL_API_KEY"):
+        monkeypatch.setenv(name, KEY)
+        with pytest.raises(WrongEndpointError, match="over https:// alone"):
+            find_address("http://api.runpod.ai/v2/abc123", None)
 
 
 def test_a_key_comes_from_a_file_and_is_never_shown(tmp_path: Path) -> None:
@@ -182,8 +191,8 @@ def test_a_job_whose_answer_was_lost_is_not_sent_again(
 @pytest.mark.parametrize(
     ("code", "body", "told"),
     [
-        (401, "{}", "does not take the API key (401)"),
-        (404, "", "answered 404: see --endpoint"),
+        (401, "{}", "(401): see SDXL_API_KEY, RUNPOD_API_KEY or --api-key-file"),
+        (404, "", "address as far as /v2/ENDPOINT_ID, with --endpoint"),
         (413, '{"error": "by far"}', "the request is too large for 127.0.0.1: by far"),
         (400, '{"error": "no\\ninput"}', "127.0.0.1 answered 400: no input"),
         (400, "<html>a page</html>", "127.0.0.1 answered 400"),
@@ -197,6 +206,41 @@ def test_a_refusal_is_told_in_words(
         send(idle_endpoint)
     assert str(caught.value).endswith(told)
     assert "html" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", ["[" * 200_000, '{"id": ' + "9" * 10_000 + "}"])
+def test_an_answer_that_cannot_be_read_is_none(body: str, idle_endpoint: LocalEndpoint) -> None:
+    idle_endpoint.faults.answer("run", 200, body=body)
+    with pytest.raises(UnknownFateError):
+        send(idle_endpoint)
+
+
+def test_where_https_is_not_spoken_it_is_told_at_once(idle_endpoint: LocalEndpoint) -> None:
+    address = Address(idle_endpoint.url.replace("http:", "https:"), KEY)
+
+    async def call(ask: Callable[[Endpoint], Any]) -> None:
+        async with Endpoint(address) as endpoint:
+            await ask(endpoint)
+
+    asks: list[Callable[[Endpoint], Any]] = [
+        lambda endpoint: endpoint.run({}, lambda _: None),
+        lambda endpoint: endpoint.status("a"),
+        lambda endpoint: endpoint.download(f"{address.url}/a.png"),
+    ]
+    for ask in asks:
+        with pytest.raises(EndpointError, match="certificate is not trusted, or it does not speak"):
+            asyncio.run(call(ask))
+
+
+def test_a_name_that_is_not_found_is_told_with_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "TROUBLE_SECONDS", 0.1)
+
+    async def call() -> None:
+        async with Endpoint(Address("https://no-such-host.invalid/v2/a", KEY)) as endpoint:
+            await endpoint.status("a")
+
+    with pytest.raises(EndpointError, match="^no-such-host.invalid: "):
+        asyncio.run(call())
 
 
 @pytest.mark.parametrize("job_id", ["../run", "a/b", "", "a?b", "a\nb"])
@@ -250,14 +294,28 @@ def server(
             pass
 
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}"
     running.shutdown()
     running.server_close()
 
 
+@pytest.mark.parametrize("location", ["http://[bad", "http://a\u202e\x1b[2J/", ""])
+def test_a_redirect_to_nowhere_is_told(location: str) -> None:
+    async def call(url: str) -> None:
+        async with Endpoint(Address(url, KEY)) as endpoint:
+            await endpoint.status("a")
+
+    header = {"Location": location.encode().decode("latin-1")}
+    with (
+        server(lambda _: (302, header, b"")) as url,
+        pytest.raises(WrongEndpointError, match="redirects to .*, which was not followed"),
+    ):
+        asyncio.run(call(url))
+
+
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_a_redirect_does_not_get_the_key(code: int, tmp_path: Path) -> None:
+def test_a_redirect_does_not_get_the_key(code: int, in_process: InProcess) -> None:
     asked: list[str] = []
 
     def note(request: BaseHTTPRequestHandler) -> Answer:
@@ -269,7 +327,7 @@ def test_a_redirect_does_not_get_the_key(code: int, tmp_path: Path) -> None:
         server(lambda _: (code, {"Location": f"{other}/v2/a/run"}, b"")) as first,
     ):
         env = environment(SDXL_ENDPOINT=f"{first}/v2/a", SDXL_API_KEY=KEY)
-        done = sdxl("draw", "x", folder=tmp_path, env=env)
+        done = in_process("draw", "x", env=env)
     assert done.returncode == 1
     assert "redirects to 127.0.0.1, which was not followed" in done.stderr
     assert asked == []
@@ -297,12 +355,12 @@ def answering(output: Any, job: dict[str, Any] | None = None) -> Callable[..., A
     return answer
 
 
-def test_links_are_downloaded_without_the_key(tmp_path: Path) -> None:
+def test_links_are_downloaded_without_the_key(in_process: InProcess, tmp_path: Path) -> None:
     output = {"images": ["STORE/red.png?signature=secret"], "seed": 3, "warning": "one of them"}
     with server(answering(output)) as url:
         env = environment(SDXL_ENDPOINT=f"{url}/v2/a", SDXL_API_KEY=KEY)
-        saved = sdxl("draw", "x", folder=tmp_path, env=env)
-        printed = sdxl("draw", "x", "--links", folder=tmp_path, env=env)
+        saved = in_process("draw", "x", env=env)
+        printed = in_process("draw", "x", "--links", env=env)
     assert saved.stdout == "x-seed3.png\n", saved.stderr
     assert Image.open(tmp_path / "x-seed3.png").getpixel((0, 0)) == (255, 0, 0)
     assert "Warning: one of them" in saved.stderr
@@ -315,6 +373,8 @@ def test_links_are_downloaded_without_the_key(tmp_path: Path) -> None:
     [
         ({"images": ["STORE/none.png?signature=secret"]}, "/none.png: the storage answered 403"),
         ({"images": ["file:///etc/passwd"]}, "file:///etc/passwd: is no http or https address"),
+        ({"images": ["http://"]}, "http://: is no address that can be asked"),
+        ({"images": ["http://[::1"]}, "http://[::1: is no address that can be asked"),
         ({"images": ["data:image/png;base64,AAAA"]}, "what came as picture 1: it is no PNG"),
         ({"images": ["data:image/png;base64,!"]}, "broken base64"),
         ({"images": [7]}, "something else than pictures"),
@@ -323,10 +383,12 @@ def test_links_are_downloaded_without_the_key(tmp_path: Path) -> None:
         ({"error": "height: must be\nwidth: must be"}, "sdxl: --height: must be\n--width: must be"),
     ],
 )
-def test_an_answer_without_pictures_is_told(output: Any, told: str, tmp_path: Path) -> None:
+def test_an_answer_without_pictures_is_told(
+    output: Any, told: str, in_process: InProcess, tmp_path: Path
+) -> None:
     with server(answering(output)) as url:
         env = environment(SDXL_ENDPOINT=f"{url}/v2/a", SDXL_API_KEY=KEY)
-        done = sdxl("draw", "x", folder=tmp_path, env=env)
+        done = in_process("draw", "x", env=env)
     assert done.returncode == 1
     assert told in done.stderr
     assert "Traceback" not in done.stderr
@@ -334,7 +396,18 @@ def test_an_answer_without_pictures_is_told(output: Any, told: str, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_crash_of_the_worker_is_told_without_its_traceback(tmp_path: Path) -> None:
+def test_pictures_before_a_broken_one_are_saved_and_told(
+    in_process: InProcess, tmp_path: Path
+) -> None:
+    with server(answering({"images": ["STORE/red.png", "STORE/none.png"], "seed": 3})) as url:
+        done = in_process("draw", "x", env=environment(SDXL_ENDPOINT=f"{url}/v2/a"))
+    assert done.returncode == 1
+    assert "picture 2: " in done.stderr
+    assert done.stderr.endswith("\nsaved: x-seed3.png\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["x-seed3.png"]
+
+
+def test_a_crash_of_the_worker_is_told_without_its_traceback(in_process: InProcess) -> None:
     error = json.dumps(
         {
             "error_type": "<class 'ValueError'>",
@@ -344,7 +417,7 @@ def test_a_crash_of_the_worker_is_told_without_its_traceback(tmp_path: Path) -> 
     )
     with server(answering(None, {"status": "FAILED", "error": error})) as url:
         env = environment(SDXL_ENDPOINT=f"{url}/v2/a", SDXL_API_KEY=KEY)
-        done = sdxl("draw", "x", folder=tmp_path, env=env)
+        done = in_process("draw", "x", env=env)
     assert done.stderr.splitlines()[-1] == "sdxl: the worker failed (ValueError): no such thing"
 
 

@@ -33,7 +33,12 @@ LATER: dict[str, Any] = {
     "type": "object",
     "properties": {
         "prompt": {"type": "string", "default": ""},
-        "eta": {"type": "number", "minimum": 0, "maximum": 1, "description": "Noise: 100% `eta`."},
+        "eta": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 1,
+            "description": "Noise: 100% [`eta`](eta.md).",
+        },
         "tiling": {"anyOf": [{"type": "boolean"}, {"type": "null"}], "default": None},
         "sizes": {"type": "array", "items": {"type": "integer", "minimum": 64}, "maxItems": 2},
         "controlnet": {
@@ -122,6 +127,10 @@ def test_values_are_typed_and_keep_their_digits() -> None:
 )  # fmt: skip
 def test_a_lora_has_short_forms(text: str, lora: dict[str, Any]) -> None:
     assert typed(SCHEMA, "--lora", text) == {"loras": [lora]}
+
+
+def test_a_side_of_0_is_sent_as_it_is() -> None:
+    assert typed(SCHEMA, "--width", "0", "--height", "0") == {"width": 0, "height": 0}
 
 
 def test_a_list_s_option_may_be_given_several_times() -> None:
@@ -245,6 +254,22 @@ def test_a_file_that_is_no_picture_is_not_sent(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=f"--mask-url: .*{reason}"):
         typed(SCHEMA, "--mask", str(tmp_path / name))
+
+
+def test_pictures_that_are_left_out_are_found_wherever_they_are() -> None:
+    job_input = {
+        "prompt": "data:image/png",
+        "controlnet": [
+            {"image_url": "https://example.com/a.png"},
+            {"image_url": "data:image/png;base64,AA"},
+            {"image_url": "data:image/png;base64"},
+            {"image_url": "a.png"},
+        ],
+    }
+    fields = fields_of(LATER)
+    found = list(options.pictures_left_out(job_input, fields))
+    assert found == ["controlnet[2].image_url", "controlnet[3].image_url"]
+    assert list(options.pictures_left_out(job_input, fields, without=["controlnet"])) == []
 
 
 def test_a_worker_s_error_names_the_options() -> None:

@@ -128,6 +128,18 @@ def test_a_damaged_file_is_refused_or_stays_as_it_is(
                 assert request["prompt"] == FIELDS["prompt"]
 
 
+@pytest.mark.parametrize("encoding", ["no-such-one", "base64", "shift_jis"])
+def test_a_foreign_file_s_metadata_may_be_in_any_encoding(encoding: str) -> None:
+    xmp = f'<?xml version="1.0" encoding="{encoding}"?><a/>'.encode()
+    for kind in ("WEBP", "JPEG"):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, kind, xmp=xmp)
+        assert picture_files.read(file.getvalue()) == {}
+        whole = picture_files.completed(file.getvalue(), FIELDS, 7)
+        request = picture_files.request_in(picture_files.read(whole))
+        assert request == {**FIELDS, "num_images": 1}
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"GIF89a" + b"\0" * 50, b"<svg/>"])
 def test_what_is_no_picture_is_refused(content: bytes) -> None:
     with pytest.raises(PictureError):

@@ -2,12 +2,13 @@
 
 import base64
 import io
+import math
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from client.progress_bar import JobProgress, LineDisplay, printable
+from client.progress_bar import JobProgress, LineDisplay, make_display, printable
 
 
 class Clock:
@@ -85,10 +86,14 @@ def test_a_job_that_comes_back_to_the_queue_begins_anew(job: JobProgress) -> Non
     [
         None, 7, "text", [], {"progress": 7}, {"progress": {}}, {"progress": {"percent": "x"}},
         {"progress": {"stage": 7, "percent": True}}, {"progress": {"percent": 1e9}, "preview": "!"},
-        {"progress": {"stage": "download", "bytes": "many"}},
+        {"progress": {"stage": "download", "bytes": "many"}}, {"progress": {"percent": 10**400}},
+        {"progress": {"stage": "download", "bytes": 10**400}}, {"progress": {"percent": math.nan}},
+        {"progress": {"percent": 5e-324}},
     ],
 )  # fmt: skip
-def test_whatever_progress_is_it_is_survived(output: Any, job: JobProgress) -> None:
+def test_whatever_progress_is_it_is_survived(output: Any, job: JobProgress, clock: Clock) -> None:
+    job.update(step(1, 0))
+    clock.now += 3
     job.update({"status": "IN_PROGRESS", "output": output})
     assert job.text()
     assert job.percent is None or 0 <= job.percent <= 100
@@ -109,6 +114,24 @@ def test_without_a_terminal_a_line_is_said_for_each_stage() -> None:
         job.update(answer)
         display.changed(job)
     assert file.getvalue() == "in the queue, position unknown: 0 s\nbase, step 1/25\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "preview", "shown"),
+    [
+        ({"COLORTERM": "truecolor"}, None, True),
+        ({"COLORTERM": "truecolor", "NO_COLOR": "1"}, None, False),
+        ({"COLORTERM": "truecolor", "NO_COLOR": "1"}, True, True),
+        ({"COLORTERM": ""}, None, False),
+    ],
+)
+def test_pictures_are_shown_where_there_are_colours_for_them(
+    variables: dict[str, str], preview: bool | None, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert make_display(quiet=False, preview=preview).shows_pictures == shown
 
 
 def test_nothing_that_is_shown_controls_the_terminal() -> None:

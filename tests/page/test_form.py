@@ -244,6 +244,18 @@ def test_seeds_beyond_the_largest_are_refused(form: Page) -> None:
         expect(problem_at(control(form, "seed"))).to_have_text(f"must be {rule(FIELDS['seed'])}")
 
 
+def test_a_side_of_0_is_taken_as_the_worker_takes_it(
+    form: Page, bare_endpoint: LocalEndpoint
+) -> None:
+    control(form, "prompt").fill("a")
+    control(form, "width").fill("0")
+    control(form, "height").fill("8")
+    expect(problem_at(control(form, "height"))).to_have_text(f"must be {rule(FIELDS['height'])}")
+    control(form, "height").fill("64")
+    draw(form)
+    assert sent(form, bare_endpoint) == {"prompt": "a", "width": 0, "height": 64}
+
+
 def test_the_samplers_main_names_come_first(form: Page, bare_endpoint: LocalEndpoint) -> None:
     one = control(form, "scheduler")
     texts = one.locator("> option").all_inner_texts()
