@@ -411,8 +411,27 @@ def test_a_wrong_key_is_told_in_the_dialog(
     watch.expected = [FETCH_FAILED]
     dialog = connect(jobs_page, bare_endpoint.url, "wrong")
     expect(dialog.get_by_role("status")).to_have_text("the API key is missing or wrong (401)")
+    kept = jobs_page.evaluate("async () => (await import('/api.js')).connection()")
+    assert kept["apiKey"] == bare_endpoint.api_key
     connect(jobs_page, bare_endpoint.url, bare_endpoint.api_key)
     expect(dialog).to_be_hidden()
+
+
+def test_a_key_that_is_no_longer_right_is_told_in_the_header(
+    jobs_page: Page, bare_endpoint: LocalEndpoint, watch: Watch
+) -> None:
+    watch.expected = [FETCH_FAILED]
+    endpoint = jobs_page.locator("#endpoint")
+    expect(endpoint).to_contain_text("no worker yet")
+    expect(endpoint.locator("[data-on]")).to_be_attached()
+    jobs_page.evaluate(
+        """async (url) =>
+            (await import("/api.js")).keepConnection({ url, apiKey: "wrong" })""",
+        bare_endpoint.url,
+    )
+    jobs_page.reload()
+    expect(endpoint).to_contain_text("wrong key")
+    expect(endpoint.locator("[data-on]")).to_have_count(0)
 
 
 def test_an_endpoint_that_cannot_be_reached_is_told(jobs_page: Page, watch: Watch) -> None:
