@@ -4,7 +4,7 @@ import {announce, make} from "./dom.js";
 import {buildForm, checkForm, fillForm, fillFormFromText, formRevision, formText, readInput, setPicture, showErrors, takePicture} from "./form.js";
 import {addPictures, openGallery} from "./gallery.js";
 import {openGrid} from "./grid.js";
-import {openJobs, submit} from "./jobs.js";
+import {NOT_WATCHED, openJobs, submit} from "./jobs.js";
 import {paintMask} from "./mask_painter.js";
 import {loadSchema, propertiesOf} from "./schema.js";
 
@@ -83,7 +83,7 @@ async function draw() {
   try {
     await submit(readInput());
   } catch (error) {
-    if (error.message === "cancelled") return;
+    if (["cancelled", NOT_WATCHED].includes(error.message)) return;
     // Whoever has gone on typing keeps the focus.
     showErrors(error.message, { focus: revision === formRevision() });
   }

@@ -55,8 +55,9 @@ def form(bare_endpoint: LocalEndpoint, open_page: OpenPage) -> Page:
 
 def open_groups(page: Page) -> None:
     expect(page.locator("html[data-ready]")).to_be_attached()
-    for group in page.locator("#form details > summary").all():
-        group.click()
+    page.locator("#form details").evaluate_all(
+        "(groups) => groups.forEach((one) => (one.open = true))"
+    )
 
 
 def control(page: Page, name: str) -> Locator:

@@ -700,6 +700,9 @@ def test_a_link_that_shows_no_picture_is_told_in_words(
 
 
 def test_an_answer_that_is_neither_picture_nor_link_is_left_out(page: Page) -> None:
-    add(page, Drawn({}, {"images": ["javascript:alert(1)"], "seed": 1}, "odd"))
-    expect(gallery(page)).to_contain_text("is neither a picture nor a link")
+    images = ["javascript:alert(1)", "data:text/html;base64,PGI+"]
+    add(page, Drawn({}, {"images": images, "seed": 1}, "odd"))
+    for number in (1, 2):
+        told = f"Picture {number} of job odd is neither a picture nor a link"
+        expect(gallery(page)).to_contain_text(told)
     expect(tiles(page)).to_have_count(0)

@@ -279,6 +279,25 @@ def test_trouble_while_asking_passes(
     expect(job.get_by_text("trying again")).to_be_hidden()
 
 
+def test_a_job_of_an_endpoint_that_does_not_answer_can_be_left(
+    jobs_page: Page, watch: Watch
+) -> None:
+    watch.expected = [FETCH_FAILED]
+    draw_prompt(jobs_page)
+    job = jobs_of(jobs_page)
+    expect(job.get_by_text("In queue")).to_be_visible()
+    expect(job.get_by_role("button", name="Dismiss")).to_be_hidden()
+    jobs_page.route("**/status/**", lambda route: route.fulfill(status=500))
+    jobs_page.route("**/cancel/**", lambda route: route.fulfill(status=500))
+    job.get_by_role("button", name="Cancel").click()
+    expect(job.get_by_text("not cancelled: the endpoint answered 500")).to_be_visible()
+    job.get_by_role("button", name="Dismiss").click()
+    expect(job).to_have_count(0)
+    expect(jobs_page.get_by_role("alert")).to_be_hidden()
+    jobs_page.reload()
+    expect(jobs_page.get_by_text("Nothing is being drawn.")).to_be_visible()
+
+
 def test_a_job_whose_sending_failed_may_have_arrived_and_is_not_sent_again(
     jobs_page: Page, bare_endpoint: LocalEndpoint, watch: Watch
 ) -> None:
