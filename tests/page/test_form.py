@@ -459,6 +459,20 @@ def test_a_picture_from_elsewhere_goes_into_the_first_empty_field(form: Page, wa
     assert source == data_uri(picture("red"))
 
 
+def test_text_that_brings_a_picture_of_itself_is_pasted_as_text(form: Page) -> None:
+    taken = control(form, "prompt").evaluate(
+        """(element) => {
+            const clipboardData = new DataTransfer();
+            clipboardData.items.add(new File(["x"], "x.png", { type: "image/png" }));
+            clipboardData.setData("text/plain", "a cat");
+            const options = { bubbles: true, cancelable: true, clipboardData };
+            return !element.dispatchEvent(new ClipboardEvent("paste", options));
+        }"""
+    )
+    assert not taken
+    expect(form.locator("[data-field=image_url] img")).to_be_hidden()
+
+
 def test_a_file_dropped_on_a_dialog_changes_nothing(form: Page) -> None:
     form.locator("#endpoint").click()
     prevented = form.get_by_role("dialog").evaluate(
