@@ -25,7 +25,7 @@ export function connection() {
 export async function restoreConnection() {
   try {
     const kept = JSON.parse(sessionStorage.getItem(CONNECTION_KEY));
-    if (kept?.url) return connect(kept.url, kept.apiKey);
+    if (kept?.url) return keepConnection(connectionOf(kept.url, kept.apiKey));
   } catch {
     sessionStorage.removeItem(CONNECTION_KEY);
   }
@@ -41,9 +41,13 @@ export async function restoreConnection() {
   return connection();
 }
 
-// Keeps what was typed in. Throws an Error that says what to change.
-export function connect(endpoint, apiKey) {
-  currentConnection = { url: endpointUrl(endpoint), apiKey: checkedKey(apiKey) };
+// {url, apiKey} of what was typed in. Throws an Error that says what to change.
+export function connectionOf(endpoint, apiKey) {
+  return { url: endpointUrl(endpoint), apiKey: checkedKey(apiKey) };
+}
+
+export function keepConnection(connected) {
+  currentConnection = connected;
   sessionStorage.setItem(CONNECTION_KEY, JSON.stringify(currentConnection));
   return connection();
 }

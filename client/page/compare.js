@@ -38,7 +38,7 @@ export function comparePictures(first, second) {
   };
   split.addEventListener("input", move);
 
-  // As wide as the wider and as high as the higher shape needs: the smaller is enlarged to fit.
+  // In the shape of the first; the other is as large as fits into it.
   const aspects = pair.map(({ width, height }) => width / height);
   stage.style.setProperty("aspect-ratio", aspects[0]);
   stage.style.setProperty("--aspect", aspects[0]);

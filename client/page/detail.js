@@ -150,12 +150,12 @@ export class Detail {
           undefined,
       }),
       act("Download", () => this.#download()),
-      ...(picture.link ? [act("Keep a copy", () => this.#keep())] : []),
-      act("Copy as curl", () => this.#copy(curlOf(this.#url(), this.#alone)), nothing),
-      act("Copy as Python", () => this.#copy(pythonOf(this.#url(), this.#alone)), nothing),
       act("Copy parameters", () => this.#copy(known.infotext || writeJson(this.#request, 2)), {
         disabled: !known.infotext && nothing.disabled,
       }),
+      act("Copy as curl", () => this.#copy(curlOf(this.#url(), this.#alone)), nothing),
+      act("Copy as Python", () => this.#copy(pythonOf(this.#url(), this.#alone)), nothing),
+      ...(picture.link ? [act("Keep a copy", () => this.#keep())] : []),
       act("Delete", () => this.#remove(), { class: "danger" }),
     );
   }
@@ -244,11 +244,12 @@ export class Detail {
   }
 
   async #useAsInput() {
-    const picture = { image_url: await this.#source(), mode: "img2img" };
+    const image = await this.#source();
     this.#fill(
-      { ...this.#formWithout(...NO_MASK), ...picture },
+      { ...this.#formWithout(...NO_MASK), image_url: image, mode: "img2img" },
       "It is the form's input picture now.",
     );
+    this.#actions.setPicture("image_url", image);
   }
 
   async #paint() {
@@ -261,6 +262,7 @@ export class Detail {
       { ...this.#formWithout(...NO_MASK), image_url: image, mask_url: mask, mode: "img2img" },
       "Picture and mask are in the form.",
     );
+    this.#actions.setPicture("mask_url", mask);
   }
 
   #download() {

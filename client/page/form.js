@@ -749,9 +749,13 @@ function showPictureOnly(control, thumbnail, remove, showPicture) {
   } else showPicture();
 }
 
-// A picture that is pasted anywhere else goes into the first picture field that has none.
-export function takePastedPicture(event) {
-  const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
+// A picture that is pasted or dropped anywhere else goes into the first picture field that has none.
+export function takePicture(event) {
+  const { files } = event.clipboardData ?? event.dataTransfer;
+  // What is copied from a text has a picture of itself beside it.
+  const text = event.clipboardData?.getData("text/plain");
+  if (text && event.target.matches("input, textarea")) return;
+  const file = [...files].find((one) => one.type.startsWith("image/"));
   const field = topFields.find((one) => one.take && one.read() === undefined);
   if (!file || !field) return;
   event.preventDefault();

@@ -4,7 +4,7 @@ import {blobOfDataUri, loadImage} from "./blobs.js";
 import {comparePictures} from "./compare.js";
 import {Detail} from "./detail.js";
 import {button, confirmed} from "./dialogs.js";
-import {make} from "./dom.js";
+import {isDataUri, make} from "./dom.js";
 import {describePicture, readTexts} from "./file_metadata.js";
 import {laterSeed, nameOf, seedText, shownPicture, shownValue} from "./picture.js";
 import {PictureStore} from "./store.js";
@@ -17,7 +17,7 @@ let opened;
 const whenOpened = new Promise((resolve) => (opened = resolve));
 
 // Shows the pictures that are kept in this browser in a section. `actions` are the page's:
-// {fillForm, readInput, submit, connection}.
+// {fillForm, readInput, setPicture, submit, connection}.
 export async function openGallery(section, actions) {
   gallery = new Gallery(section, actions);
   await gallery.open();
@@ -80,7 +80,7 @@ class Gallery {
       await this.addFiles([...file.files]);
       file.value = "";
     });
-    const adding = make("label", { for: file.id }, "Add pictures from disk");
+    const adding = make("label", { for: file.id }, "Add files");
     this.#section.replaceChildren(
       make(
         "div",
@@ -137,6 +137,7 @@ class Gallery {
       if (/^https?:\/\//i.test(image)) picture.link = image;
       else {
         try {
+          if (!isDataUri(image)) throw new Error("no picture");
           picture.blob = blobOfDataUri(image);
         } catch {
           this.#tell(
@@ -187,7 +188,7 @@ class Gallery {
         blob,
       };
       if (await this.#store.add(picture, null)) added += 1;
-      else this.#tell(`${file.name} is here already.`);
+      else this.#tell(`${file.name} was not added: it is here already.`, "warning");
     }
     if (added) {
       this.#page = 0;
@@ -319,8 +320,9 @@ class Gallery {
     }
   }
 
-  // A sentence that stays until it is put away; problems look different.
+  // A sentence that stays until it is put away, a note until the next one; problems look different.
   #tell(text, kind = "note") {
+    if (kind === "note") for (const old of this.#notice.querySelectorAll(".note")) old.remove();
     const note = make(
       "p",
       { class: kind },
@@ -366,7 +368,7 @@ class Gallery {
   // A link's picture, fetched and kept. Fails where its server lets no page read it.
   async keep(picture) {
     const answer = await fetch(picture.link, {
-      referrerpolicy: "no-referrer",
+      referrerPolicy: "no-referrer",
       credentials: "omit",
     });
     if (!answer.ok) throw new Error(`the server answers with ${answer.status}`);

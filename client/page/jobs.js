@@ -8,6 +8,7 @@ const POLL_MS = { near: 500, far: 1000, queue: 3000, hidden: 10_000, trouble: 30
 const LEAVING_MS = 1000;
 const MAX_FINISHED = 20;
 const MAX_DONE = 3; // their pictures are in the gallery
+export const NOT_WATCHED = "no longer watched";
 const ENDED = ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"];
 const STAGES = { base: "base", refiner: "refiner", download: "downloading", loading: "loading" };
 
@@ -44,7 +45,7 @@ export function openJobs(section, { addPictures }) {
 }
 
 // Queues a job. Resolves to {input, output, jobId, seconds}; rejects with an Error whose message is
-// the worker's error, or "cancelled", as it is when the signal is aborted.
+// the worker's error, or "cancelled", as it is when the signal is aborted, or NOT_WATCHED.
 export function submit(input, { label, signal } = {}) {
   return new Promise((resolve, reject) => {
     const job = {
@@ -109,6 +110,7 @@ async function follow(job) {
       if (failures) job.trouble = "";
       failures = 0;
     } catch (error) {
+      if (job.isOver) return;
       if (error.status === 404) {
         end(job, { error: error.message });
         break;
@@ -250,11 +252,11 @@ async function stop(job) {
   showState(job);
   try {
     await cancel(job.jobId, job.at);
+    job.wake?.();
   } catch (error) {
     job.trouble = `not cancelled: ${error.message}`;
   }
   job.isStopping = false;
-  job.wake?.();
   showState(job);
 }
 
@@ -273,11 +275,21 @@ function add(job) {
 }
 
 function dismiss(job) {
+  if (!job.isOver) leave(job);
   const next = job.view.item.nextElementSibling ?? job.view.item.previousElementSibling;
   allJobs = allJobs.filter((one) => one !== job);
   job.view.item.remove();
   showList();
   (next?.querySelector("button:not([hidden])") ?? document.getElementById("draw")).focus();
+}
+
+// A job whose endpoint does not answer is not asked for any more.
+function leave(job) {
+  job.isOver = true;
+  job.isSettled = true;
+  job.wake?.();
+  keep();
+  job.reject(new Error(NOT_WATCHED));
 }
 
 function clearFinished() {
@@ -355,7 +367,7 @@ function showState(job) {
   view.cancel.hidden = job.isOver || !job.jobId;
   view.cancel.disabled = Boolean(job.isStopping);
   view.again.hidden = !job.isOver || Boolean(job.isCut);
-  view.dismiss.hidden = !job.isOver;
+  view.dismiss.hidden = !job.isOver && !job.trouble;
   if (hadFocus && job.isOver) view.dismiss.focus();
 }
 

@@ -1,10 +1,10 @@
 // Wires the page together.
-import {connect, connection, health, restoreConnection} from "./api.js";
+import {connection, connectionOf, health, keepConnection, restoreConnection} from "./api.js";
 import {announce, make} from "./dom.js";
-import {buildForm, checkForm, fillForm, fillFormFromText, formRevision, formText, readInput, setPicture, showErrors, takePastedPicture} from "./form.js";
+import {buildForm, checkForm, fillForm, fillFormFromText, formRevision, formText, readInput, setPicture, showErrors, takePicture} from "./form.js";
 import {addPictures, openGallery} from "./gallery.js";
 import {openGrid} from "./grid.js";
-import {openJobs, submit} from "./jobs.js";
+import {NOT_WATCHED, openJobs, submit} from "./jobs.js";
 import {paintMask} from "./mask_painter.js";
 import {loadSchema, propertiesOf} from "./schema.js";
 
@@ -60,7 +60,17 @@ function openDrawing(form) {
       event.preventDefault(); // a number that is confirmed is no order for a picture
     }
   });
-  document.addEventListener("paste", takePastedPicture);
+  for (const name of ["paste", "drop"]) {
+    document.addEventListener(name, (event) => {
+      if (!event.defaultPrevented && !document.querySelector("dialog[open]")) takePicture(event);
+    });
+  }
+  // A file that is dropped beside everything would take the place of the page.
+  for (const name of ["dragover", "drop"]) {
+    document.addEventListener(name, (event) => {
+      if (event.dataTransfer.types.includes("Files")) event.preventDefault();
+    });
+  }
 }
 
 async function draw() {
@@ -73,7 +83,7 @@ async function draw() {
   try {
     await submit(readInput());
   } catch (error) {
-    if (error.message === "cancelled") return;
+    if (["cancelled", NOT_WATCHED].includes(error.message)) return;
     // Whoever has gone on typing keeps the focus.
     showErrors(error.message, { focus: revision === formRevision() });
   }
@@ -157,12 +167,11 @@ function openConnection() {
     event.preventDefault();
     told.classList.remove("problem");
     try {
-      connect(byId("connection-url").value, byId("connection-key").value);
-      showConnection();
+      const typed = connectionOf(byId("connection-url").value, byId("connection-key").value);
       told.textContent = "Asking the endpoint.";
-      const words = workersWords(await health());
-      told.textContent = words;
-      showConnection(words);
+      const words = workersWords(await health(typed));
+      keepConnection(typed);
+      showConnection({ words, isUp: true });
       announce(`Connected: ${words}`);
       dialog.close();
     } catch (error) {
@@ -172,7 +181,11 @@ function openConnection() {
   });
   showConnection();
   if (!connection().url) return;
-  health().then((state) => showConnection(workersWords(state))).catch(() => {});
+  health().then(
+    (state) => showConnection({ words: workersWords(state), isUp: true }),
+    ({ status, message }) =>
+      showConnection({ words: [401, 403].includes(status) ? "wrong key" : "no answer", message }),
+  );
 }
 
 function openConnectionDialog() {
@@ -183,13 +196,13 @@ function openConnectionDialog() {
   byId("connection").showModal();
 }
 
-function showConnection(words = "") {
+function showConnection({ words = "", message = "", isUp = false } = {}) {
   const { url } = connection();
   const name = url.split("/").at(-1);
   byId("endpoint").replaceChildren(
-    make("span", { class: "dot", "data-on": Boolean(url) }),
-    url ? name : "Connect an endpoint",
-    ...(words ? [make("span", { class: "muted" }, words)] : []),
+    make("span", { class: "dot", "data-on": isUp }),
+    make("span", { class: "name" }, url ? name : "Connect an endpoint"),
+    ...(words ? [make("span", { class: isUp ? "muted" : "problem", title: message }, words)] : []),
   );
 }
 

@@ -55,8 +55,9 @@ def form(bare_endpoint: LocalEndpoint, open_page: OpenPage) -> Page:
 
 def open_groups(page: Page) -> None:
     expect(page.locator("html[data-ready]")).to_be_attached()
-    for group in page.locator("#form details > summary").all():
-        group.click()
+    page.locator("#form details").evaluate_all(
+        "(groups) => groups.forEach((one) => (one.open = true))"
+    )
 
 
 def control(page: Page, name: str) -> Locator:
@@ -460,13 +461,42 @@ def test_a_picture_becomes_a_data_uri(form: Page, bare_endpoint: LocalEndpoint, 
     assert sent(form, bare_endpoint, 2) == {"prompt": "a"}
 
 
-def test_a_picture_pasted_elsewhere_goes_into_the_first_empty_field(form: Page) -> None:
-    drop(control(form, "prompt"), "paste", picture("red"))
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_a_picture_from_elsewhere_goes_into_the_first_empty_field(form: Page, way: str) -> None:
+    drop(control(form, "prompt"), way, picture("red"))
     expect(form.locator("[data-field=image_url] img")).to_be_visible()
-    drop(control(form, "prompt"), "paste", picture("white"))
+    drop(control(form, "prompt"), way, picture("white"))
     expect(form.locator("[data-field=mask_url] img")).to_be_visible()
     source = form.locator("[data-field=image_url] img").get_attribute("src")
     assert source == data_uri(picture("red"))
+
+
+def test_text_that_brings_a_picture_of_itself_is_pasted_as_text(form: Page) -> None:
+    taken = control(form, "prompt").evaluate(
+        """(element) => {
+            const clipboardData = new DataTransfer();
+            clipboardData.items.add(new File(["x"], "x.png", { type: "image/png" }));
+            clipboardData.setData("text/plain", "a cat");
+            const options = { bubbles: true, cancelable: true, clipboardData };
+            return !element.dispatchEvent(new ClipboardEvent("paste", options));
+        }"""
+    )
+    assert not taken
+    expect(form.locator("[data-field=image_url] img")).to_be_hidden()
+
+
+def test_a_file_dropped_on_a_dialog_changes_nothing(form: Page) -> None:
+    form.locator("#endpoint").click()
+    prevented = form.get_by_role("dialog").evaluate(
+        """(dialog) => {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File(["x"], "x.png", { type: "image/png" }));
+            const event = new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer });
+            return !dialog.dispatchEvent(event);
+        }"""
+    )
+    assert prevented, "the browser would leave the page for the file"
+    expect(form.locator("[data-field=image_url] img")).to_be_hidden()
 
 
 def test_an_address_is_sent_as_it_is(form: Page, bare_endpoint: LocalEndpoint) -> None:

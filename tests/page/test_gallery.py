@@ -401,7 +401,7 @@ def test_files_of_others_are_shown_with_their_text_or_without(page: Page) -> Non
     expect(dialog.get_by_role("button", name="Again", exact=True)).to_be_disabled()
     close(page)
     drop(page, ("plain.png", "image/png", plain))
-    expect(gallery(page)).to_contain_text("plain.png is here already.")
+    expect(gallery(page)).to_contain_text("plain.png was not added: it is here already.")
 
 
 def test_what_a_file_leaves_out_is_named_and_can_be_added_in_the_form(
@@ -466,12 +466,22 @@ def test_a_picture_becomes_the_input_of_the_form(page: Page, drawn: Drawn) -> No
     fill(page, prompt="a green square", width=64, height=64, num_inference_steps=2)
     open_picture(page, 0).get_by_role("button", name="Use as input").click()
     expect(page.get_by_label("mode", exact=True)).to_have_value('"img2img"')
+    expect(page.locator("[data-field=image_url] img")).to_be_in_viewport()
     expect(page.get_by_label("prompt", exact=True)).to_have_value("a green square")
     page.get_by_role("button", name="Draw").click()
     expect(tiles(page)).to_have_count(3)
     dialog = open_picture(page, 0)
     expect(parameter(dialog, "image_url")).to_contain_text("data:image/png;base64")
     expect(parameter(dialog, "mode")).to_have_text("img2img")
+
+
+def test_a_note_takes_the_place_of_the_one_before(page: Page, drawn: Drawn) -> None:
+    add(page, drawn)
+    for name in ("Use as input", "Load into form"):
+        open_picture(page).get_by_role("button", name=name).click()
+    notes = page.get_by_role("log", name="Messages of the gallery").get_by_role("paragraph")
+    expect(notes).to_have_count(1)
+    expect(notes).to_contain_text("It is in the form.")
 
 
 def test_a_download_is_the_file_under_a_name_for_people(page: Page, drawn: Drawn) -> None:
@@ -690,6 +700,9 @@ def test_a_link_that_shows_no_picture_is_told_in_words(
 
 
 def test_an_answer_that_is_neither_picture_nor_link_is_left_out(page: Page) -> None:
-    add(page, Drawn({}, {"images": ["javascript:alert(1)"], "seed": 1}, "odd"))
-    expect(gallery(page)).to_contain_text("is neither a picture nor a link")
+    images = ["javascript:alert(1)", "data:text/html;base64,PGI+"]
+    add(page, Drawn({}, {"images": images, "seed": 1}, "odd"))
+    for number in (1, 2):
+        told = f"Picture {number} of job odd is neither a picture nor a link"
+        expect(gallery(page)).to_contain_text(told)
     expect(tiles(page)).to_have_count(0)

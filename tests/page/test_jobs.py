@@ -279,6 +279,25 @@ def test_trouble_while_asking_passes(
     expect(job.get_by_text("trying again")).to_be_hidden()
 
 
+def test_a_job_of_an_endpoint_that_does_not_answer_can_be_left(
+    jobs_page: Page, watch: Watch
+) -> None:
+    watch.expected = [FETCH_FAILED]
+    draw_prompt(jobs_page)
+    job = jobs_of(jobs_page)
+    expect(job.get_by_text("In queue")).to_be_visible()
+    expect(job.get_by_role("button", name="Dismiss")).to_be_hidden()
+    jobs_page.route("**/status/**", lambda route: route.fulfill(status=500))
+    jobs_page.route("**/cancel/**", lambda route: route.fulfill(status=500))
+    job.get_by_role("button", name="Cancel").click()
+    expect(job.get_by_text("not cancelled: the endpoint answered 500")).to_be_visible()
+    job.get_by_role("button", name="Dismiss").click()
+    expect(job).to_have_count(0)
+    expect(jobs_page.get_by_role("alert")).to_be_hidden()
+    jobs_page.reload()
+    expect(jobs_page.get_by_text("Nothing is being drawn.")).to_be_visible()
+
+
 def test_a_job_whose_sending_failed_may_have_arrived_and_is_not_sent_again(
     jobs_page: Page, bare_endpoint: LocalEndpoint, watch: Watch
 ) -> None:
@@ -411,8 +430,27 @@ def test_a_wrong_key_is_told_in_the_dialog(
     watch.expected = [FETCH_FAILED]
     dialog = connect(jobs_page, bare_endpoint.url, "wrong")
     expect(dialog.get_by_role("status")).to_have_text("the API key is missing or wrong (401)")
+    kept = jobs_page.evaluate("async () => (await import('/api.js')).connection()")
+    assert kept["apiKey"] == bare_endpoint.api_key
     connect(jobs_page, bare_endpoint.url, bare_endpoint.api_key)
     expect(dialog).to_be_hidden()
+
+
+def test_a_key_that_is_no_longer_right_is_told_in_the_header(
+    jobs_page: Page, bare_endpoint: LocalEndpoint, watch: Watch
+) -> None:
+    watch.expected = [FETCH_FAILED]
+    endpoint = jobs_page.locator("#endpoint")
+    expect(endpoint).to_contain_text("no worker yet")
+    expect(endpoint.locator("[data-on]")).to_be_attached()
+    jobs_page.evaluate(
+        """async (url) =>
+            (await import("/api.js")).keepConnection({ url, apiKey: "wrong" })""",
+        bare_endpoint.url,
+    )
+    jobs_page.reload()
+    expect(endpoint).to_contain_text("wrong key")
+    expect(endpoint.locator("[data-on]")).to_have_count(0)
 
 
 def test_an_endpoint_that_cannot_be_reached_is_told(jobs_page: Page, watch: Watch) -> None:
