@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.errors import ModelError
-from sdxl_worker.settings import is_on_runpod
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +37,9 @@ def choose_device() -> "torch.device":
             let paid jobs run into their timeout.
     """
     import torch
+
+    # Not at the top: `make` asks this module for a GPU before any package is installed.
+    from sdxl_worker.settings import is_on_runpod
 
     if not gpu_is_there() and not torch.cuda.is_available():
         if is_on_runpod():

@@ -425,7 +425,9 @@ def test_the_chosen_colours_have_contrast_too(
 )
 def test_nothing_moves_for_those_who_want_that(by_hand: ByHand, is_moving: bool) -> None:
     moving = by_hand.page.evaluate(
-        """() => {
+        """async () => {
+            // A style changes gently only from one that was shown.
+            await new Promise((shown) => requestAnimationFrame(() => setTimeout(shown)));
             for (const group of document.querySelectorAll("details")) group.open = true;
             return document.getAnimations().length > 0;
         }"""
