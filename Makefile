@@ -75,13 +75,16 @@ clean:
 	rm -rf $(VENV) output
 
 # torch first, without its dependencies: from the second index, pip would take any package that has a
-# higher version there, whoever published it. The command `sdxl` last: it runs from the checkout, and
-# what it needs beside the worker is not in the image.
-$(VENV)/.run: requirements.txt requirements-client.txt
+# higher version there, whoever published it.
+$(VENV)/.worker: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps "$$(grep -o '^torch==[^ ]*' requirements.txt)" \
 	    $$($(BIN)/python -m tools.torch_index "$(TORCH_INDEX)")
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+# The command `sdxl` runs from the checkout; what it needs beside the worker is not in the image.
+$(VENV)/.run: requirements-client.txt pyproject.toml $(VENV)/.worker
 	$(BIN)/python -m pip install --quiet --requirement requirements-client.txt --editable .
 	@touch $@
 

@@ -141,7 +141,7 @@ def test_make_takes_torch_alone_from_the_index_of_cpu_builds(
     indexes: Indexes, tmp_path: Path
 ) -> None:
     (tmp_path / "requirements.txt").write_text(f"{_torch_line()}\n", encoding="utf-8")
-    command = ["make", "--makefile", f"{REPOSITORY / 'Makefile'}", "venv/.run", "VENV=venv"]
+    command = ["make", "--makefile", f"{REPOSITORY / 'Makefile'}", "venv/.worker", "VENV=venv"]
     command += [f"PYTHON={sys.executable}", f"TORCH_INDEX={indexes.cpu}"]
     environment = package_index.environment(
         PIP_INDEX_URL=indexes.usual, PYTHONPATH=str(REPOSITORY), **NO_GPU
