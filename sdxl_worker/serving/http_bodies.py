@@ -21,6 +21,9 @@ READ_TIMEOUT_SECONDS = 120.0
 BESIDE_INPUT = ("s3Config",)
 # Several times what the fields of a request are.
 MAX_PARTS = 200
+# What stands before each value in JSON, and in prompts: all four are short of half of it.
+BEFORE_VALUES = b",[{"
+MAX_BEFORE_VALUES = 200_000
 
 
 class Refusal(Exception):  # noqa: N818 - an answer
@@ -92,6 +95,9 @@ def read_object(body: bytes) -> dict[str, Any]:
     Raises:
         Refusal: it is no JSON object, or one that no request looks like.
     """
+    # Millions of values take seconds to read, in which not even /ping is answered.
+    if sum(body.count(sign) for sign in BEFORE_VALUES) > MAX_BEFORE_VALUES:
+        raise Refusal(400, "the body has more values in it than any request")
     try:
         value = json.loads(body)
     except RecursionError:

@@ -413,9 +413,16 @@ class _Guard:
             return None
         if self._is_apart and scope["server"][1] == self._port_health:
             return Refusal(404, f"there is only {PING} at this port")
+        headers = Request(scope).headers
         if not self._keys:
+            # The pages of other sites reach what this machine's browser reaches, and need no answer
+            # to use the GPU. Runpod has asked for a key before.
+            if headers.get("sec-fetch-site") == "cross-site" and not is_on_runpod():
+                return Refusal(
+                    403, "a page of another site cannot use a worker without a key; set API_KEY"
+                )
             return None
-        scheme, _, key = Request(scope).headers.get("authorization", "").partition(" ")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         sent = key.strip().encode("latin-1")
         # All of them, whichever fits: the time tells nothing.
         fits = [hmac.compare_digest(sent, key) for key in self._keys]

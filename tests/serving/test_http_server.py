@@ -787,6 +787,55 @@ def test_a_body_that_no_request_looks_like_does_not_wait() -> None:
     asyncio.run(ask())
 
 
+def test_a_body_of_millions_of_values_is_refused_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reading it takes seconds, in which nothing else is answered."""
+
+    async def ask() -> None:
+        served = Served(DONE)
+        wordy = {"prompt": "," * 20_000, "negative_prompt": "[" * 20_000}
+        assert (await served.post(json=wordy)).status_code == 200
+        monkeypatch.setattr("sdxl_worker.serving.http_bodies.json.loads", None)
+        for values in (b"0,", b"[],", b'{"a":[', b"[" * 3):
+            for path in ("/generate", "/v1/images/generations", "/v1/images/edits"):
+                response = await served.post(path, json=None, content=values * 200_001)
+                assert response.status_code == 400
+                assert "more values in it than any request" in response.text
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("site", "settings", "is_on_runpod", "status"),
+    [
+        ("cross-site", {}, False, 403),
+        ("cross-site", {"api_key": "a-key"}, False, 200),
+        ("cross-site", {}, True, 200),
+        ("same-origin", {}, False, 200),
+        ("none", {}, False, 200),
+    ],
+)
+def test_pages_of_other_sites_do_not_use_a_worker_without_a_key(
+    site: str,
+    settings: dict[str, Any],
+    is_on_runpod: bool,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if is_on_runpod:
+        monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "an-endpoint")
+
+    async def ask() -> None:
+        served = Served(DONE, **settings)
+        headers = {"Sec-Fetch-Site": site, "Authorization": "Bearer a-key"}
+        assert (await served.post(headers=headers)).status_code == status
+        assert len(served.jobs) == (status == 200)
+        assert (await served.client.get("/ping", headers=headers)).status_code == 200
+
+    asyncio.run(ask())
+
+
 def test_the_models_route_waits_for_nobody() -> None:
     async def ask() -> None:
         models = Answer({"object": "list", "data": []}, Outcome.DONE)
