@@ -98,7 +98,9 @@ def broken_fields(
         if error.absolute_path:
             broken.add(str(error.absolute_path[0]))
         elif error.validator == "additionalProperties":
-            broken |= set(job_input) - set(model.model_fields)
+            # pydantic tells half a character in a name by its escape.
+            sent = {name.encode(errors="backslashreplace").decode() for name in job_input}
+            broken |= sent - set(model.model_fields)
         elif error.absolute_schema_path[0] == "dependentSchemas":
             broken.add(str(error.absolute_schema_path[1]))
         else:

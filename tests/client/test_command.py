@@ -22,7 +22,7 @@ from tests.client.conftest import QUICK, InProcess, Terminal, environment, jobs_
 PROMPT = "a red circle on a blue background"
 LONG = ("--num-inference-steps", "1000", "--num-images", "8")
 # Long enough for a preview.
-SHOWN = ("--num-inference-steps", "120", "--refiner-inference-steps", "0")
+SHOWN = ("--num-inference-steps", "400", "--refiner-inference-steps", "0")
 
 
 @pytest.fixture(scope="module")

@@ -196,8 +196,10 @@ def test_a_mask_lies_where_its_picture_lies(
     assert mask.shape == (size[1], size[0])
     assert (mask | ~bright).all()
     # And hardly more: what is true by a part of a pixel is next to what is bright. But not where
-    # an edge with such pixels is repeated.
-    if bright.any() and how != "pad":
+    # an edge with such pixels is repeated, nor where a part of a pixel is all that is left of the
+    # spot, which is bright then at its corners at most.
+    middle = tuple(np.argwhere(mask).mean(axis=0).astype(int)) if mask.any() else (0, 0)
+    if bright[middle] and how != "pad":
         bright_picture = Image.fromarray(bright.astype(np.uint8))
         near = np.asarray(bright_picture.filter(ImageFilter.MaxFilter(5))) != 0
         assert (near | ~mask).all()
