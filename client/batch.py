@@ -26,6 +26,7 @@ from client.options import (
     UsageError,
     check,
     from_row,
+    input_of,
     own_names,
     with_files,
     with_options_named,
@@ -102,7 +103,7 @@ def _rows(text: str, kind: str, fields: Mapping[str, Field]) -> Iterator[tuple[i
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and kind == ".jsonl":
-            yield number, lambda line=line: _json_input(line)
+            yield number, lambda line=line: input_of(line)
         elif line.strip():
             yield number, lambda line=line: {"prompt": line.strip()}
 
@@ -112,18 +113,6 @@ def _rows_of(reader: "csv.DictReader[str]") -> Iterator[dict[str | Any, str | An
         yield from reader
     except csv.Error as error:
         raise UsageError(f"line {reader.reader.line_num}: cannot be read: {error}") from None
-
-
-def _json_input(line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"is not valid JSON: {error}") from None
-    if isinstance(value, dict) and isinstance(value.get("input"), dict):
-        value = value["input"]
-    if not isinstance(value, dict):
-        raise UsageError("must be an input, a JSON object")
-    return value
 
 
 class Journal:

@@ -26,6 +26,7 @@ from client.options import (
     check,
     fields_of,
     given,
+    input_of,
     load_schema,
     named,
     own_names,
@@ -453,14 +454,9 @@ def _base_input(value: str | None) -> dict[str, Any]:
         return {}
     text = value if value.lstrip().startswith("{") else _text_of(value)
     try:
-        job_input = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--input: is not valid JSON: {error}") from None
-    if isinstance(job_input, dict) and isinstance(job_input.get("input"), dict):
-        job_input = job_input["input"]
-    if not isinstance(job_input, dict):
-        raise UsageError("--input: must be a JSON object")
-    return job_input
+        return input_of(text)
+    except UsageError as error:
+        raise UsageError(f"--input: {error}") from None
 
 
 def _text_of(file: str) -> str:

@@ -442,6 +442,23 @@ def _number(text: str) -> Any:
     return text
 
 
+def input_of(text: str) -> dict[str, Any]:
+    """The input in a text with one, or with a whole job.
+
+    Raises:
+        UsageError: there is none in it.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"is not valid JSON: {error}") from None
+    if isinstance(value, dict) and isinstance(value.get("input"), dict):
+        value = value["input"]
+    if not isinstance(value, dict):
+        raise UsageError("must be an input, a JSON object")
+    return value
+
+
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
