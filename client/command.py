@@ -435,8 +435,8 @@ async def _until_signal(call: Coroutine[Any, Any, Any], display: Display) -> Any
         working.cancel()
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        # Nothing is left open here: Windows has no SIGHUP, and its loops take no handlers, which they
-        # say with this error. There, asyncio itself turns Ctrl-C into the same cancellation.
+        # Nothing is left open here: Windows has no SIGHUP, and its loops take no handlers, which
+        # they say with this error. There, asyncio itself makes Ctrl-C the same cancellation.
         with contextlib.suppress(NotImplementedError, AttributeError):
             loop.add_signal_handler(getattr(signal, name), stop)
     try:
