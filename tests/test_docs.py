@@ -147,6 +147,14 @@ def test_the_guides_are_reachable_from_the_readme() -> None:
     assert "(SECURITY.md)" in readme
 
 
+def test_the_readme_shows_each_screenshot_that_the_script_takes() -> None:
+    script = (REPOSITORY / "tools" / "page_screenshots.py").read_text(encoding="utf-8")
+    taken = set(re.findall(r'"(page-\w+)"', script))
+    shown = set(re.findall(r"\(docs/(page-\w+)\.png\)", docs.README.read_text(encoding="utf-8")))
+    assert len(taken) == 5
+    assert taken == shown == {path.stem for path in (REPOSITORY / "docs").glob("page-*.png")}
+
+
 def test_messages_in_the_troubleshooting_are_the_worker_s() -> None:
     text = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r'"([^"\n]+)"', re.sub(r"`[^`\n]*`", "", text))
