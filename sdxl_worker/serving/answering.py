@@ -22,6 +22,7 @@ log = logging.getLogger("sdxl_worker")
 
 # OpenAI's name of a caller's mistake, without which its clients take any failure for the server's.
 INVALID_REQUEST = "invalid_request_error"
+GPU_FAILED = "the worker's GPU failed and the worker is being replaced; send the job again"
 
 
 class Outcome(Enum):
@@ -93,8 +94,7 @@ def _describe_failure(error: BaseException) -> Answer:
     from sdxl_worker import gpu
 
     if gpu.is_broken():
-        told = "the worker's GPU failed and the worker is being replaced; send the job again"
-        return Answer({"error": told, "refresh_worker": True}, Outcome.GPU_BROKEN)
+        return Answer({"error": GPU_FAILED, "refresh_worker": True}, Outcome.GPU_BROKEN)
     if gpu.is_out_of_memory(error):
         # The failed pass's tensors are free by now: the GPU thread clears the frames of an error.
         gpu.free_memory()

@@ -20,12 +20,14 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from sdxl_worker.serving.answering import Answer, Answering, Outcome
+from sdxl_worker.openai_images import EDITS, GENERATIONS, MODELS
+from sdxl_worker.serving.answering import GPU_FAILED, INVALID_REQUEST, Answer, Answering, Outcome
 from sdxl_worker.serving.ending import HURRIED_SECONDS, hurry
 from sdxl_worker.serving.host_memory import give_back_host_memory
 from sdxl_worker.serving.http_bodies import (
@@ -35,7 +37,7 @@ from sdxl_worker.serving.http_bodies import (
     read_form_or_object,
     read_object,
 )
-from sdxl_worker.serving.metrics import CONTENT_TYPE, TURNED_AWAY, Metrics
+from sdxl_worker.serving.metrics import TURNED_AWAY, Metrics
 from sdxl_worker.serving.places import Full, Places
 from sdxl_worker.settings import Settings, is_on_runpod
 
@@ -193,9 +195,9 @@ class WorkerServer:
         app.add_api_route(PING, self._ping, methods=["GET", "HEAD"])
         app.add_api_route("/metrics", self._read_metrics, methods=["GET"])
         app.add_api_route("/generate", self._generate, methods=["POST"])
-        app.add_api_route("/v1/models", self._openai_models, methods=["GET"])
-        app.add_api_route("/v1/images/generations", self._openai_generations, methods=["POST"])
-        app.add_api_route("/v1/images/edits", self._openai_edits, methods=["POST"])
+        app.add_api_route(MODELS, self._openai_models, methods=["GET"])
+        app.add_api_route(GENERATIONS, self._openai_generations, methods=["POST"])
+        app.add_api_route(EDITS, self._openai_edits, methods=["POST"])
         app.add_exception_handler(HTTPException, _no_such_route)
         app.add_exception_handler(Exception, _failed)
         return app
@@ -204,7 +206,7 @@ class WorkerServer:
         return Response(status_code=self._state.value)
 
     async def _read_metrics(self) -> Response:
-        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def _generate(self, request: Request) -> Response:
         async def job(body: bytes) -> dict[str, Any]:
@@ -216,18 +218,18 @@ class WorkerServer:
         """It draws nothing, and waits for nobody."""
         if (refusal := self._refusal()) is not None:
             return _refused(request, refusal)
-        job = {"id": str(uuid.uuid4()), "input": {"openai_route": "/v1/models"}}
+        job = {"id": str(uuid.uuid4()), "input": {"openai_route": MODELS}}
         return _response(request, await self._answer(job))
 
     async def _openai_generations(self, request: Request) -> Response:
         async def job(body: bytes) -> dict[str, Any]:
-            return _openai_job("/v1/images/generations", read_object(body))
+            return _openai_job(GENERATIONS, read_object(body))
 
         return await self._drawn(request, job)
 
     async def _openai_edits(self, request: Request) -> Response:
         async def job(body: bytes) -> dict[str, Any]:
-            return _openai_job("/v1/images/edits", await read_form_or_object(request, body))
+            return _openai_job(EDITS, await read_form_or_object(request, body))
 
         return await self._drawn(request, job)
 
@@ -243,7 +245,7 @@ class WorkerServer:
 
     def _why_not_answered(self) -> str:
         if self.is_broken:
-            return "the worker's GPU failed and the worker is being replaced; send the job again"
+            return GPU_FAILED
         return "the worker was told to end; send the job again"
 
     async def _drawn(
@@ -457,7 +459,7 @@ def _refused(request: Request, refusal: Refusal) -> Response:
     """An error as the route's clients expect it."""
     error: object = str(refusal)
     if request.url.path.startswith("/v1/"):
-        kind = "invalid_request_error" if refusal.status < 500 else "server_error"
+        kind = INVALID_REQUEST if refusal.status < 500 else "server_error"
         error = {"message": str(refusal), "type": kind, "param": None, "code": None}
     response = _json(refusal.status, {"error": error})
     if refusal.retry_after_seconds is not None:

@@ -23,7 +23,6 @@ from sdxl_worker.serving import logs
 from sdxl_worker.serving.answering import Outcome
 from sdxl_worker.serving.places import Places
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # From a phase that takes no time to a job that the platform would no longer wait for.
 BUCKETS_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 8, 12, 20, 30, 60, 120, 330)
 # Of jobs that have no `Outcome`: there was no place for them.

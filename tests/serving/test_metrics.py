@@ -5,12 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 import yaml
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.parser import text_string_to_metric_families
 
 from sdxl_worker import gpu
 from sdxl_worker.serving import logs
 from sdxl_worker.serving.answering import Outcome
-from sdxl_worker.serving.metrics import CONTENT_TYPE, TURNED_AWAY, Metrics
+from sdxl_worker.serving.metrics import TURNED_AWAY, Metrics
 from sdxl_worker.serving.places import Places
 from tests.http_worker import QUICK, HttpWorker, http_worker
 from tests.support import PROMPT, REPOSITORY
@@ -56,7 +57,7 @@ def test_prometheus_can_read_it_and_no_caller_is_in_it(worker: HttpWorker) -> No
         client.post("/generate", content=PRIVATE)
         client.get("/" + PRIVATE)
         response = client.get("/metrics")
-    assert response.headers["content-type"] == CONTENT_TYPE
+    assert response.headers["content-type"] == CONTENT_TYPE_PLAIN_0_0_4
     for told in (PRIVATE, "nobody", PROMPT, "123454321", answer.headers["x-job-id"]):
         assert told not in response.text
     families = list(text_string_to_metric_families(response.text))
