@@ -420,7 +420,7 @@ function keptText({ key, label, input, at, jobId, sentAt, isCut }, isToCut) {
 }
 
 function withoutPictures(value) {
-  if (typeof value === "string") return value.startsWith("data:") ? null : value;
+  if (isDataUri(value)) return null;
   if (Array.isArray(value)) return value.map(withoutPictures);
   if (typeof value !== "object" || value === null) return value;
   return Object.fromEntries(
