@@ -6,7 +6,7 @@ const RUN_MAX_BYTES = 10_000_000; // "10 MB", in the stricter reading
 const TIMEOUT_MS = { GET: 60_000, POST: 180_000 };
 
 // `status` is that of HTTP, 0 where none came. `wasRefused`: the request has surely done nothing.
-export class CallError extends Error {
+class CallError extends Error {
   constructor(message, { status = 0, wasRefused = false, retrySeconds = 0 } = {}) {
     super(message);
     this.name = "CallError";

@@ -83,7 +83,7 @@ function sizeOf({ width, height }) {
 }
 
 // The parameters that are not the same in both, as [name, first, second].
-export function differingParameters(first, second) {
+function differingParameters(first, second) {
   const names = new Set([...Object.keys(first), ...Object.keys(second)]);
   return [...names]
     .filter((name) => first[name] !== second[name])

@@ -100,7 +100,7 @@ function range(field, first, last, step, part) {
 }
 
 // The inputs of all cells, row by row: [{x, y, input}]. Axes are {field, values}; y may be null.
-export function cellsOf(base, x, y) {
+function cellsOf(base, x, y) {
   const rows = y ? y.values : [null];
   return rows.flatMap((down) =>
     x.values.map((across) => {

@@ -9,7 +9,7 @@ const MAX_CANVAS_PIXELS = 16_777_216;
 const MAX_UNDO_BYTES = 200_000_000;
 
 // A mask of bytes, 1 where the picture is repainted, whose changes can be undone.
-export class MaskPixels {
+class MaskPixels {
   #before = null;
   #undo = [];
   #redo = [];

@@ -6,7 +6,7 @@ const PYTHON_MODULES = ["base64", "json", "os", "time", "urllib.request"];
 const KEY_VARIABLE = "RUNPOD_API_KEY";
 const EXTENSIONS = { "image/jpeg": "jpg", "image/svg+xml": "svg" };
 
-export function extensionOf(mediaType) {
+function extensionOf(mediaType) {
   return EXTENSIONS[mediaType] ?? (/^image\/([a-z0-9]+)$/.exec(mediaType)?.[1] || "png");
 }
 
