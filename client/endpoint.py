@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -56,14 +56,11 @@ class Address:
     """Where an endpoint is, and its key."""
 
     url: str
-    api_key: str = ""
+    api_key: str = field(repr=False)
 
     @property
     def host(self) -> str:
         return URL(self.url).host or ""
-
-    def __repr__(self) -> str:
-        return f"Address({self.url})"
 
 
 def find_address(endpoint: str | None, api_key_file: str | None) -> Address:

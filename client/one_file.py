@@ -14,9 +14,9 @@ from pathlib import Path
 
 PAGE_DIR = Path(__file__).resolve().parent / "page"
 # In a wheel the schema lies beside this module, in a checkout where `make docs` writes it.
-IN_WHEEL = Path(__file__).resolve().parent / "input.schema.json"
-IN_CHECKOUT = Path(__file__).resolve().parent.parent / "docs" / "input.schema.json"
-SCHEMA = IN_WHEEL if IN_WHEEL.exists() else IN_CHECKOUT
+_IN_WHEEL = Path(__file__).resolve().parent / "input.schema.json"
+_IN_CHECKOUT = Path(__file__).resolve().parent.parent / "docs" / "input.schema.json"
+SCHEMA = _IN_WHEEL if _IN_WHEEL.exists() else _IN_CHECKOUT
 INDEX = "index.html"
 FILE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 

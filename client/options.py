@@ -19,11 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-# In a wheel the schema lies beside this module, in a checkout where `make docs` writes it.
-SCHEMA_PATHS = (
-    Path(__file__).with_name("input.schema.json"),
-    Path(__file__).parent.parent / "docs" / "input.schema.json",
-)
+from client.one_file import SCHEMA
+
 # An error describes a longer value by its beginning.
 MAX_SHOWN_CHARACTERS = 60
 # Where `_resolved` keeps the constants that a field takes beside its own values.
@@ -44,10 +41,10 @@ def load_schema() -> Schema:
     Raises:
         UsageError: the installation is incomplete.
     """
-    for path in SCHEMA_PATHS:
-        if path.is_file():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-    raise UsageError(f"{SCHEMA_PATHS[0]} is missing: install the command again")
+    try:
+        return dict(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError(f"{SCHEMA} is missing: install the command again") from None
 
 
 @dataclass(frozen=True)
