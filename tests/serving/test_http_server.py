@@ -836,6 +836,16 @@ def test_pages_of_other_sites_do_not_use_a_worker_without_a_key(
     asyncio.run(ask())
 
 
+def test_an_answer_of_30_mb_arrives_whole() -> None:
+    async def ask() -> None:
+        output = {"images": ["data:image/png;base64," + "A" * 29_990_000], "seed": 1}
+        response = await Served(Answer(output, Outcome.DONE)).post()
+        assert response.status_code == 200
+        assert response.json() == output
+
+    asyncio.run(ask())
+
+
 def test_the_models_route_waits_for_nobody() -> None:
     async def ask() -> None:
         models = Answer({"object": "list", "data": []}, Outcome.DONE)
