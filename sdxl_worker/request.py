@@ -8,7 +8,7 @@ documents' table all come from that declaration.
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -137,6 +137,65 @@ AdapterPath = Annotated[
 ]
 
 
+# What a control picture may be, and other names of that.
+ControlName = Literal[
+    "canny",
+    "depth",
+    "pose",
+    "softedge",
+    "scribble",
+    "lineart",
+    "normal",
+    "segment",
+    "tile",
+    "repaint",
+]
+CONTROL_TYPES: tuple[ControlName, ...] = get_args(ControlName)
+CONTROL_SPELLINGS: dict[str, str] = {name: name for name in CONTROL_TYPES} | {
+    "openpose": "pose",
+    "dwpose": "pose",
+    "hed": "softedge",
+    "soft_edge": "softedge",
+    "teed": "softedge",
+    "mlsd": "lineart",
+    "normals": "normal",
+    "seg": "segment",
+    "segmentation": "segment",
+    "inpaint": "repaint",
+}
+# Those that no preprocessing makes of a picture.
+FINISHED_MAPS = ("softedge", "scribble", "lineart", "normal", "segment")
+ControlType = Annotated[
+    ControlName,
+    Field(
+        json_schema_extra={
+            "enum": list(CONTROL_SPELLINGS),
+            NAMES: list(CONTROL_TYPES),
+            RULE: "one of " + ", ".join(CONTROL_TYPES),
+        }
+    ),
+]
+MAX_CONTROLS = 3
+MAX_IMAGE_PROMPTS = 2
+Upscaler = Annotated[
+    str,
+    Field(
+        pattern=r"^[^/\\:\s][^/\\:\r\n]*$",
+        min_length=1,
+        max_length=200,
+        json_schema_extra={RULE: "lanczos, or a file name in the worker's UPSCALER_DIR"},
+    ),
+]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Tie:
     """A rule for a field that makes sense only beside some others, or without some others."""
@@ -255,6 +314,8 @@ NOT_GIVEN: tuple[tuple[str, Any], ...] = (
     ("model", ""),
     ("loras", []),
     ("embeddings", []),
+    ("controlnet", []),
+    ("ip_adapter", []),
 )
 MASKED: tuple[Mapping[str, Any], ...] = ({"mask_url": ...}, {"mask_from_alpha": ...})
 REDRAWN: tuple[Mapping[str, Any], ...] = ({"mode": "img2img"}, *MASKED)
@@ -298,6 +359,23 @@ TIES = (
         ({"image_url": None}, *REDRAWN),
     ),
     Tie(
+        "controlnet",
+        "is for the base, and image_url alone is for the refiner: add mode img2img",
+        ({"image_url": None}, *REDRAWN),
+    ),
+    Tie(
+        "ip_adapter",
+        "is for the base, and image_url alone is for the refiner: add mode img2img",
+        ({"image_url": None}, *REDRAWN),
+    ),
+    Tie(
+        "hires",
+        "is for the base, and image_url alone is for the refiner: add mode img2img, or take "
+        "upscale, which redraws nothing",
+        ({"image_url": None}, *REDRAWN),
+    ),
+    Tie("return_maps", "needs controlnet", ({"controlnet": ...},)),
+    Tie(
         "schedule",
         "is another than the one that the scheduler's name gives; leave this out",
         clashes=OTHER_SCHEDULES,
@@ -334,6 +412,85 @@ class EmbeddingField(InputModel):
             },
         ),
     ]
+
+
+class ControlField(InputModel):
+    """One control picture of `controlnet`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {
+                "properties": {"type": {"enum": list(FINISHED_MAPS)}, "preprocess": {"const": True}}
+            },
+            "then": {"required": ["preprocess"], "properties": {"preprocess": {"const": False}}},
+        }
+    )
+
+    type: ControlType
+    image_url: ImageUrl
+    preprocess: bool = True
+    scale: Annotated[float, Field(ge=0, le=4)] = Field(
+        default=1.0, json_schema_extra={ALIASES: ["weight", "strength", "conditioning_scale"]}
+    )
+    start: Share = Field(
+        default=0.0, json_schema_extra={ALIASES: ["start_percentage", "guidance_start"]}
+    )
+    end: Share = Field(default=1.0, json_schema_extra={ALIASES: ["end_percentage", "guidance_end"]})
+
+    @classmethod
+    def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+        kind = CONTROL_SPELLINGS.get(given["type"]) if _is_text(given.get("type")) else None
+        if f"{kind}" in FINISHED_MAPS and given.get("preprocess", True) is True:
+            yield (
+                "preprocess",
+                f"there is no preprocessing for {kind}: send a finished map, with preprocess false",
+            )
+        start, end = given.get("start", 0.0), given.get("end", 1.0)
+        if _is_number(start) and _is_number(end) and start >= end:
+            yield "start", f"must be less than end ({end:g}); got {start:g}"
+
+    @classmethod
+    def with_implied(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Other names of a type become its own."""
+        kind = given.get("type")
+        if _is_text(kind) and kind in CONTROL_SPELLINGS:
+            return {**given, "type": CONTROL_SPELLINGS[kind]}
+        return given
+
+
+class ImagePromptField(InputModel):
+    """One reference picture of `ip_adapter`."""
+
+    image_url: ImageUrl
+    type: Literal["plus", "face", "style", "layout", "plain"] = "plus"
+    scale: Annotated[float, Field(ge=0, le=2)] = Field(
+        default=0.6, json_schema_extra={ALIASES: ["weight", "strength"]}
+    )
+    mask_url: ImageUrl | None = None
+
+
+class HiresField(InputModel):
+    """The larger second pass of `hires`."""
+
+    scale: Annotated[float, Field(gt=1, le=2)] = Field(
+        default=1.5, json_schema_extra={ALIASES: ["hr_scale", "factor"]}
+    )
+    strength: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.4, json_schema_extra={ALIASES: ["denoising_strength"]}
+    )
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS), FromIntegralFloat] | None = Field(
+        default=None, json_schema_extra={ALIASES: ["hr_second_pass_steps", "num_inference_steps"]}
+    )
+    upscaler: Upscaler = Field(default="lanczos", json_schema_extra={ALIASES: ["hr_upscaler"]})
+
+
+class UpscaleField(InputModel):
+    """The enlargement of `upscale`."""
+
+    factor: Annotated[float, Field(gt=1, le=4)] = Field(
+        default=2.0, json_schema_extra={ALIASES: ["scale"]}
+    )
+    upscaler: Upscaler = "lanczos"
 
 
 class Request(InputModel):
@@ -523,6 +680,38 @@ class Request(InputModel):
         json_schema_extra={ALIASES: ["padding_mask_crop", "inpaint_full_res_padding"]},
         description="Only the mask and so many pixels around it are painted, at the model's "
         "native size, and put back in their place: more detail in small places.",
+    )
+    controlnet: Annotated[list[ControlField], Field(max_length=MAX_CONTROLS)] | None = Field(
+        default=None,
+        json_schema_extra={ALIASES: ["controlnets", "control"]},
+        description="Pictures that say where things are, for the base: each a `type`, an "
+        "`image_url`, `preprocess` (by default true; false: it is a finished map), `scale` (by "
+        "default 1), and `start` and `end`, the share of the base's steps in which it counts. "
+        "[docs/control.md](docs/control.md) has the types.",
+    )
+    return_maps: bool = Field(
+        default=False,
+        description="The answer holds `maps` too: what `controlnet` made of its pictures, as PNG.",
+    )
+    ip_adapter: Annotated[list[ImagePromptField], Field(max_length=MAX_IMAGE_PROMPTS)] | None = (
+        Field(
+            default=None,
+            json_schema_extra={ALIASES: ["ip_adapters", "image_prompts"]},
+            description="Pictures as prompts, for the base: each an `image_url`, a `type` (`plus`, "
+            "`plain`, `face`; `style` or `layout` alone), a `scale` from 0 to 2, by default 0.6, "
+            "and a `mask_url`, white where it counts. See [docs/control.md](docs/control.md).",
+        )
+    )
+    hires: HiresField | None = Field(
+        default=None,
+        description="A larger second pass: what the base drew is enlarged by `scale` (1 to 2, by "
+        "default 1.5) with `upscaler`, and redrawn by the base with `strength` (0.4) of `steps` "
+        "(those of the first pass); the refiner comes after that.",
+    )
+    upscale: UpscaleField | None = Field(
+        default=None,
+        description="Finished pictures are enlarged by `factor` (1 to 4, by default 2) with "
+        "`upscaler`: `lanczos`, or a file in the worker's `UPSCALER_DIR`. Nothing is redrawn.",
     )
     num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES), FromIntegralFloat] = Field(
         default=1,

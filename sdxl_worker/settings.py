@@ -157,6 +157,42 @@ class Settings(BaseSettings):
             "bytes. Those that were not used for longest go first.",
         ),
     ] = 10.0
+    controlnet_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder, for example on a network volume, of ControlNets in diffusers "
+            "layout, or one of them, and of what makes maps of pictures. Not set: that of the "
+            "image, if it has one."
+        ),
+    ] = None
+    ip_adapter_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder of IP-Adapters and their image encoders, as `h94/IP-Adapter` on "
+            "the hub. Not set: none."
+        ),
+    ] = None
+    upscaler_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder of upscalers, safetensors or .pth files, that requests may name in "
+            "`hires` and `upscale`. Not set: `lanczos` alone."
+        ),
+    ] = None
+    safety_checker: Annotated[
+        Path | None,
+        Field(
+            description="Folder of an image classifier in transformers layout. Answers then tell "
+            "`nsfw` of each picture: its guess, never a sure judgement. Not set: nothing is told."
+        ),
+    ] = None
+    safety_blank: Annotated[
+        bool,
+        Field(
+            description="A picture that `SAFETY_CHECKER` flags is replaced by a blank one, and "
+            "jobs have no previews."
+        ),
+    ] = False
     hf_token: Annotated[
         SecretStr | None,
         Field(description="For LoRAs from private and gated repositories of the hub."),

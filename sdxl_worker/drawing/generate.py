@@ -14,11 +14,14 @@ from sdxl_worker.adapters.embeddings import TextualInversion
 from sdxl_worker.adapters.of_request import NO_ADAPTERS, Adapters
 from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.drawing import batches, second_tries
+from sdxl_worker.drawing.control import controlled
 from sdxl_worker.drawing.decoding import decode, decoding_as_planned
 from sdxl_worker.drawing.encoding import EncodedCanvas, encode_canvas, latents_of
+from sdxl_worker.drawing.image_prompts import with_image_prompts
 from sdxl_worker.drawing.inpainting import Keeper, seeing, takes_mask
 from sdxl_worker.drawing.prompts import Encoding, Texts, encode_pair
 from sdxl_worker.drawing.stages import Stage, output_size_px, scheduler_of, total_steps
+from sdxl_worker.drawing.steering import NO_STEERING, Steering
 from sdxl_worker.drawing.steps import Step, StepCounter
 from sdxl_worker.errors import PictureError, let_go
 from sdxl_worker.few_step import FewStep
@@ -45,6 +48,7 @@ def generate(
     *,
     check: Callable[[], None] = lambda: None,
     adapters: Adapters = NO_ADAPTERS,
+    steering: Steering = NO_STEERING,
     step_cache_interval: int | None = None,
     shares_passes: bool = False,
 ) -> list[Image.Image]:
@@ -62,6 +66,7 @@ def generate(
         check: called often while LoRAs are put on, which may take seconds. If it raises, so does
             this, at once.
         adapters: what `request.loras` and `request.embeddings` name.
+        steering: what `request.controlnet`, `request.ip_adapter` and `request.hires` ask for.
         step_cache_interval: as `STEP_CACHE`.
         shares_passes: whether this is called in a drawing of `draw_side_by_side`.
 
@@ -94,6 +99,7 @@ def generate(
             canvas=encoded,
             may_be_black=canvas is not None and int(np.asarray(canvas.working).max()) < DARK,
             counter=StepCounter(on_step, total_steps(stages), count, models.device),
+            steering=steering,
             step_cache_interval=step_cache_interval,
             unets={
                 stage.name: _unet(stage, models, plan, shares_passes=shares_passes)
@@ -157,6 +163,7 @@ class _Work:
     canvas: EncodedCanvas
     may_be_black: bool
     counter: StepCounter
+    steering: Steering
     step_cache_interval: int | None
     unets: Mapping[str, Any]
     """By the name of the stage: what its pipelines call."""
@@ -279,9 +286,17 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
                 surroundings = latents_of(canvas.surroundings, ahead, models.vae)
                 around.enter_context(seeing(pipeline.unet, canvas.repainted, surroundings))
             around.enter_context(step_cache(pipeline, work.step_cache_interval))
+            image_prompts: dict[str, Any] = {}
+            if stage.name == "base":  # the refiner takes neither
+                steering, placement = work.steering, models.placement
+                around.enter_context(controlled(pipeline, steering.controls, placement))
+                image_prompts = around.enter_context(
+                    with_image_prompts(pipeline, steering.image_prompts, placement)
+                )
             latents = pipeline(
                 **stage.options,
                 **start,
+                **image_prompts,
                 **_embeddings(*work.texts[stage.name], pipeline, zeros_for_empty=not has_negative),
                 guidance_scale=request.guidance_scale,
                 guidance_rescale=_guidance_rescale(stage, work),

@@ -19,6 +19,7 @@ from sdxl_worker.inputs.canvas import Canvas, prepare_canvas, with_holes_filled
 from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
+from sdxl_worker.inputs.references import NO_REFERENCES, References
 from sdxl_worker.limits import check_limits
 from sdxl_worker.loading.models_by_name import names_of_models
 from sdxl_worker.openai_images import (
@@ -52,6 +53,7 @@ from sdxl_worker.wording import without_secrets
 if TYPE_CHECKING:
     from sdxl_worker.drawing.stages import Stage
     from sdxl_worker.loading.models import Models
+    from sdxl_worker.serving.beside import Beside
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,11 @@ async def _pictures(
 ) -> dict[str, Any]:
     job_id = str(job.get("id"))
     settled = request.model_dump(
-        exclude={*TEXT_FIELDS, "image_url", "mask_url", "upload_urls", "loras", "embeddings"}
+        exclude={
+            *TEXT_FIELDS,
+            *("image_url", "mask_url", "upload_urls"),
+            *("loras", "embeddings", "controlnet", "ip_adapter"),
+        }
     )
     log.debug("request: %s", settled, extra={"job_id": job_id})
 
@@ -123,9 +129,11 @@ async def _answered(
     from sdxl_worker.drawing.prompts import Texts, warnings_of
     from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
     from sdxl_worker.drawing.together import kind_of
+    from sdxl_worker.serving.beside import find_beside
     from sdxl_worker.serving.report import build_report
 
     plan_stages(request, models)  # refuses before anything is fetched
+    beside = find_beside(request, settings)
     adapter_files = await _adapter_files(request, settings, progress, job_id)
     adapters = await in_thread(read_adapters, request, adapter_files, models)
     request = with_settings_of(request, adapters.few_step, models.scheduler_config)
@@ -145,6 +153,7 @@ async def _answered(
         width, height = output_size_px(stages, canvas)
         check_expected_size(request, width * height, output_format, job_id)
 
+    references = await _references(request, stages, canvas, job_id)
     told = warnings_of_settings(request, adapters.few_step)
     told += warnings_of(Texts.of(request), adapters.embeddings)
     told += call.warnings if call is not None else []
@@ -159,6 +168,8 @@ async def _answered(
         request,
         stages,
         canvas,
+        beside,
+        references,
         adapters=adapters,
         step_cache_interval=settings.step_cache,
         shares_passes=kind is not None,
@@ -367,6 +378,17 @@ async def _canvas(
         )
 
 
+async def _references(
+    request: Request, stages: "Sequence[Stage]", canvas: Canvas | None, job_id: str
+) -> References:
+    """The pictures of `controlnet` and `ip_adapter`, fetched and decoded.
+
+    Raises:
+        RequestError: one of them cannot be had.
+    """
+    return NO_REFERENCES
+
+
 async def _fetch_side_by_side(request: Request, fields: Iterable[str]) -> dict[str, bytes]:
     """What is at the addresses of those fields that are given."""
     given = [name for name in fields if getattr(request, name) is not None]
@@ -387,17 +409,28 @@ def _draw(
     request: Request,
     stages: "Sequence[Stage]",
     canvas: Canvas | None,
+    beside: "Beside",
+    references: References,
     **options: Any,
 ) -> tuple[list[Image.Image], float, float]:
     """On the GPU thread: the pictures, the milliseconds they took, and the share of what LoRAs
     change that rounding lost."""
     from sdxl_worker.adapters.patching import patches_of
     from sdxl_worker.drawing.generate import generate
+    from sdxl_worker.serving.beside import steering_of
 
     models = put_on_card(models, settings, progress.on_loading)
     reset_peak_memory()
+    steering = steering_of(request, beside, references, models, progress.on_loading, progress.check)
     with timed("generate", job_id, queued_at=queued_at) as timing:
         pictures = generate(
-            request, stages, models, canvas, progress.on_step, check=progress.check, **options
+            request,
+            stages,
+            models,
+            canvas,
+            progress.on_step,
+            check=progress.check,
+            steering=steering,
+            **options,
         )
     return pictures, timing.ms, patches_of(models).lost

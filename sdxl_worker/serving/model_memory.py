@@ -9,6 +9,7 @@ from sdxl_worker.serving.host_memory import free_host_bytes, give_back_host_memo
 if TYPE_CHECKING:
     import torch
 
+    from sdxl_worker.loading.companions import Companion
     from sdxl_worker.loading.models import Models
 
 
@@ -31,20 +32,20 @@ class ModelMemory:
         room = free_host_bytes() - WORKING_MEMORY_BYTES
         return torch.cuda.is_available() and size_bytes <= room
 
-    def to_card(self, models: "Models") -> None:
+    def to_card(self, models: "Models | Companion") -> None:
         if not models.placement.resident:
             return  # each network comes when its turn does
         for network in models.networks().values():
             network.to(models.device)
 
-    def to_host(self, models: "Models") -> None:
+    def to_host(self, models: "Models | Companion") -> None:
         from sdxl_worker.loading.offload import send_home
 
         _leave(models)
         send_home(models.networks().values())
         free_memory()
 
-    def drop(self, models: "Models") -> None:
+    def drop(self, models: "Models | Companion") -> None:
         _leave(models)
         for network in models.networks().values():
             _empty(network)
@@ -52,12 +53,12 @@ class ModelMemory:
         give_back_host_memory()
 
 
-def is_emptied(models: "Models") -> bool:
+def is_emptied(models: "Models | Companion") -> bool:
     """Whether its weights are gone: it was dropped."""
-    return next(models.unet.parameters(), None) is None
+    return all(next(network.parameters(), None) is None for network in models.networks().values())
 
 
-def size_bytes_of(models: "Models") -> int:
+def size_bytes_of(models: "Models | Companion") -> int:
     return sum(
         tensor.nbytes
         for network in models.networks().values()
@@ -66,11 +67,14 @@ def size_bytes_of(models: "Models") -> int:
     )
 
 
-def _leave(models: "Models") -> None:
+def _leave(models: "Models | Companion") -> None:
     """Before its weights move: LoRAs are taken out, and what holds addresses is forgotten."""
     from sdxl_worker.adapters.patching import patches_of
+    from sdxl_worker.loading.companions import Companion
     from sdxl_worker.speed.cuda_graphs import forget_recordings
 
+    if isinstance(models, Companion):
+        return
     if not is_emptied(models):
         patches_of(models).restore()
     forget_recordings(models.unets())

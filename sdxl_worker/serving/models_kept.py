@@ -1,7 +1,7 @@
 """Which models stay in memory, and where: on the card as long as they fit, then on the host, and
 otherwise they are read from the disk again. The one that was used last is the last to go."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -49,12 +49,15 @@ class ModelsKept(Generic[Key, M]):
         kept = self._kept.get(key)
         return kept is not None and kept.on_card
 
-    def bring(self, key: Key, size_bytes: int, load: Callable[[], M]) -> M:
+    def bring(
+        self, key: Key, size_bytes: int, load: Callable[[], M], beside: Collection[Key] = ()
+    ) -> M:
         """The model, on the card: from wherever it is, and for it others may have to go.
 
         Args:
             size_bytes: of a model that is not kept yet.
             load: from the disk, once there is room.
+            beside: those that stay where they are.
 
         Raises:
             Exception: what `load` raises. The other models are kept.
@@ -63,7 +66,7 @@ class ModelsKept(Generic[Key, M]):
         if kept is not None and kept.on_card:
             self._kept[key] = kept
             return kept.models
-        self._make_room(kept.size_bytes if kept else size_bytes)
+        self._make_room(kept.size_bytes if kept else size_bytes, beside)
         if kept is None:
             kept = _Kept(load(), size_bytes, on_card=True)
         else:
@@ -80,11 +83,11 @@ class ModelsKept(Generic[Key, M]):
         """Keep none of them. Whoever holds one keeps it."""
         self._kept.clear()
 
-    def _make_room(self, size_bytes: int) -> None:
+    def _make_room(self, size_bytes: int, beside: Collection[Key]) -> None:
         for key, kept in list(self._kept.items()):
             if self._memory.fits_card(size_bytes):
                 return
-            if kept.on_card:
+            if kept.on_card and key not in beside:
                 self._move_out(key, kept)
 
     def _move_out(self, key: Key, kept: _Kept[M]) -> None:

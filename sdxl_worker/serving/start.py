@@ -10,10 +10,10 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.errors import ModelError, PictureError, RequestError
 from sdxl_worker.few_step import CHECKPOINT_BYTES, with_settings_of
@@ -29,6 +29,9 @@ from sdxl_worker.serving.threads import in_thread, start_on_gpu_thread
 from sdxl_worker.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+
+    from sdxl_worker.loading.companions import CompanionFiles
     from sdxl_worker.loading.models import Models
 
 log = logging.getLogger(__name__)
@@ -38,8 +41,9 @@ CHECK_INPUT_ON_CPU = {**CHECK_INPUT, "height": 64, "width": 64}
 
 _lock = threading.Lock()
 _starts: dict[Settings, "Future[Models]"] = {}
-# Those that were loaded since the last start, by `ModelDir.root`, and those that are being loaded.
-_kept: "ModelsKept[Path, Models]" = ModelsKept(ModelMemory())
+# Those that were loaded since the last start, by `ModelDir.root` or a companion's key, and those
+# that are being loaded.
+_kept: ModelsKept[Hashable, Any] = ModelsKept(ModelMemory())
 _loads: dict[Path, "Future[Models]"] = {}
 
 
@@ -116,6 +120,41 @@ def put_on_card(
     return _bring(models.model_dir, settings, on_loading)
 
 
+def put_beside(
+    models: "Models",
+    companions: "Sequence[CompanionFiles]",
+    on_loading: Callable[[str], None] = lambda _: None,
+) -> "list[torch.nn.Module]":
+    """Companions, ready to be used beside a model that is on the card. On the GPU thread.
+
+    Args:
+        on_loading: called with the title of each that is not on the card.
+
+    Raises:
+        RequestError: one cannot be loaded.
+    """
+    from sdxl_worker.loading.companions import Companion
+
+    beside = [models.model_dir.root, *(files.key for files in companions)]
+    networks = []
+    for files in companions:
+
+        def load(files: "CompanionFiles" = files) -> Companion:
+            with _timed(f"loaded {files.title}"):
+                return Companion(files.title, models.placement, files.load(models.placement))
+
+        try:
+            if not _kept.is_on_card(files.key):
+                on_loading(files.title)
+            size_bytes = 0 if _kept.get(files.key) else files.size_bytes(models.dtype)
+            companion = _kept.bring(files.key, size_bytes, load, beside)
+        except ModelError as error:
+            log.warning("%s cannot be loaded: %s", files.title, error)
+            raise RequestError(str(error)) from None
+        networks.append(companion.network)
+    return networks
+
+
 def _bring(model_dir: ModelDir, settings: Settings, on_loading: Callable[[str], None]) -> "Models":
     root = model_dir.root
 
@@ -154,7 +193,7 @@ def _start(settings: Settings, before_drawing: Callable[[], object]) -> "Models"
 
 
 def _check_folders(settings: Settings) -> None:
-    for name in ("lora_dir", "models_dir"):
+    for name in ("lora_dir", "models_dir", "controlnet_dir", "ip_adapter_dir", "upscaler_dir"):
         folder = getattr(settings, name)
         if folder is not None and not folder.is_dir():
             raise ModelError(f"{name.upper()}: {folder} must be a folder; is its volume attached?")
