@@ -114,7 +114,7 @@ def find_extra(kind: str, reference: str) -> Extra:
         if name in (known, entry["repo"]):
             return Extra(kind, entry["repo"], revision or entry["revision"], entry["folder"], entry)
     layout = LAYOUTS.get(kind)
-    if layout and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", reference):
+    if layout and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", reference):
         folder = layout.folder.format(name=name.rpartition("/")[2])
         return Extra(kind, name, revision or None, folder, None)
     names = ", ".join(pinned()[kind])
