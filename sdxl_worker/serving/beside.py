@@ -42,14 +42,19 @@ class Beside:
     """What makes maps, where one is to be made."""
 
 
-def find_beside(request: Request, settings: Settings) -> Beside:
+def find_beside(request: Request, settings: Settings, models: Models) -> Beside:
     """
+    Args:
+        models: that are drawn with.
+
     Raises:
         RequestError: the worker has not got what the request asks for.
     """
     return Beside(
         controlnets=tuple(
-            find_controlnet(one.type, settings.controlnet_dir, f"controlnet[{i}].type")
+            find_controlnet(
+                one.type, settings.controlnet_dir, f"controlnet[{i}].type", models.unet.config
+            )
             for i, one in enumerate(request.controlnet or ())
         ),
         ip_adapters=tuple(
