@@ -4,18 +4,23 @@ It is found before anything is fetched, and loaded on the GPU thread when the jo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 
 from sdxl_worker.drawing.control import Control
+from sdxl_worker.drawing.depth_maps import depth_map
 from sdxl_worker.drawing.enlarging import enlarger
 from sdxl_worker.drawing.image_prompts import ImagePrompt
 from sdxl_worker.drawing.steering import NO_STEERING, Enlarge, Steering
-from sdxl_worker.inputs.references import References
+from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.control_maps import PoseFiles, check_installed
+from sdxl_worker.inputs.references import REPAINT_NEEDS_A_MASK, References
 from sdxl_worker.loading.controlnets import ControlNetFiles, find_controlnet
 from sdxl_worker.loading.ip_adapters import IpAdapterFiles, find_ip_adapter
 from sdxl_worker.loading.models import Models
+from sdxl_worker.loading.preprocessors import DepthFiles, find_depth, find_pose
 from sdxl_worker.loading.upscalers import UpscalerFiles, find_upscaler
 from sdxl_worker.request import Request
 from sdxl_worker.serving.start import put_beside
@@ -32,6 +37,9 @@ class Beside:
     ip_adapters: tuple[IpAdapterFiles, ...] = ()
     hires_upscaler: UpscalerFiles | None = None
     upscaler: UpscalerFiles | None = None
+    depth: DepthFiles | None = None
+    pose: PoseFiles | None = None
+    """What makes maps, where one is to be made."""
 
 
 def find_beside(request: Request, settings: Settings, models: Models) -> Beside:
@@ -61,7 +69,46 @@ def find_beside(request: Request, settings: Settings, models: Models) -> Beside:
         upscaler=find_upscaler(request.upscale.upscaler, settings.upscaler_dir, "upscale.upscaler")
         if request.upscale
         else None,
+        **_preprocessors(request, settings),
     )
+
+
+def _preprocessors(request: Request, settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for i, one in enumerate(request.controlnet or ()):
+        field = f"controlnet[{i}].type"
+        if not one.preprocess:
+            continue
+        check_installed(one.type, field)
+        if one.type == "depth":
+            found["depth"] = find_depth(settings.controlnet_dir, field)
+        if one.type == "pose":
+            found["pose"] = find_pose(settings.controlnet_dir, field)
+        if one.type == "repaint" and not request.is_masked:
+            raise RequestError(f"{field}: {REPAINT_NEEDS_A_MASK}")
+    return found
+
+
+def with_depth_maps(
+    request: Request, beside: Beside, references: References, models: Models, on_loading: OnLoading
+) -> References:
+    """With maps in the place of the pictures that these are made of on the GPU. On its thread.
+
+    Raises:
+        RequestError: the network for it cannot be loaded.
+    """
+    wanted = [
+        i
+        for i, one in enumerate(request.controlnet or ())
+        if one.type == "depth" and one.preprocess and (one.scale > 0 or request.return_maps)
+    ]
+    if not wanted or beside.depth is None:
+        return references
+    [network] = put_beside(models, [beside.depth], on_loading)
+    controls = list(references.controls)
+    for i in wanted:
+        controls[i] = depth_map(controls[i], network, models.placement)
+    return replace(references, controls=tuple(controls))
 
 
 def steering_of(
