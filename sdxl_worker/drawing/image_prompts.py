@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from sdxl_worker.inputs.masks import Mask
 from sdxl_worker.loading.companions import at_work
@@ -41,8 +42,6 @@ def encode_picture(
     picture: Image.Image, encoder: Any, adapter: IpAdapter, placement: Placement
 ) -> torch.Tensor:
     """`ImagePrompt.tokens` of an RGB picture. Its middle square is seen."""
-    from transformers import CLIPImageProcessorPil  # takes a while, and few workers need it
-
     side = encoder.config.image_size
     processor = CLIPImageProcessorPil(size=side, crop_size=side)
     pixels = processor(picture, return_tensors="pt").pixel_values
