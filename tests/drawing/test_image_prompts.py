@@ -39,7 +39,7 @@ from sdxl_worker.serving.beside import Beside, steering_of
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from sdxl_worker.speed.optimize import optimize
 from tests import inpainting_model, random_ip_adapters
-from tests.adapters.lora_files import lora_of, low_rank
+from tests.adapters.lora_files import lora_of
 from tests.support import (
     PROMPT,
     canvas_of,
@@ -271,16 +271,17 @@ class TestPixelForPixelAsPlainDiffusers:
 
     def test_beside_a_lora(self, models: Models, prompt: Make, plain: Any, tmp_path: Path) -> None:
         """On the projections of the very attentions that see the picture."""
-        names = [
-            f"{name.removesuffix('.processor')}.{part}"
-            for name in models.unet.attn_processors
-            for part in ("to_q", "to_k", "to_v", "to_out.0")
-        ]
-        tensors = {
-            f"unet.{name}.{part}": tensor
-            for name in names
-            for part, tensor in low_rank(models.unet.get_submodule(name).weight).items()
-        }
+        random, tensors = torch.Generator().manual_seed(5), {}
+        for name in models.unet.attn_processors:
+            for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                layer = f"{name.removesuffix('.processor')}.{part}"
+                outputs, inputs = models.unet.get_submodule(layer).weight.shape
+                down, up = (
+                    torch.randn(shape, generator=random) / 8
+                    for shape in ((4, inputs), (outputs, 4))
+                )
+                tensors[f"unet.{layer}.lora_A.weight"] = down
+                tensors[f"unet.{layer}.lora_B.weight"] = up
         lora = Adapters(loras=(lora_of(tmp_path, models, tensors, name="lora.safetensors"),))
         before = drawn(models)
         [picture] = drawn(models, [prompt("plus")], adapters=lora)
