@@ -311,7 +311,13 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
                 placement = models.placement
                 around.enter_context(controlled(pipeline, steering.controls, placement))
                 image_prompts = around.enter_context(
-                    with_image_prompts(pipeline, steering.image_prompts, placement)
+                    with_image_prompts(
+                        pipeline,
+                        steering.image_prompts,
+                        placement,
+                        guidance_scale=request.guidance_scale,
+                        latents_size=shape[-2:],
+                    )
                 )
             latents = pipeline(
                 **stage.options,

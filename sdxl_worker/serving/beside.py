@@ -5,21 +5,22 @@ It is found before anything is fetched, and loaded on the GPU thread when the jo
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from sdxl_worker.drawing.control import Control
 from sdxl_worker.drawing.depth_maps import depth_map
 from sdxl_worker.drawing.enlarging import enlarger
-from sdxl_worker.drawing.image_prompts import ImagePrompt
+from sdxl_worker.drawing.image_prompts import ImagePrompt, encode_picture
 from sdxl_worker.drawing.steering import NO_STEERING, Enlarge, Steering
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.control_maps import PoseFiles, check_installed
 from sdxl_worker.inputs.references import REPAINT_NEEDS_A_MASK, References
 from sdxl_worker.loading.controlnets import ControlNetFiles, find_controlnet
-from sdxl_worker.loading.ip_adapters import IpAdapterFiles, find_ip_adapter
+from sdxl_worker.loading.ip_adapters import IpAdapter, IpAdapterFiles, find_ip_adapter
 from sdxl_worker.loading.models import Models
+from sdxl_worker.loading.offload import send_home
 from sdxl_worker.loading.preprocessors import DepthFiles, find_depth, find_pose
 from sdxl_worker.loading.upscalers import UpscalerFiles, find_upscaler
 from sdxl_worker.request import Request
@@ -163,7 +164,36 @@ def _image_prompts(
     models: Models,
     on_loading: OnLoading,
 ) -> tuple[ImagePrompt, ...]:
-    return ()
+    asked = []
+    for i, (field, files, picture, mask) in enumerate(
+        zip(
+            request.ip_adapter or (),
+            beside.ip_adapters,
+            references.image_prompts,
+            references.image_prompt_masks,
+            strict=True,
+        )
+    ):
+        files.check_fits(models.unet, f"ip_adapter[{i}].type")
+        if field.scale > 0:
+            asked.append((field, files, picture, mask))
+    if asked and not models.placement.resident:
+        send_home(models.networks().values())  # an encoder has the card for itself
+    wanted = [files for _, files, _, _ in asked]
+    networks = put_beside(models, [*wanted, *(files.encoder for files in wanted)], on_loading)
+    adapters, encoders = networks[: len(asked)], networks[len(asked) :]
+    return tuple(
+        ImagePrompt(
+            adapter,
+            encode_picture(picture, encoder, adapter, models.placement),
+            field.type,
+            field.scale,
+            mask,
+        )
+        for adapter, encoder, (field, _, picture, mask) in zip(
+            cast(list[IpAdapter], adapters), encoders, asked, strict=True
+        )
+    )
 
 
 def _enlarge(
