@@ -127,7 +127,7 @@ async def _answered(
 
     from sdxl_worker.adapters.of_request import read_adapters
     from sdxl_worker.drawing.prompts import Texts, warnings_of
-    from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
+    from sdxl_worker.drawing.stages import as_drawn, final_size_px, plan_stages, total_steps
     from sdxl_worker.drawing.together import kind_of
     from sdxl_worker.serving.beside import find_beside
     from sdxl_worker.serving.report import build_report
@@ -149,8 +149,8 @@ async def _answered(
         if canvas.mask is not None and not request.is_masked:
             request = request.model_copy(update={"mask_from_alpha": True})
     output_format = request.output_format or settings.default_output_format
+    width, height = final_size_px(request, stages, canvas)
     if not request.check and storage is None:
-        width, height = output_size_px(stages, canvas)
         check_expected_size(request, width * height, output_format, job_id)
 
     references = await _references(request, stages, canvas, job_id)
@@ -174,7 +174,7 @@ async def _answered(
         step_cache_interval=settings.step_cache,
         shares_passes=kind is not None,
     )
-    pictures, generate_ms, lost = await draw_on_gpu_thread(draw, kind, settings.batch_jobs)
+    pictures, canvas, generate_ms, lost = await draw_on_gpu_thread(draw, kind, settings.batch_jobs)
     if models.dtype == torch.bfloat16 and lost > LOST_WORTH_TELLING:
         told.append(
             f"loras: rounding to bfloat16 lost {lost:.0%} of what they change; with DTYPE=float16 "
@@ -182,6 +182,9 @@ async def _answered(
         )
     if canvas is not None:
         pictures = await in_thread(_put_back, canvas, pictures, progress.check)
+    if request.upscale is not None:
+        with timed("upscale", job_id):
+            pictures = await _upscaled(request, beside, pictures, models, progress)
     if request.check:
         steps = total_steps(stages)
         report = build_report(request, models, settings, pictures, generate_ms, steps)
@@ -247,6 +250,31 @@ def _put_back(
         check()
         result.append(canvas.put_back(picture))
     return result
+
+
+async def _upscaled(
+    request: Request,
+    beside: "Beside",
+    pictures: list[Image.Image],
+    models: "Models",
+    progress: Progress,
+) -> list[Image.Image]:
+    """The finished pictures, larger: by a network on the GPU thread, by Lanczos beside it."""
+    from sdxl_worker.serving.beside import upscaled
+
+    enlarge = functools.partial(
+        upscaled,
+        request,
+        beside,
+        pictures,
+        models,
+        progress.on_loading,
+        progress.check,
+        progress.on_tile,
+    )
+    if beside.upscaler is None:
+        return await in_thread(enlarge)
+    return await draw_on_gpu_thread(enlarge, None, 1)
 
 
 async def _checked(storage: Destination) -> str:
@@ -412,9 +440,9 @@ def _draw(
     beside: "Beside",
     references: References,
     **options: Any,
-) -> tuple[list[Image.Image], float, float]:
-    """On the GPU thread: the pictures, the milliseconds they took, and the share of what LoRAs
-    change that rounding lost."""
+) -> tuple[list[Image.Image], Canvas | None, float, float]:
+    """On the GPU thread: the pictures, the canvas that they are put back into, the milliseconds
+    they took, and the share of what LoRAs change that rounding lost."""
     from sdxl_worker.adapters.patching import patches_of
     from sdxl_worker.drawing.generate import generate
     from sdxl_worker.serving.beside import steering_of
@@ -423,6 +451,8 @@ def _draw(
     reset_peak_memory()
     steering = steering_of(request, beside, references, models, progress.on_loading, progress.check)
     with timed("generate", job_id, queued_at=queued_at) as timing:
+        if request.hires is not None and canvas is not None and steering.enlarge is not None:
+            canvas = canvas.with_larger(request.hires.scale, steering.enlarge)
         pictures = generate(
             request,
             stages,
@@ -433,4 +463,4 @@ def _draw(
             steering=steering,
             **options,
         )
-    return pictures, timing.ms, patches_of(models).lost
+    return pictures, canvas, timing.ms, patches_of(models).lost
