@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 
 from sdxl_worker.adapters.of_request import Adapters
 from sdxl_worker.adapters.patching import key_of
-from sdxl_worker.drawing.stages import Stage, output_size_px
+from sdxl_worker.drawing.stages import Stage, drawn_sizes_px
 from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
@@ -21,8 +21,8 @@ def kind_of(
 ) -> Hashable | None:
     """Requests of one kind may be drawn side by side; None: this one is drawn alone.
 
-    They need the same weights, LoRAs included, and the same size: passes over pictures of different
-    sizes cannot be one, and done in turn each picture would only come later. Stages, sampler,
+    They need the same weights, LoRAs included, and the same sizes: passes over pictures of others
+    cannot be one, and done in turn each picture would only come later. Stages, sampler,
     steps, guidance, prompts and the number of pictures are each one's own.
 
     Alone is drawn where a UNet's blocks keep something from step to step (`STEP_CACHE`), where
@@ -41,5 +41,4 @@ def kind_of(
         return None
     if not stages or not models.placement.resident:
         return None
-    size_px = canvas.working.size if canvas is not None else output_size_px(stages, None)
-    return models.model_dir.root, key_of(adapters.loras), size_px
+    return models.model_dir.root, key_of(adapters.loras), *drawn_sizes_px(stages, canvas)

@@ -11,10 +11,12 @@ from PIL import Image
 
 from sdxl_worker.drawing.control import Control
 from sdxl_worker.drawing.depth_maps import depth_map
-from sdxl_worker.drawing.enlarging import enlarger
+from sdxl_worker.drawing.enlarging import OnTile, enlarger
 from sdxl_worker.drawing.image_prompts import ImagePrompt, encode_picture
-from sdxl_worker.drawing.steering import NO_STEERING, Enlarge, Steering
+from sdxl_worker.drawing.stages import upscaled_size_px
+from sdxl_worker.drawing.steering import NO_STEERING, Steering
 from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.canvas import Enlarge
 from sdxl_worker.inputs.control_maps import PoseFiles, check_installed
 from sdxl_worker.inputs.references import REPAINT_NEEDS_A_MASK, References
 from sdxl_worker.loading.controlnets import ControlNetFiles, find_controlnet
@@ -210,7 +212,27 @@ def upscaled(
     models: Models,
     on_loading: OnLoading,
     check: Callable[[], None],
+    on_tile: OnTile,
 ) -> list[Image.Image]:
     """The finished pictures, as `request.upscale` asks for them. On the GPU thread, or anywhere for
-    Lanczos."""
-    return pictures
+    Lanczos.
+
+    Args:
+        on_tile: as `enlarger`, of all pictures together.
+
+    Raises:
+        RequestError: the upscaler cannot be loaded.
+        PictureError: it gives no picture.
+    """
+    if request.upscale is None:
+        return pictures
+    network = put_beside(models, [beside.upscaler], on_loading)[0] if beside.upscaler else None
+    result: list[Image.Image] = []
+
+    def of_all(done: int, tiles: int) -> None:
+        on_tile(len(result) * tiles + done, len(pictures) * tiles)
+
+    enlarge = enlarger(network, models.placement, check, of_all)
+    for picture in pictures:
+        result.append(enlarge(picture, upscaled_size_px(picture.size, request.upscale.factor)))
+    return result

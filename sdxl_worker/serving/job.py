@@ -142,7 +142,13 @@ async def _answered(
 
     from sdxl_worker.adapters.of_request import read_adapters
     from sdxl_worker.drawing.prompts import Texts, warnings_of
-    from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
+    from sdxl_worker.drawing.stages import (
+        as_drawn,
+        drawn_sizes_px,
+        final_size_px,
+        plan_stages,
+        total_steps,
+    )
     from sdxl_worker.drawing.together import kind_of
     from sdxl_worker.serving.beside import find_beside
     from sdxl_worker.serving.report import build_report
@@ -164,10 +170,10 @@ async def _answered(
         if canvas.mask is not None and not request.is_masked:
             request = request.model_copy(update={"mask_from_alpha": True})
     output_format = request.output_format or settings.default_output_format
+    width, height = final_size_px(request, stages, canvas)
     if not request.check and storage is None:
-        width, height = output_size_px(stages, canvas)
         count = len(request.controlnet or ()) if request.return_maps else 0
-        drawn_width, drawn_height = _drawn_size_px(stages, canvas)
+        drawn_width, drawn_height = drawn_sizes_px(stages, canvas)[0]
         check_expected_size(
             request,
             width * height,
@@ -198,7 +204,7 @@ async def _answered(
         shares_passes=kind is not None,
     )
     drawn = await draw_on_gpu_thread(draw, kind, settings.batch_jobs)
-    pictures = drawn.pictures
+    pictures, canvas = drawn.pictures, drawn.canvas
     if models.dtype == torch.bfloat16 and drawn.lost > LOST_WORTH_TELLING:
         told.append(
             f"loras: rounding to bfloat16 lost {drawn.lost:.0%} of what they change; with "
@@ -206,6 +212,9 @@ async def _answered(
         )
     if canvas is not None:
         pictures = await in_thread(_put_back, canvas, pictures, progress.check)
+    if request.upscale is not None:
+        with timed("upscale", job_id):
+            pictures = await _upscaled(request, beside, pictures, models, progress)
     if request.check:
         steps = total_steps(stages)
         report = build_report(request, models, settings, pictures, drawn.ms, steps)
@@ -289,6 +298,31 @@ def _put_back(
         check()
         result.append(canvas.put_back(picture))
     return result
+
+
+async def _upscaled(
+    request: Request,
+    beside: "Beside",
+    pictures: list[Image.Image],
+    models: "Models",
+    progress: Progress,
+) -> list[Image.Image]:
+    """The finished pictures, larger: by a network on the GPU thread, by Lanczos beside it."""
+    from sdxl_worker.serving.beside import upscaled
+
+    enlarge = functools.partial(
+        upscaled,
+        request,
+        beside,
+        pictures,
+        models,
+        progress.on_loading,
+        progress.check,
+        progress.on_tile,
+    )
+    if beside.upscaler is None:
+        return await in_thread(enlarge)
+    return await draw_on_gpu_thread(enlarge, None, 1)
 
 
 async def _checked(storage: Destination) -> str:
@@ -454,7 +488,9 @@ async def _references(
     addresses = addresses_of(request)
     if not addresses:
         return NO_REFERENCES
-    size = canvas.picture.size if canvas is not None else _drawn_size_px(stages, None)
+    from sdxl_worker.drawing.stages import drawn_sizes_px
+
+    size = canvas.picture.size if canvas is not None else drawn_sizes_px(stages, None)[0]
     async with not_holding_the_end("the pictures of controlnet and ip_adapter"):
         with timed("fetch", job_id):
             contents = await _fetch_side_by_side(addresses)
@@ -462,13 +498,6 @@ async def _references(
             decoded = await decode_references(request, contents, size)
             del contents
             return await in_thread(prepare_references, decoded, request, canvas, beside.pose)
-
-
-def _drawn_size_px(stages: "Sequence[Stage]", canvas: Canvas | None) -> tuple[int, int]:
-    """Width and height of what the base draws first."""
-    if canvas is not None:
-        return canvas.working.size
-    return stages[0].options["width"], stages[0].options["height"]
 
 
 async def _fetch_side_by_side(addresses: Mapping[str, str]) -> dict[str, bytes]:
@@ -488,6 +517,8 @@ async def _fetch_side_by_side(addresses: Mapping[str, str]) -> dict[str, bytes]:
 @dataclass(frozen=True)
 class _Drawn:
     pictures: list[Image.Image]
+    canvas: Canvas | None
+    """What they are put back into."""
     ms: float
     """What they took."""
     lost: float
@@ -519,6 +550,8 @@ def _draw(
     references = with_depth_maps(request, beside, references, models, progress.on_loading)
     steering = steering_of(request, beside, references, models, progress.on_loading, progress.check)
     with timed("generate", job_id, queued_at=queued_at) as timing:
+        if request.hires is not None and canvas is not None and steering.enlarge is not None:
+            canvas = canvas.with_larger(request.hires.scale, steering.enlarge)
         pictures = generate(
             request,
             stages,
@@ -529,4 +562,4 @@ def _draw(
             steering=steering,
             **options,
         )
-    return _Drawn(pictures, timing.ms, patches_of(models).lost, references.controls)
+    return _Drawn(pictures, canvas, timing.ms, patches_of(models).lost, references.controls)
