@@ -19,6 +19,8 @@ def check_limits(request: Request, settings: Settings) -> None:
         for name in ("num_inference_steps", "refiner_inference_steps")
         if name in request.model_fields_set
     }
+    if request.hires is not None and request.hires.steps is not None:
+        steps["hires.steps"] = request.hires.steps
     problems = [
         f"{name}: must be {settings.max_steps} or less, as this worker's owner has set; got {value}"
         for name, value in steps.items()
