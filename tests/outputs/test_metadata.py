@@ -167,8 +167,7 @@ CANNY = {"type": "canny", "image_url": IMAGE_URL}
                     "Guidance End: 1.0"
                 ),
                 "ControlNet 1": (
-                    "Module: none, Model: None, Weight: 0.5, Guidance Start: 0.0, "
-                    "Guidance End: 0.6"
+                    "Module: none, Model: None, Weight: 0.5, Guidance Start: 0.0, Guidance End: 0.6"
                 ),
                 "ControlNet 2": None,
             },
