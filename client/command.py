@@ -225,9 +225,13 @@ def _again(parsed: argparse.Namespace, fields: Mapping[str, Field]) -> int:
     changes = own_names(_base_input(parsed.input), fields) | given(parsed, fields)
     # Whoever made the file does not choose which files of this machine are sent.
     for place in pictures_left_out(request, fields, without=changes):
+        option, _, inside = named(place).partition("[")
+        how = f"{option} FILE"
+        if inside:
+            how = f"{option} once more, all of it, with {inside.rpartition('.')[2]}=FILE"
         raise UsageError(
             f"{named(place)}: the picture was made from another one, which its file does not hold: "
-            f"give it with {named(place)} FILE"
+            f"give it with {how}"
         )
     job_input = request | changes
     if not any(job_input.get(name) for name in ("prompt", "image_url")):

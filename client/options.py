@@ -25,6 +25,13 @@ from client.one_file import SCHEMA
 MAX_SHOWN_CHARACTERS = 60
 # Where `_resolved` keeps the constants that a field takes beside its own values.
 CONSTANTS = "constants"
+# As the worker words them.
+BOUNDS = (
+    ("minimum", "of at least"),
+    ("exclusiveMinimum", "above"),
+    ("maximum", "of at most"),
+    ("exclusiveMaximum", "below"),
+)
 # What a picture field's pattern says of the picture itself.
 PICTURE_PATTERN = "data:image/"
 
@@ -103,8 +110,9 @@ class Field:
         low, high = self.schema.get("minimum"), self.schema.get("maximum")
         if low is not None and high is not None:
             noun += f" from {low} to {high}"
-        elif low is not None or high is not None:
-            noun += f" of at least {low}" if high is None else f" of at most {high}"
+        else:
+            bounds = [f"{told} {self.schema[name]}" for name, told in BOUNDS if name in self.schema]
+            noun += " " * bool(bounds) + " and ".join(bounds)
         step = self.schema.get("multipleOf")
         return noun + (f", a multiple of {step}" if step else "")
 
@@ -133,7 +141,8 @@ class Field:
             return text
 
     def _parse_object(self, text: str) -> Any:
-        """JSON, or key=value,key=value, or the first two fields with a colon: path:scale."""
+        """JSON, or key=value,key=value, or the first two fields with a colon: path:scale, or
+        type:picture."""
         if text.lstrip().startswith("{") or not self.properties:
             return _json(text, self.option)
         names = {
@@ -151,6 +160,10 @@ class Field:
         if pairs:
             return {one.name: one.parse(value) for one, value in pairs}
         first, *others = self.properties.values()
+        if others and others[0].is_picture:  # which may have colons in it
+            head, colon, tail = text.partition(":")
+            second = {others[0].name: others[0].parse(tail)} if colon else {}
+            return {first.name: first.parse(head), **second}
         head, colon, tail = text.rpartition(":")
         if colon and others and not tail.startswith("//"):
             second = others[0].parse(tail)
@@ -383,7 +396,11 @@ def _fits(value: Any, one: Field) -> bool:
                 return False
             step = schema.get("multipleOf")
             bounds = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
-            return bounds[0] <= value <= bounds[1] and (not step or value % step == 0)
+            is_out = value <= schema.get("exclusiveMinimum", -math.inf) or value >= schema.get(
+                "exclusiveMaximum", math.inf
+            )
+            fits = bounds[0] <= value <= bounds[1] and not is_out
+            return fits and (not step or value % step == 0)
         case "boolean":
             return isinstance(value, bool)
         case "array":
@@ -477,19 +494,24 @@ def _shown(value: object) -> str:
 def _metavar(one: Field) -> str:
     if one.is_picture:
         return "FILE|URL"
+    fields = one.items.properties if one.kind == "array" else one.properties
+    if fields:
+        first, *others = fields
+        rest = f":{others[0].upper()}" if others else ""
+        is_needed = others and fields[others[0]].is_picture
+        return first.upper() + (rest if is_needed or not rest else f"[{rest}]")
     if one.kind == "array":
-        if one.items.properties:
-            first, *others = one.items.properties
-            return first.upper() + (f"[:{others[0].upper()}]" if others else "")
         return "TEXT"
     return {"integer": "N", "number": "X", "string": "TEXT"}.get(one.kind, "JSON")
 
 
 def _help(one: Field) -> str:
     told = str(one.schema.get("description", ""))
-    if one.kind in ("integer", "number", "array") or "enum" in one.schema:
+    if one.kind in ("integer", "number", "array", "object") or "enum" in one.schema:
         told += f" ({one.rule})"
     if one.kind == "array":
         told += " May be given several times; JSON and key=value,key=value are taken too."
+    elif one.properties:
+        told += " JSON and key=value,key=value are taken too."
     told = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", told)  # a link's text
     return told.replace("`", "").replace("%", "%%").strip()

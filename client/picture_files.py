@@ -28,7 +28,14 @@ INFOTEXT = "parameters"
 # In this order where the infotext has them.
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 # They say how a picture is delivered, not how it is made.
-OF_THE_DELIVERY = ("preview", "check", "on_too_large", "duplicate_first", "upload_urls")
+OF_THE_DELIVERY = (
+    "preview",
+    "check",
+    "on_too_large",
+    "duplicate_first",
+    "upload_urls",
+    "return_maps",
+)
 MAX_SEED = 2**64 - 1
 # Of the part that comes from the prompt; a file system takes 255 in all.
 MAX_SLUG_BYTES = 80

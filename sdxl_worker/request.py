@@ -8,7 +8,7 @@ documents' table all come from that declaration.
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeGuard, get_args
 
 from pydantic import (
     AfterValidator,
@@ -171,6 +171,7 @@ ControlType = Annotated[
         json_schema_extra={
             "enum": list(CONTROL_SPELLINGS),
             NAMES: list(CONTROL_TYPES),
+            ALIASES: ["module", "control_type"],
             RULE: "one of " + ", ".join(CONTROL_TYPES),
         }
     ),
@@ -188,12 +189,8 @@ Upscaler = Annotated[
 ]
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_share(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 @dataclass(frozen=True)
@@ -417,17 +414,30 @@ class EmbeddingField(InputModel):
 class ControlField(InputModel):
     """One control picture of `controlnet`."""
 
+    # That `start` is less than `end`, JSON Schema cannot say.
     model_config = ConfigDict(
         json_schema_extra={
-            "if": {
-                "properties": {"type": {"enum": list(FINISHED_MAPS)}, "preprocess": {"const": True}}
-            },
-            "then": {"required": ["preprocess"], "properties": {"preprocess": {"const": False}}},
+            "anyOf": [
+                {
+                    "properties": {
+                        "type": {
+                            "enum": [
+                                spelling
+                                for spelling, name in CONTROL_SPELLINGS.items()
+                                if name not in FINISHED_MAPS
+                            ]
+                        }
+                    }
+                },
+                {"required": ["preprocess"], "properties": {"preprocess": {"const": False}}},
+            ]
         }
     )
 
     type: ControlType
-    image_url: ImageUrl
+    image_url: ImageUrl = Field(
+        json_schema_extra={ALIASES: ["image", "input_image", "control_image", "control_image_url"]}
+    )
     preprocess: bool = True
     scale: Annotated[float, Field(ge=0, le=4)] = Field(
         default=1.0, json_schema_extra={ALIASES: ["weight", "strength", "conditioning_scale"]}
@@ -439,21 +449,21 @@ class ControlField(InputModel):
 
     @classmethod
     def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
-        kind = CONTROL_SPELLINGS.get(given["type"]) if _is_text(given.get("type")) else None
-        if f"{kind}" in FINISHED_MAPS and given.get("preprocess", True) is True:
+        kind = cls.with_implied(dict(given)).get("type")
+        if kind in FINISHED_MAPS and given.get("preprocess", True) is True:
             yield (
                 "preprocess",
                 f"there is no preprocessing for {kind}: send a finished map, with preprocess false",
             )
         start, end = given.get("start", 0.0), given.get("end", 1.0)
-        if _is_number(start) and _is_number(end) and start >= end:
+        if _is_share(start) and _is_share(end) and start >= end:
             yield "start", f"must be less than end ({end:g}); got {start:g}"
 
     @classmethod
     def with_implied(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Other names of a type become its own."""
         kind = given.get("type")
-        if _is_text(kind) and kind in CONTROL_SPELLINGS:
+        if isinstance(kind, str) and kind in CONTROL_SPELLINGS:
             return {**given, "type": CONTROL_SPELLINGS[kind]}
         return given
 
@@ -461,12 +471,16 @@ class ControlField(InputModel):
 class ImagePromptField(InputModel):
     """One reference picture of `ip_adapter`."""
 
-    image_url: ImageUrl
+    image_url: ImageUrl = Field(
+        json_schema_extra={ALIASES: ["image", "ip_adapter_image", "ip_adapter_image_url"]}
+    )
     type: Literal["plus", "face", "style", "layout", "plain"] = "plus"
     scale: Annotated[float, Field(ge=0, le=2)] = Field(
         default=0.6, json_schema_extra={ALIASES: ["weight", "strength"]}
     )
-    mask_url: ImageUrl | None = None
+    mask_url: ImageUrl | None = Field(
+        default=None, json_schema_extra={ALIASES: ["mask", "mask_image_url"]}
+    )
 
 
 class HiresField(InputModel):
@@ -488,9 +502,9 @@ class UpscaleField(InputModel):
     """The enlargement of `upscale`."""
 
     factor: Annotated[float, Field(gt=1, le=4)] = Field(
-        default=2.0, json_schema_extra={ALIASES: ["scale"]}
+        default=2.0, json_schema_extra={ALIASES: ["scale", "upscaling_resize"]}
     )
-    upscaler: Upscaler = "lanczos"
+    upscaler: Upscaler = Field(default="lanczos", json_schema_extra={ALIASES: ["upscaler_1"]})
 
 
 class Request(InputModel):
@@ -705,13 +719,14 @@ class Request(InputModel):
     )
     hires: HiresField | None = Field(
         default=None,
-        description="A larger second pass: what the base drew is enlarged by `scale` (1 to 2, by "
+        json_schema_extra={ALIASES: ["hires_fix", "hr"]},
+        description="A larger second pass: what the base drew is enlarged by `scale` (up to 2, by "
         "default 1.5) with `upscaler`, and redrawn by the base with `strength` (0.4) of `steps` "
         "(those of the first pass); the refiner comes after that.",
     )
     upscale: UpscaleField | None = Field(
         default=None,
-        description="Finished pictures are enlarged by `factor` (1 to 4, by default 2) with "
+        description="Finished pictures are enlarged by `factor` (up to 4, by default 2) with "
         "`upscaler`: `lanczos`, or a file in the worker's `UPSCALER_DIR`. Nothing is redrawn.",
     )
     num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES), FromIntegralFloat] = Field(

@@ -25,6 +25,16 @@ def test_steps_over_the_owner_s_limit_are_refused_each_by_its_name() -> None:
     )
 
 
+def test_the_steps_of_the_second_pass_are_held_to_it_too() -> None:
+    check(30, PROMPT | {"hires": {"steps": 30}})
+    check(10, PROMPT | {"hires": {}})
+    with pytest.raises(RequestError) as caught:
+        check(30, PROMPT | {"hires": {"steps": 31}})
+    assert str(caught.value) == (
+        "hires.steps: must be 30 or less, as this worker's owner has set; got 31"
+    )
+
+
 def test_steps_up_to_the_limit_are_taken() -> None:
     check(30, PROMPT | {"num_inference_steps": 30, "refiner_inference_steps": 30})
 

@@ -11,6 +11,8 @@ import pytest
 
 from sdxl_worker.errors import RequestError
 from sdxl_worker.request import (
+    MAX_CONTROLS,
+    MAX_IMAGE_PROMPTS,
     MAX_NESTING,
     MAX_SEED,
     MAX_VALUES,
@@ -74,6 +76,11 @@ def test_names_and_defaults_are_those_of_2_1_0() -> None:
         "mask_invert": False,
         "mask_blur": 0,
         "mask_padding": None,
+        "controlnet": None,
+        "return_maps": False,
+        "ip_adapter": None,
+        "hires": None,
+        "upscale": None,
         "output_format": None,
         "output_quality": 95,
         "on_too_large": "error",
@@ -148,6 +155,31 @@ BOUNDS = [
     ("output_quality", 1, 0, 100, 101),
     ("seed", 0, -2, MAX_SEED, MAX_SEED + 1),
 ]
+CONTROL = {"type": "canny", "image_url": "https://example.com/a.png"}
+IMAGE_PROMPT = {"image_url": "https://example.com/a.png"}
+# Of objects, as above.
+BOUNDS_INSIDE = [
+    ("controlnet", "scale", 0, -0.001, 4, 4.001),
+    ("controlnet", "start", 0, -0.001, 0.999, 1.001),
+    ("controlnet", "end", 0.001, -0.001, 1, 1.001),
+    ("ip_adapter", "scale", 0, -0.001, 2, 2.001),
+    ("hires", "scale", 1.001, 1, 2, 2.001),
+    ("hires", "strength", 0.001, 0, 1, 1.001),
+    ("hires", "steps", 1, 0, 1000, 1001),
+    ("upscale", "factor", 1.001, 1, 4, 4.001),
+]
+
+
+def around(field: str, **inside: Any) -> dict[str, Any]:
+    """An input with an object in that field, and its other fields as they need to be."""
+    if field == "controlnet":
+        return {"controlnet": [{**CONTROL, **inside}]}
+    return {field: [{**IMAGE_PROMPT, **inside}] if field == "ip_adapter" else inside}
+
+
+def inside(request: Request, field: str) -> Any:
+    value = getattr(request, field)
+    return value[0] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize(("field", "lowest", "too_low", "highest", "too_high"), BOUNDS)
@@ -159,6 +191,162 @@ def test_bounds_hold_on_both_sides(
     for value in (too_low, too_high):
         message = refusal(**{field: value})
         assert message == f"{field}: must be {rule(FIELDS[field])}; got {value}"
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "lowest", "too_low", "highest", "too_high"), BOUNDS_INSIDE
+)
+def test_bounds_hold_inside_too(
+    field: str, name: str, lowest: float, too_low: float, highest: float, too_high: float
+) -> None:
+    for value in (lowest, highest):
+        request = accepted(**around(field, **{name: value}))
+        assert getattr(inside(request, field), name) == value
+    path = f"{field}[0].{name}" if field in ("controlnet", "ip_adapter") else f"{field}.{name}"
+    for value in (too_low, too_high, 10**400, math.nan, True, "1"):
+        assert refusal(**around(field, **{name: value})).startswith(f"{path}: must be a")
+
+
+def test_control_pictures_and_their_like_have_defaults() -> None:
+    request = accepted(
+        controlnet=[CONTROL], ip_adapter=[IMAGE_PROMPT], hires={}, upscale={"factor": None}
+    )
+    assert request.model_dump(include={"controlnet", "ip_adapter", "hires", "upscale"}) == {
+        "controlnet": [{**CONTROL, "preprocess": True, "scale": 1.0, "start": 0.0, "end": 1.0}],
+        "ip_adapter": [{**IMAGE_PROMPT, "type": "plus", "scale": 0.6, "mask_url": None}],
+        "hires": {"scale": 1.5, "strength": 0.4, "steps": None, "upscaler": "lanczos"},
+        "upscale": {"factor": 2.0, "upscaler": "lanczos"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("service", "fields"),
+    [
+        ("fal", {"controlnet": [{**CONTROL, "scale": 0.5, "start": 0, "end": 0.8}]}),
+        ("Replicate", {"controlnet": [{**CONTROL, "scale": 4}]}),
+        ("A1111", {"controlnet": [{**CONTROL, "scale": 2, "type": "openpose"}]}),
+        ("A1111", {"hires": {"scale": 2, "strength": 0.7, "steps": 20}}),
+        ("A1111", {"upscale": {"factor": 4}}),
+        ("fal", {"ip_adapter": [{**IMAGE_PROMPT, "scale": 1}]}),
+    ],
+)
+def test_what_other_services_take_is_within_the_bounds(
+    service: str, fields: dict[str, Any]
+) -> None:
+    assert accepted(**fields), service
+
+
+@pytest.mark.parametrize(
+    ("job_input", "name", "meant"),
+    [
+        # fal
+        ({"controlnets": [CONTROL]}, '"controlnets"', "controlnet"),
+        (around("controlnet", control_image_url="x"), "controlnet[0].control_image_url", "image_"),
+        (around("controlnet", conditioning_scale=1), "controlnet[0].conditioning_scale", "scale"),
+        (around("controlnet", start_percentage=0), "controlnet[0].start_percentage", "start"),
+        (around("controlnet", end_percentage=1), "controlnet[0].end_percentage", "end"),
+        (around("ip_adapter", mask_image_url="x"), "ip_adapter[0].mask_image_url", "mask_url"),
+        # A1111
+        (around("controlnet", module="canny"), "controlnet[0].module", "type"),
+        (around("controlnet", weight=1), "controlnet[0].weight", "scale"),
+        (around("controlnet", guidance_start=0), "controlnet[0].guidance_start", "start"),
+        (around("controlnet", guidance_end=1), "controlnet[0].guidance_end", "end"),
+        (around("hires", hr_scale=2), "hires.hr_scale", "scale"),
+        (around("hires", denoising_strength=0.4), "hires.denoising_strength", "strength"),
+        (around("hires", hr_second_pass_steps=9), "hires.hr_second_pass_steps", "steps"),
+        (around("hires", hr_upscaler="x"), "hires.hr_upscaler", "upscaler"),
+        (around("upscale", upscaling_resize=2), "upscale.upscaling_resize", "factor"),
+    ],
+)
+def test_other_services_names_are_told_what_they_are_here(
+    job_input: dict[str, Any], name: str, meant: str
+) -> None:
+    message = refusal(**job_input)
+    assert f"{name}: no such field (did you mean {meant}" in message
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("openpose", "pose"),
+        ("hed", "softedge"),
+        ("teed", "softedge"),
+        ("mlsd", "lineart"),
+        ("segmentation", "segment"),
+        ("inpaint", "repaint"),
+    ],
+)
+def test_types_go_by_the_names_of_other_services_too(spelling: str, name: str) -> None:
+    request = accepted(controlnet=[{**CONTROL, "type": spelling, "preprocess": False}])
+    assert inside(request, "controlnet").type == name
+
+
+@pytest.mark.parametrize(
+    "kind", ["softedge", "hed", "scribble", "lineart", "normal", "segment", "segmentation"]
+)
+@pytest.mark.parametrize("preprocess", [True, None])
+def test_a_type_without_a_preprocessing_needs_a_finished_map(
+    kind: str, preprocess: bool | None
+) -> None:
+    told = refusal(controlnet=[CONTROL, {**CONTROL, "type": kind, "preprocess": preprocess}])
+    assert told.startswith("controlnet[1].preprocess: there is no preprocessing for ")
+    assert told.endswith(": send a finished map, with preprocess false")
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.5, 0.5), (0.6, 0.5), (None, 0), (1, None), (1, 1)])
+def test_a_controlnet_starts_before_it_ends(start: float | None, end: float | None) -> None:
+    told = refusal(controlnet=[{**CONTROL, "start": start, "end": end}])
+    assert told.startswith("controlnet[0].start: must be less than end (")
+
+
+def test_all_that_is_wrong_inside_is_told_by_its_path() -> None:
+    told = refusal(
+        controlnet=[{"type": "cany"}, {**CONTROL, "image_url": "edges.png", "scale": 9}],
+        ip_adapter=[{**IMAGE_PROMPT, "mask_url": "", "type": "faceid"}],
+        hires={"upscaler": "../4x.pth", "steps": 1.5},
+        upscale=2,
+    )
+    assert [line.partition(": ")[0] for line in told.splitlines()] == [
+        "controlnet[0].type",
+        "controlnet[0].image_url",
+        "controlnet[1].image_url",
+        "controlnet[1].scale",
+        "ip_adapter[0].type",
+        "ip_adapter[0].mask_url",
+        "hires.steps",
+        "hires.upscaler",
+        "upscale",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "most"), [("controlnet", MAX_CONTROLS), ("ip_adapter", MAX_IMAGE_PROMPTS)]
+)
+def test_there_are_only_so_many(field: str, most: int) -> None:
+    [one] = around(field)[field]
+    assert len(getattr(accepted(**{field: [one] * most}), field)) == most
+    told = refusal(**{field: [one] * (most + 1)})
+    assert told.startswith(f"{field}: must be a list of at most {most}, each an object with ")
+    assert told.endswith(f"; got a list of {most + 1}")
+
+
+@pytest.mark.parametrize("field", ["controlnet", "ip_adapter"])
+def test_an_empty_list_means_none(field: str) -> None:
+    assert getattr(accepted(**{field: []}), field) is None
+    assert refusal(return_maps=True, controlnet=[]) == "return_maps: needs controlnet"
+
+
+@pytest.mark.parametrize(
+    "upscaler",
+    ["../x.pth", "/etc/passwd", "a/b.pth", "..\\x", "C:x", "https://example.com/x.pth", "", " x"],
+)
+def test_an_upscaler_is_a_file_s_name_and_no_path(upscaler: str) -> None:
+    for field in ("hires", "upscale"):
+        assert refusal(**{field: {"upscaler": upscaler}}) == (
+            f"{field}.upscaler: must be lanczos, or a file name in the worker's UPSCALER_DIR; got "
+            + json.dumps(upscaler)
+        )
 
 
 @pytest.mark.parametrize("field", ["height", "width"])
@@ -359,6 +547,7 @@ def test_the_json_schema_ties_fields_together_as_the_worker_does(
             parse_request(job_input)
 
 
+INSIDE = ("controlnet", "ip_adapter", "hires", "upscale")
 PICTURE = {"image_url": "https://example.com/a.png"}
 MASK = {**PICTURE, "mask_url": "https://example.com/mask.png"}
 
@@ -381,6 +570,16 @@ MASK = {**PICTURE, "mask_url": "https://example.com/mask.png"}
         ({**PICTURE, "mask_from_alpha": False, "mask_blur": 1}, "mask_blur", "needs a mask"),
         ({**PICTURE, "refiner_strength": 0.4}, "refiner_strength", "needs mode img2img"),
         ({**PICTURE, "fit": "pad"}, "fit", "needs image_url and mode"),
+        *(
+            (
+                {**PICTURE, **fields, **around(name)},
+                name,
+                "is for the base, and image_url alone is for the refiner: add mode img2img",
+            )
+            for name in ("controlnet", "ip_adapter", "hires")
+            for fields in ({}, {"mode": "refine"})
+        ),
+        ({"prompt": "a", "return_maps": True}, "return_maps", "needs controlnet"),
         ({"prompt": "a", "upload_urls": ["https://a/1"] * 2}, "upload_urls", "must all differ"),
         ({"prompt": "a", "upload_urls": ["https://a/1", "https://a/2"]}, "upload_urls", "got 2"),
     ],
@@ -405,6 +604,12 @@ def test_a_field_without_what_it_goes_with_is_refused(
         {**MASK, "mask_from_alpha": False, "mask_invert": False},
         {**MASK, "mask_from_alpha": True, "mask_invert": True},
         {**PICTURE, "mask_from_alpha": False, "mask_invert": False},
+        *({**PICTURE, "mode": "img2img", **around(name)} for name in INSIDE),
+        *({**MASK, **around(name)} for name in INSIDE),
+        {"prompt": "a", "return_maps": True, **around("controlnet")},
+        {"prompt": "a", "return_maps": False},
+        {**PICTURE, "controlnet": [], "ip_adapter": [], "hires": None, "return_maps": False},
+        {**PICTURE, "upscale": {}},
         {
             "prompt": "a",
             "mask_invert": False,
@@ -489,6 +694,12 @@ TOO_MUCH: dict[str, Callable[[], Any]] = {
     "text": lambda: {"seed": "1" * 20_000_000, "negative_prompt": "\u00e9" * 10_000_000},
     "a choice": lambda: {"scheduler": "K_EULER" * 3_000_000},
     "an address": lambda: {"image_url": "ftp://" + "a" * 20_000_000},
+    "control pictures": lambda: {"controlnet": [CONTROL] * 1_000_000},
+    "a control picture": lambda: {"controlnet": [CONTROL | {"image_url": "/" + "a" * 20_000_000}]},
+    "a control picture's numbers": lambda: {
+        "controlnet": [CONTROL | {"start": 10**1_000_000, "end": -(10**1_000_000)}]
+    },
+    "an upscaler's name": lambda: {"upscale": {"upscaler": "a" * 20_000_000}},
     "an address inside": lambda: {"image_url": ["ftp://user:hunter2@" + "a" * 20_000_000]},
     "long names": lambda: {"\u00e9" * 1_000_000 + str(i): 1 for i in range(10)},
     "long names inside": lambda: {"seed": {"a" * 1_000_000 + str(i): 1 for i in range(10)}},
@@ -579,6 +790,8 @@ def test_a_large_picture_in_the_input_is_neither_copied_nor_searched() -> None:
     picture = "data:image/png;base64," + "A" * 20_000_000
     begin = time.thread_time()
     assert accepted(image_url=picture).image_url is picture
+    control = inside(accepted(controlnet=[CONTROL | {"image_url": picture}]), "controlnet")
+    assert control.image_url is picture
     assert time.thread_time() - begin < 0.5
 
 

@@ -2,7 +2,8 @@
 
 Some differences are meant: `null` and empty values of `NOT_GIVEN` mean "not given", which a client
 need not send; half a character, which JSON can carry, is refused; and JSON Schema cannot say that
-there are as many `upload_urls` as pictures, nor that tokens differ.
+there are as many `upload_urls` as pictures, nor that tokens differ, nor that a ControlNet starts
+before it ends.
 """
 
 import json
@@ -16,7 +17,14 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.request import NOT_GIVEN, InputModel, Request, Side, parse_request
+from sdxl_worker.request import (
+    CONTROL_SPELLINGS,
+    NOT_GIVEN,
+    InputModel,
+    Request,
+    Side,
+    parse_request,
+)
 from sdxl_worker.samplers import SCHEDULE_SPELLINGS, SPELLINGS
 from sdxl_worker.wording import MAX_PROBLEMS_TOLD, problems
 from tests.from_schema import anything, nearly, valid
@@ -46,13 +54,19 @@ def beside(field: str) -> dict[str, Any]:
         return {**with_picture, "mask_url": "https://example.com/mask.png"}
     if field in ("refiner_strength", "fit"):
         return {**with_picture, "mode": "img2img"}
+    if field == "return_maps":
+        control = {"type": "canny", "image_url": "https://example.com/a.png"}
+        return {"prompt": "a", "controlnet": [control]}
     return with_picture if field in ("mode", "mask_url", "mask_from_alpha") else {"prompt": "a"}
 
 
 def own_name(field: str, value: Any) -> Any:
-    """What the worker calls a sampler or a schedule, any other value as it is."""
+    """What the worker calls a sampler, a schedule or a type of control picture, any other value as
+    it is."""
     if field == "scheduler":
         return SPELLINGS[value][0]
+    if field == "controlnet":
+        return [{**one, "type": CONTROL_SPELLINGS[one["type"]]} for one in value]
     return SCHEDULE_SPELLINGS[value] if field == "schedule" else value
 
 
@@ -65,7 +79,20 @@ def matching(job_input: dict[str, Any]) -> dict[str, Any]:
         job_input = {**job_input, "num_images": len(job_input["upload_urls"])}
     if isinstance(job_input.get("embeddings"), list):
         job_input = {**job_input, "embeddings": job_input["embeddings"][:1]}
+    if isinstance(job_input.get("controlnet"), list):
+        job_input = {**job_input, "controlnet": [*map(starting, job_input["controlnet"])]}
     return job_input
+
+
+def starting(control: Any) -> Any:
+    """The entry of `controlnet`, without a start that is not before its end."""
+    if not isinstance(control, dict):
+        return control
+    given = {"start": 0, "end": 1} | without_nulls(control)
+    start, end = given["start"], given["end"]
+    if all(isinstance(one, int | float) and 0 <= one <= 1 for one in (start, end)) and start >= end:
+        return {name: one for name, one in control.items() if name not in ("start", "end")}
+    return control
 
 
 def refusal(model: type[InputModel], job_input: Any) -> list[str]:
@@ -130,7 +157,7 @@ def test_what_the_schema_allows_in_a_field_is_accepted_and_kept(field: str) -> N
         PUBLISHED.validate(without_nulls(job_input))
         kept = parse_request(job_input).model_dump(mode="json", exclude_unset=True)
         if job_input[field] is not None and (field, value) != ("seed", -1):
-            assert kept[field] == own_name(field, job_input[field])
+            assert kept[field] == own_name(field, without_nulls(job_input[field]))
 
     check()
 

@@ -3,7 +3,7 @@ import {megabytes} from "./api.js";
 import {dataUriOfBlob, saveBlob} from "./blobs.js";
 import {button, confirmed, openDialog} from "./dialogs.js";
 import {make} from "./dom.js";
-import {PROMPT_FIELDS} from "./file_metadata.js";
+import {PROMPT_FIELDS, withoutCutPictures} from "./file_metadata.js";
 import {writeJson} from "./json.js";
 import {paintMask} from "./mask_painter.js";
 import {laterSeed, nameOf, seedNumber, shownPicture, shownValue} from "./picture.js";
@@ -85,10 +85,9 @@ export class Detail {
 
   // The request that makes this picture alone; where it was drawn here, as it was sent.
   get #request() {
-    const request = { ...(this.#input ?? this.#known.request) };
+    const request = withoutCutPictures(this.#input ?? this.#known.request);
     for (const name of OF_ONE_ANSWER) delete request[name];
     delete request.num_images;
-    for (const name of this.#known.missing) delete request[name];
     if (this.#picture.seed !== null) request.seed = seedNumber(this.#picture.seed);
     return request;
   }

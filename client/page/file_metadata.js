@@ -24,7 +24,8 @@ export async function readTexts(blob) {
 
 // How a picture was made, of its file's texts and of the input that is kept beside it (or null).
 // `request` is the file's, with the prompts and pictures that the file leaves out; `completed` names
-// what came from the input; `missing` what is nowhere; `about` has the other texts that are lines.
+// what came from the input; `missing` what is nowhere, such as "controlnet[0].image_url"; `about` has
+// the other texts that are lines.
 export function describePicture(texts, input) {
   let request = null;
   try {
@@ -38,14 +39,15 @@ export function describePicture(texts, input) {
   const fromFile = request !== null;
   request = { ...request };
   for (const [name, value] of Object.entries(input ?? {})) {
-    const isTold = name in request && !isCutDataUri(request[name]);
-    const isWanted = PROMPT_FIELDS.includes(name) || isCutDataUri(request[name]) || !fromFile;
+    const isCut = picturesLeftOut(request[name], name).length > 0;
+    const isTold = name in request && !isCut;
+    const isWanted = PROMPT_FIELDS.includes(name) || isCut || !fromFile;
     if (isTold || !isWanted || value === null || value === "") continue;
     request[name] = value;
     completed.push(name);
   }
   for (const [name, value] of Object.entries(request)) {
-    if (isCutDataUri(value)) missing.push(name);
+    missing.push(...picturesLeftOut(value, name));
   }
   // A file with the prompts has `prompt` even where that is empty.
   const isWithoutPrompts = !("prompt" in request) && fromFile && !input;
@@ -75,7 +77,23 @@ function infotextOf({ parameters }, { prompt, negative_prompt: negative }, compl
 
 // "data:image/png;base64" without the picture, as files tell of one.
 function isCutDataUri(value) {
-  return typeof value === "string" && /^data:/i.test(value) && !value.includes(",");
+  return typeof value === "string" && /^data:image\/[^,]*$/i.test(value);
+}
+
+// The paths of what is such a one, in a value of that name.
+function picturesLeftOut(value, name) {
+  if (isCutDataUri(value)) return [name];
+  if (Array.isArray(value)) return value.flatMap((one, i) => picturesLeftOut(one, `${name}[${i}]`));
+  if (typeof value !== "object" || value === null) return [];
+  return Object.entries(value).flatMap(([key, one]) => picturesLeftOut(one, `${name}.${key}`));
+}
+
+// A request without the pictures that its file leaves out.
+export function withoutCutPictures(value) {
+  if (Array.isArray(value)) return value.map(withoutCutPictures);
+  if (typeof value !== "object" || value === null) return value;
+  const kept = Object.entries(value).filter(([, one]) => !isCutDataUri(one));
+  return Object.fromEntries(kept.map(([key, one]) => [key, withoutCutPictures(one)]));
 }
 
 function beginsWith(bytes, offset, text) {

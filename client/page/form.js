@@ -23,8 +23,10 @@ const GROUPS = [
   {
     title: "Picture and mask",
     names: ["image_url", "mode", "strength", "fit", "mask_url"],
-    takes: (one) => one.isPicture || one.name.startsWith("mask_") || hasPictures(one),
+    takes: (one) => one.isPicture || one.name.startsWith("mask_"),
   },
+  { title: "Control", names: ["controlnet", "return_maps", "ip_adapter"], takes: hasPictures },
+  { title: "Larger", names: ["hires", "upscale"] },
   {
     title: "Model and LoRAs",
     names: ["model", "clip_skip"],
@@ -227,9 +229,8 @@ function makeGroup(title, elements) {
 // isChanged()}.
 function makeField(property, path) {
   if (property.isPicture) return pictureField(property, path);
-  if (property.itemProperties) return objectListField(property, path);
+  if (property.itemProperties || property.properties) return objectsField(property, path);
   if (property.isList && property.items) return linesField(property, path);
-  if (property.properties) return objectField(property, path);
   if (property.enum) return choiceField(property, path);
   if (property.type === "boolean") return switchField(property, path);
   if (property.type === "integer" || property.type === "number") return numberField(property, path);
@@ -494,34 +495,31 @@ function jsonField(property, path) {
 }
 
 // The fields of an object, in a frame of their own.
-function objectField(property, path, legend = property.name) {
-  const inner = property.properties.map((one) => makeField(one, `${path}.${one.name}`));
+function objectField(name, properties, path, legend) {
+  const inner = properties.map((one) => makeField(one, `${path}.${one.name}`));
   const element = make(
     "fieldset",
     { class: "fields object" },
     make("legend", {}, legend),
     ...inner.map((field) => field.element),
   );
-  element.dataset.field = property.name;
+  element.dataset.field = name;
   const read = () => {
     const object = {};
     for (const field of inner) {
       const value = field.read();
       if (value !== undefined) object[field.name] = value;
     }
-    return Object.keys(object).length ? object : undefined;
+    return object;
   };
   return {
-    name: property.name,
     element,
-    inner,
     read,
     fill: (value) => inner.forEach((field) => field.fill(value?.[field.name] ?? undefined)),
     problems: () => {
-      const object = read() ?? {};
-      const missing = property.properties.filter((one) => one.isRequired && !(one.name in object));
+      const object = read();
+      const missing = properties.filter((one) => one.isRequired && !(one.name in object));
       const wrong = inner.flatMap((field) => field.problems());
-      if (read() === undefined && !property.isRow) return wrong;
       return [...missing.map((one) => `${path}.${one.name}: required, ${one.rule}`), ...wrong];
     },
     show: (rest, words) => {
@@ -530,13 +528,14 @@ function objectField(property, path, legend = property.name) {
       return field ? field.show(name ? rest.slice(name.length + 1) : "", words) : null;
     },
     clear: () => inner.forEach((field) => field.clear()),
-    isChanged: () => read() !== undefined,
   };
 }
 
-// A list of objects: rows that are added and removed.
-function objectListField(property, path) {
-  const { name, maxItems = Infinity } = property;
+// A list of objects: rows that are added and removed. An object is one row, or none.
+function objectsField(property, path) {
+  const { name, isList } = property;
+  const maxItems = isList ? (property.maxItems ?? Infinity) : 1;
+  const numbered = (i) => (isList ? `${name} ${i + 1}` : name);
   const id = `field-${(idCount += 1)}`;
   let rows = [];
   const rowsElement = make("div", { class: "rows" });
@@ -545,7 +544,7 @@ function objectListField(property, path) {
   const add = make(
     "button",
     { type: "button", class: "small", "aria-describedby": problem.id },
-    `Add to ${name}`,
+    isList ? `Add to ${name}` : `Add ${name}`,
   );
   const element = make(
     "fieldset",
@@ -566,9 +565,10 @@ function objectListField(property, path) {
   const build = (values) => {
     rows = values.map((value, i) => {
       const row = objectField(
-        { ...property.items, name, properties: property.itemProperties, isRow: true },
-        `${path}[${i}]`,
-        `${name} ${i + 1}`,
+        name,
+        property.itemProperties ?? property.properties,
+        isList ? `${path}[${i}]` : path,
+        isList ? numbered(i) : `settings of ${name}`,
       );
       row.fill(value);
       row.element.append(
@@ -577,7 +577,7 @@ function objectListField(property, path) {
           {
             type: "button",
             class: "small quiet remove",
-            "aria-label": `Remove ${name} ${i + 1}`,
+            "aria-label": `Remove ${numbered(i)}`,
             onclick: () => remove(i),
           },
           "Remove",
@@ -588,12 +588,12 @@ function objectListField(property, path) {
     rowsElement.replaceChildren(...rows.map((row) => row.element));
     add.disabled = rows.length >= maxItems;
   };
-  const values = () => rows.map((row) => row.read() ?? {});
+  const values = () => rows.map((row) => row.read());
   const remove = (index) => {
     build(values().filter((_, i) => i !== index));
     setProblem("");
     add.focus();
-    announce(`Removed ${name} ${index + 1}`);
+    announce(`Removed ${numbered(index)}`);
     onChange();
   };
   add.addEventListener("click", () => {
@@ -605,17 +605,23 @@ function objectListField(property, path) {
   return {
     name,
     element,
-    read: () => (rows.length ? values() : undefined),
+    read: () => (rows.length ? (isList ? values() : values()[0]) : undefined),
     fill: (value) => {
-      build(Array.isArray(value) ? value : []);
+      const isObject = typeof value === "object" && value !== null && !Array.isArray(value);
+      if (isList) build(Array.isArray(value) ? value.slice(0, maxItems) : []);
+      else build(isObject ? [value] : []);
       setProblem("");
     },
     problems: () => rows.flatMap((row) => row.problems()),
     show: (rest, words) => {
-      const [whole, index] = /^\[(\d+)\]/.exec(rest) ?? [];
-      if (whole && rows[index]) return rows[index].show(rest.slice(whole.length), words);
+      const [whole, index] = (isList ? /^\[(\d+)\]/ : /^()(?=\.)/).exec(rest) ?? [];
+      const row = rows[index || 0];
+      if (whole !== undefined && row) return row.show(rest.slice(whole.length), words);
       setProblem(words);
-      return add;
+      if (!add.disabled) return add;
+      const control = rows[0].element.querySelector("input, select, textarea");
+      control.problemText = add.problemText;
+      return control;
     },
     clear: () => {
       setProblem("");

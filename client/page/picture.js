@@ -46,10 +46,22 @@ export function shownPicture(picture, url, name) {
 // Other tools keep whole programs in their files.
 const MAX_SHOWN_CHARACTERS = 20_000;
 
+// A value with the type and the size of each picture in its place.
+function withPicturesTold(value) {
+  if (typeof value === "string") {
+    const [, head, data] = /^(data:[^,]{0,80}),(.*)$/s.exec(value) ?? [];
+    return head ? `${head}, ${megabytes((data.length * 3) / 4)}` : value;
+  }
+  if (Array.isArray(value)) return value.map(withPicturesTold);
+  if (typeof value !== "object" || value === null) return value;
+  return Object.fromEntries(
+    Object.entries(value).map(([key, one]) => [key, withPicturesTold(one)]),
+  );
+}
+
 export function shownValue(value) {
-  const text = typeof value === "string" ? value : writeJson(value);
-  const [, head, data] = /^(data:[^,]{0,80}),(.*)$/s.exec(text) ?? [];
-  if (head) return `${head}, ${megabytes((data.length * 3) / 4)}`;
+  const told = withPicturesTold(value);
+  const text = typeof told === "string" ? told : writeJson(told);
   if (text.length <= MAX_SHOWN_CHARACTERS) return text;
   return `${text.slice(0, MAX_SHOWN_CHARACTERS)}…`;
 }

@@ -11,7 +11,7 @@ export async function loadSchema() {
 }
 
 // A list with, of each field: name, type ("unknown" for what has none), default, description,
-// minimum, maximum, multipleOf, minLength, maxLength, pattern, enum, names (of the enum's values
+// minimum, maximum (and exclusive ones), multipleOf, minLength, maxLength, pattern, enum, names (of the enum's values
 // the ones to offer first), rule (in words), isPicture, isList, items (as a field without a name),
 // itemProperties (as this list, where the items are objects), properties (of an object),
 // constants (taken beside the others, such as a side of 0), isRequired. "or null" and references
@@ -64,14 +64,21 @@ function resolved(part, root) {
 function ruleOf(property) {
   if (property["x-rule"]) return property["x-rule"];
   if (property.enum) return `one of ${property.enum.join(", ")}`;
-  const { type, minimum, maximum } = property;
+  const { type, minimum, maximum, exclusiveMinimum, exclusiveMaximum } = property;
   if (type === "array") return listRule(property);
   if (type === "boolean") return "true or false";
   if (type === "object") return "an object";
   let words = { integer: "an integer", number: "a number", string: "a string" }[type] ?? "JSON";
   if (minimum !== undefined && maximum !== undefined) words += ` from ${minimum} to ${maximum}`;
-  else if (minimum !== undefined) words += ` of at least ${minimum}`;
-  else if (maximum !== undefined) words += ` of at most ${maximum}`;
+  else {
+    const bounds = [
+      minimum !== undefined && `of at least ${minimum}`,
+      exclusiveMinimum !== undefined && `above ${exclusiveMinimum}`,
+      maximum !== undefined && `of at most ${maximum}`,
+      exclusiveMaximum !== undefined && `below ${exclusiveMaximum}`,
+    ].filter(Boolean);
+    if (bounds.length) words += ` ${bounds.join(" and ")}`;
+  }
   if (property.multipleOf) words += `, a multiple of ${property.multipleOf}`;
   if (property.minLength) words += ` of at least ${property.minLength} characters`;
   if (property.maxLength) words += ` of at most ${property.maxLength} characters`;
@@ -87,6 +94,7 @@ function listRule({ items, minItems, maxItems }) {
 // What a value that was entered breaks of a field's rules, in words; "" where it breaks none.
 export function problemOf(property, value) {
   const { type, minimum, maximum, multipleOf, minLength, maxLength, minItems, maxItems } = property;
+  const { exclusiveMinimum, exclusiveMaximum } = property;
   let isRight = true;
   if (property.constants?.includes(value)) return "";
   if (property.enum) isRight = property.enum.includes(value);
@@ -96,6 +104,8 @@ export function problemOf(property, value) {
       (type === "number" || typeof value === "bigint" || Number.isInteger(value)) &&
       !(value < minimum) &&
       !(value > maximum) &&
+      !(value <= exclusiveMinimum) &&
+      !(value >= exclusiveMaximum) &&
       (!multipleOf || type === "number" || BigInt(value) % BigInt(multipleOf) === 0n);
   } else if (type === "string") {
     const length = [...value].length; // in code points, as the worker counts

@@ -1,7 +1,8 @@
 """What a picture's file tells of how it was made."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from typing import Any
 import sdxl_worker
 from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.outputs.exif import INFOTEXT, SOFTWARE
-from sdxl_worker.request import TIES, Request
+from sdxl_worker.request import SIDE_MULTIPLE_PX, TIES, Request
 from sdxl_worker.samplers import SAMPLERS, SCHEDULES
 from sdxl_worker.settings import MetadataLevel
 from sdxl_worker.versions import library_versions
@@ -21,9 +22,15 @@ MAX_ADDRESS_CHARACTERS = 2000
 PROMPTS = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"}
 # They say how a picture is delivered, not how it is made.
 OF_THE_DELIVERY = {
-    *("preview", "check", "return_maps"),
-    *("on_too_large", "duplicate_first", "upload_urls"),
+    "preview",
+    "check",
+    "on_too_large",
+    "duplicate_first",
+    "upload_urls",
+    "return_maps",
 }
+# Of pictures, in the request and in the objects inside it.
+ADDRESSES = ("image_url", "mask_url")
 # As many digits of a file's SHA-256 as Civitai finds it by.
 HASH_DIGITS = 10
 
@@ -42,6 +49,8 @@ class About:
     """By the place of their path in the request, such as "loras[0].path"."""
     few_step: str | None = None
     """The few-step model whose authors' settings were taken where the request had none."""
+    controlnets: tuple[str, ...] = ()
+    """The name of each entry of `controlnet`."""
 
 
 def describe(
@@ -89,16 +98,21 @@ def _again(request: Request, index: int, about: About, with_prompts: bool) -> di
         unused.add("prompt_weighting")
     prompts = set() if with_prompts else PROMPTS
     job_input = again.model_dump(exclude_none=True, exclude=OF_THE_DELIVERY | unused | prompts)
-    with_pictures = (job_input, *job_input.get("controlnet", ()), *job_input.get("ip_adapter", ()))
-    for one in with_pictures:
-        for name in ("image_url", "mask_url"):
-            if name in one:
-                one[name] = _without_picture(one[name])
+    for holder in (job_input, *_entries(job_input)):
+        for name in ADDRESSES:
+            if name in holder:
+                holder[name] = _without_picture(holder[name])
     for name in ("loras", "embeddings"):
         for i, one in enumerate(job_input.get(name, ())):
             # A path to the same file, without what may be secret in the one that was sent.
             one["path"] = about.adapters[f"{name}[{i}].path"].name[:MAX_ADDRESS_CHARACTERS]
     return job_input
+
+
+def _entries(job_input: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The objects that have pictures of their own."""
+    for name in ("controlnet", "ip_adapter"):
+        yield from job_input.get(name, ())
 
 
 def _without_picture(image_url: str) -> str:
@@ -121,7 +135,8 @@ def _infotext(
         for i, lora in enumerate(request.loras or ())
         for file in [about.adapters[f"loras[{i}].path"]]
     ]
-    width, height = size_px
+    width, height = _first_size_px(request, size_px)
+    hires, upscale = request.hires, request.upscale
     is_refined_only = request.image_url is not None and request.mode != "img2img"
     values = {
         "Steps": request.refiner_inference_steps
@@ -134,8 +149,16 @@ def _infotext(
         "Size": f"{width}x{height}",
         "Model hash": about.model_hash,
         "Model": about.model_name,
-        "Denoising strength": None if request.image_url is None else request.strength,
+        "Denoising strength": request.strength
+        if request.image_url is not None
+        else hires and hires.strength,
         "Mask blur": request.mask_blur if request.is_masked else None,
+        "Hires upscale": hires and hires.scale,
+        "Hires steps": hires and hires.steps,
+        "Hires upscaler": hires and _upscaler(hires.upscaler),
+        "Postprocess upscale by": upscale and upscale.factor,
+        "Postprocess upscaler": upscale and _upscaler(upscale.upscaler),
+        **_controlnets(request, about),
         "Lora hashes": ", ".join(f"{name}: {sha[:HASH_DIGITS]}" for name, sha, _ in loras) or None,
         "Version": f"sdxl-worker {sdxl_worker.__version__}",
     }
@@ -150,6 +173,43 @@ def _infotext(
         words = [request.prompt, *(f"<lora:{name}:{scale:g}>" for name, _, scale in loras)]
         lines.insert(0, " ".join(filter(None, words)))
     return "\n".join(lines)
+
+
+def _first_size_px(request: Request, size_px: tuple[int, int]) -> tuple[int, int]:
+    """Of a picture before it was enlarged: to A1111, that is its size."""
+    width, height = size_px
+    if request.upscale is not None:
+        width, height = (round(side / request.upscale.factor) for side in (width, height))
+    if request.hires is not None:
+        step = 1 if request.is_masked else SIDE_MULTIPLE_PX
+        width, height = (
+            step * round(side / request.hires.scale / step) for side in (width, height)
+        )
+    return width, height
+
+
+def _upscaler(name: str) -> str:
+    """As A1111 has it."""
+    return "Lanczos" if name == "lanczos" else Path(name).stem
+
+
+def _controlnets(request: Request, about: About) -> dict[str, str]:
+    """https://github.com/Mikubill/sd-webui-controlnet/blob/main/scripts/infotext.py"""
+    names = about.controlnets or ("None",) * len(request.controlnet or ())
+    return {
+        f"ControlNet {i}": ", ".join(
+            f"{key}: {value}"
+            for key, value in {
+                "Module": one.type if one.preprocess else "none",
+                # Nothing may look like another of the keys.
+                "Model": re.sub("[,:]", " ", name),
+                "Weight": one.scale,
+                "Guidance Start": one.start,
+                "Guidance End": one.end,
+            }.items()
+        )
+        for i, (one, name) in enumerate(zip(request.controlnet or (), names, strict=True))
+    }
 
 
 def _quoted(value: object) -> str:

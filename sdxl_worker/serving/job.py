@@ -235,6 +235,7 @@ async def _answered(
             settings.lossy,
             adapter_files,
             adapters.few_step.family if adapters.few_step else None,
+            tuple(files.folder.name for files in beside.controlnets),
         ),
         "check": progress.check,
     }

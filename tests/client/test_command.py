@@ -141,6 +141,41 @@ def test_a_picture_that_came_from_another_needs_that_one_again(
     assert second.tobytes() == Image.open(tmp_path / "square.jpeg").tobytes()
 
 
+@pytest.mark.parametrize("kept", ["secret.png", "file:///secret.png", "data:image/png;base64"])
+def test_a_file_does_not_choose_pictures_of_this_machine(
+    kept: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither is one sent that a file names, nor is it drawn without one that the file left out."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("secret.png")
+    address = "https://example.com/a.png"
+    request = {
+        "prompt": "a red circle",
+        "controlnet": [
+            {"type": "canny", "image_url": address},
+            {"type": "depth", "image_url": kept},
+        ],
+        "ip_adapter": [{"image_url": address, "mask_url": kept}],
+    }
+    told = PngInfo()
+    told.add_text("request", json.dumps(request))
+    Image.new("RGB", (8, 8)).save("foreign.png", pnginfo=told)
+    nobody = ("--endpoint", "http://127.0.0.1:9/v2/x")  # no endpoint is asked
+
+    assert main(["again", "foreign.png", *nobody]) == 2
+    assert capsys.readouterr().err.strip() == (
+        "sdxl: --controlnet[1].image_url: the picture was made from another one, which its file "
+        "does not hold: give it with --controlnet once more, all of it, with image_url=FILE"
+    )
+    assert main(["again", "foreign.png", *nobody, "--controlnet", "canny:secret.png"]) == 2
+    assert "give it with --ip-adapter once more, all of it, with mask_url=FILE" in (
+        capsys.readouterr().err
+    )
+
+
 def test_json_is_one_document_and_nothing_else(endpoint: LocalEndpoint, tmp_path: Path) -> None:
     done = sdxl(
         *(

@@ -69,6 +69,15 @@ LATER: dict[str, Any] = {
 }
 
 
+# Of what objects in lists need.
+EXAMPLES = {
+    "path": "a",
+    "token": "a",
+    "type": "canny",
+    "image_url": "https://example.com/a.png",
+}
+
+
 def typed(schema: dict[str, Any], *arguments: str) -> dict[str, Any]:
     """The input that these options make, checked."""
     fields = fields_of(schema)
@@ -89,7 +98,9 @@ def test_every_field_of_the_schema_is_an_option(name: str) -> None:
     elif one.is_picture or (one.kind == "array" and "pattern" in one.items.schema):
         value = ("https://example.com/a.png",)
     elif one.kind == "array":
-        value = (json.dumps([dict.fromkeys(one.items.schema["required"], "a")]),)
+        value = (json.dumps([{name: EXAMPLES[name] for name in one.items.schema["required"]}]),)
+    elif one.kind == "object":
+        value = ("{}",)
     else:
         value = () if one.kind == "boolean" else (values[one.kind],)
     made = typed(SCHEMA, one.option, *value)
@@ -127,6 +138,68 @@ def test_values_are_typed_and_keep_their_digits() -> None:
 )  # fmt: skip
 def test_a_lora_has_short_forms(text: str, lora: dict[str, Any]) -> None:
     assert typed(SCHEMA, "--lora", text) == {"loras": [lora]}
+
+
+@pytest.mark.parametrize("address", ["https://example.com:8000/a.png", "data:image/png;base64,A="])
+def test_control_pictures_and_their_like_have_short_forms(address: str) -> None:
+    made = typed(
+        SCHEMA,
+        *("--controlnet", f"canny:{address}"),
+        *("--controlnet", f"type=hed,image={address},preprocess=false,weight=0.5"),
+        *("--ip-adapter", f"{address}:face"),
+        *("--ip-adapter", f"image_url={address},scale=1,mask_url={address}"),
+        *("--hires", "1.5:0.3", "--upscale", "2"),
+    )
+    assert typed(SCHEMA, "--ip-adapter", address) == {"ip_adapter": [{"image_url": address}]}
+    assert made == {
+        "controlnet": [
+            {"type": "canny", "image_url": address},
+            {"type": "hed", "image_url": address, "preprocess": False, "scale": 0.5},
+        ],
+        "ip_adapter": [
+            {"image_url": address, "type": "face"},
+            {"image_url": address, "scale": 1, "mask_url": address},
+        ],
+        "hires": {"scale": 1.5, "strength": 0.3},
+        "upscale": {"factor": 2},
+    }
+    assert typed(SCHEMA, "--hires", "steps=20,hr_upscaler=4x.pth") == {
+        "hires": {"steps": 20, "upscaler": "4x.pth"}
+    }
+    assert typed(SCHEMA, "--hires", "{}") == {"hires": {}}
+
+
+def test_files_in_lists_are_sent_as_pictures(tmp_path: Path) -> None:
+    file, odd = tmp_path / "edges.png", tmp_path / "a:b=c,d.png"
+    for path in (file, odd):
+        Image.new("RGB", (8, 8)).save(path)
+    made = typed(
+        SCHEMA,
+        *("--controlnet", f"depth:{file}", "--controlnet", f"canny:{odd}"),
+        *("--ip-adapter", f"image_url={file},mask_url={file}"),
+    )
+    sent = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    assert [one["image_url"] for one in made["controlnet"]] == [sent, sent]
+    assert made["ip_adapter"] == [{"image_url": sent, "mask_url": sent}]
+    with pytest.raises(UsageError, match=r"--controlnet\[0\]\.image_url: .*No such file"):
+        typed(SCHEMA, "--controlnet", f"canny:{tmp_path}/none.png")
+
+
+def test_bounds_that_are_out_themselves_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        typed(SCHEMA, "--hires", "scale=1,strength=0", "--upscale", "4.5")
+    assert str(caught.value).splitlines() == [
+        "--hires.scale: must be a number above 1 and of at most 2; got 1",
+        "--hires.strength: must be a number above 0 and of at most 1; got 0",
+        "--upscale.factor: must be a number above 1 and of at most 4; got 4.5",
+    ]
+    parser = argparse.ArgumentParser()
+    options.add_options(parser, FIELDS)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for one in ("TYPE:IMAGE_URL", "IMAGE_URL[:TYPE]", "SCALE[:STRENGTH]", "PATH[:SCALE]"):
+        assert one in told
 
 
 def test_a_side_of_0_is_sent_as_it_is() -> None:
@@ -197,7 +270,12 @@ def test_what_is_wrong_is_told_by_its_option(arguments: tuple[str, ...], told: s
 def test_the_local_check_agrees_with_the_schema(name: str, data: st.DataObject) -> None:
     schema = SCHEMA["properties"][name]
     value = data.draw(valid(schema, SCHEMA) | nearly(schema, SCHEMA) | anything)
-    judge = jsonschema.Draft202012Validator({**schema, "$defs": SCHEMA["$defs"]})
+    # What of an object's fields goes with what, the worker judges.
+    untied = {
+        name: {key: rule for key, rule in one.items() if key != "anyOf"}
+        for name, one in SCHEMA["$defs"].items()
+    }
+    judge = jsonschema.Draft202012Validator({**schema, "$defs": untied})
     if value is None or (isinstance(value, list) and len({*map(str, value)}) < len(value)):
         return  # not sent; that items are unique, the worker judges
     told = options.problems({name: value}, FIELDS)

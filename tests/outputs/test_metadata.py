@@ -112,6 +112,7 @@ SAMPLERS = {
     "DPMSolverSinglestep": "DPM++ 2S a",
 }
 IMAGE_URL = "https://example.com/a.png"
+CANNY = {"type": "canny", "image_url": IMAGE_URL}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,48 @@ IMAGE_URL = "https://example.com/a.png"
         ({"image_url": IMAGE_URL, "mask_url": IMAGE_URL, "mask_blur": 4}, {"Mask blur": "4"}),
         ({"image_url": IMAGE_URL, "mask_from_alpha": True}, {"Mask blur": "0"}),
         ({"prompt": "", "image_url": IMAGE_URL}, {"prompt": "", "Size": "64x64"}),
+        (
+            {"hires": {"scale": 1.6, "steps": 20, "upscaler": "4x-Some.pth"}},
+            {
+                "Size": "40x40",
+                "Denoising strength": "0.4",
+                "Hires upscale": "1.6",
+                "Hires steps": "20",
+                "Hires upscaler": "4x-Some",
+            },
+        ),
+        (
+            {"image_url": IMAGE_URL, "mode": "img2img", "hires": {"scale": 2}},
+            {
+                "Size": "32x32",
+                "Denoising strength": "0.75",
+                "Hires steps": None,
+                "Hires upscaler": "Lanczos",
+            },
+        ),
+        (
+            {"upscale": {"factor": 4}, "hires": {"scale": 2}},
+            {
+                "Size": "8x8",
+                "Postprocess upscale by": "4.0",
+                "Postprocess upscaler": "Lanczos",
+                "Hires upscale": "2.0",
+            },
+        ),
+        (
+            {"controlnet": [CANNY, {**CANNY, "preprocess": False, "scale": 0.5, "end": 0.6}]},
+            {
+                "ControlNet 0": (
+                    "Module: canny, Model: None, Weight: 1.0, Guidance Start: 0.0, "
+                    "Guidance End: 1.0"
+                ),
+                "ControlNet 1": (
+                    "Module: none, Model: None, Weight: 0.5, Guidance Start: 0.0, Guidance End: 0.6"
+                ),
+                "ControlNet 2": None,
+            },
+        ),
+        ({}, {"ControlNet 0": None, "Hires upscale": None, "Postprocess upscale by": None}),
         ({"prompt": "x", "negative_prompt": "y\nz"}, {"prompt": "x", "negative": "y\nz"}),
     ],
     ids=str,
@@ -145,6 +188,29 @@ def test_a_model_without_a_hash_is_told_without_one_and_an_odd_name_is_quoted() 
     infotext = parsed(told(made("png", About('a, "b": c', "all")))["parameters"])
     assert infotext["Model"] == 'a, "b": c'
     assert "Model hash" not in infotext
+
+
+def test_a_controlnet_s_name_breaks_no_infotext() -> None:
+    about = dataclasses.replace(ABOUT, controlnets=('my "union", Weight: 9',))
+    infotext = parsed(told(made("png", about, controlnet=[CANNY]))["parameters"])
+    name, *others = re.findall(r"(\w+): ([^,]*)", infotext["ControlNet 0"])[1:]
+    assert name == ("Model", 'my "union"  Weight  9')
+    assert others[0] == ("Weight", "1.0")
+    assert infotext["Version"].startswith("sdxl-worker")
+
+
+@pytest.mark.parametrize("factor", [1.1, 1.5, 2.7, 4.0])
+@pytest.mark.parametrize("scale", [1.01, 1.25, 1.3, 1.5, 2.0])
+def test_the_size_is_that_before_the_picture_was_enlarged(scale: float, factor: float) -> None:
+    request = parse_request(
+        {"prompt": "a", "hires": {"scale": scale}, "upscale": {"factor": factor}}
+    )
+    for width in range(64, 2000, 136):
+        height = 1024
+        larger = (8 * round(side * scale / 8) for side in (width, height))
+        size_px = tuple(round(side * factor) for side in larger)
+        infotext = describe(request, 0, size_px, ABOUT)["parameters"]  # type: ignore[arg-type]
+        assert parsed(infotext)["Size"] == f"{width}x{height}"
 
 
 def test_each_picture_tells_its_own_seed() -> None:
@@ -184,7 +250,13 @@ def test_no_secret_and_no_picture_goes_into_the_file(output_format: OutputFormat
         "image_url": f"https://user:{WORD}@example.com:8000/a.png?token={WORD}#{WORD}",
         "mask_url": picture,
         "upload_urls": [f"https://bucket.example.com/key?X-Amz-Signature={WORD}"],
+        "mode": "img2img",
     }
+    fields["controlnet"] = [
+        {**CANNY, "image_url": fields["image_url"]},
+        {**CANNY, "type": "depth", "image_url": picture},
+    ]
+    fields["ip_adapter"] = [{"image_url": picture, "mask_url": fields["image_url"]}]
     data = made(output_format, **fields)
     assert WORD.encode() not in data
     assert picture[-40:].encode() not in data
@@ -192,6 +264,18 @@ def test_no_secret_and_no_picture_goes_into_the_file(output_format: OutputFormat
     assert request["image_url"] == "https://example.com:8000/a.png"
     assert request["mask_url"] == "data:image/png;base64"
     assert "upload_urls" not in request
+    assert [one["image_url"] for one in request["controlnet"]] == [
+        "https://example.com:8000/a.png",
+        "data:image/png;base64",
+    ]
+    assert request["ip_adapter"] == [
+        {
+            "image_url": "data:image/png;base64",
+            "type": "plus",
+            "scale": 0.6,
+            "mask_url": "https://example.com:8000/a.png",
+        }
+    ]
 
 
 def test_the_request_holds_what_makes_the_picture_and_nothing_that_is_not_used() -> None:
@@ -216,6 +300,22 @@ def test_the_request_holds_what_makes_the_picture_and_nothing_that_is_not_used()
     request = json.loads(describe(parse_request(masked), 0, (64, 64), ABOUT)["request"])
     assert request.items() >= {**masked, "mode": "img2img", "output_quality": 95}.items()
     parse_request(request)
+
+
+def test_the_request_makes_an_enlarged_picture_of_a_control_picture_again() -> None:
+    fields: dict[str, Any] = {
+        "prompt": "a",
+        "controlnet": [{**CANNY, "scale": 0.5}],
+        "return_maps": True,
+        "ip_adapter": [{"image_url": IMAGE_URL}],
+        "hires": {"steps": 9},
+        "upscale": {"factor": 3},
+    }
+    request = parse_request(fields)
+    told = json.loads(describe(request, 0, (64, 64), ABOUT)["request"])
+    assert "return_maps" not in told, "how it was delivered"
+    again = parse_request(told)
+    assert again == request.model_copy(update={"return_maps": False})
 
 
 # --- room --------------------------------------------------------------------------------------
@@ -254,8 +354,10 @@ def test_a_prompt_that_is_long_in_xml_alone_fails_no_jpeg() -> None:
 @pytest.mark.parametrize("output_format", FORMATS)
 def test_an_address_without_end_is_cut(output_format: OutputFormat) -> None:
     long = "https://example.com/" + '"&' * 50_000
-    text = told(made(output_format, image_url=long, mask_url=long))
-    assert json.loads(text["request"])["image_url"] == long[:2000]
+    control = {"type": "canny", "image_url": long}
+    text = told(made(output_format, image_url=long, mask_url=long, controlnet=[control]))
+    request = json.loads(text["request"])
+    assert request["image_url"] == request["controlnet"][0]["image_url"] == long[:2000]
 
 
 # --- the setting -------------------------------------------------------------------------------

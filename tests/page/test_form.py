@@ -12,13 +12,19 @@ from playwright.sync_api import FilePayload, Locator, Page, expect
 
 from client.one_file import SCHEMA
 from local_endpoint import LocalEndpoint
-from sdxl_worker.request import Request
+from sdxl_worker.request import CONTROL_TYPES, Request
 from sdxl_worker.samplers import SAMPLERS, SPELLINGS
 from sdxl_worker.wording import field_schemas, rule
 from tests.hand_worker import HandWorker
 from tests.page.conftest import OpenPage, page_of
 
 FIELDS = field_schemas(Request)
+# Objects, and lists of them: what is in them comes with a button.
+ROWS = [
+    name
+    for name, one in FIELDS.items()
+    if "properties" in one or "properties" in one.get("items", {})
+]
 NUMBERS = {name: one for name, one in FIELDS.items() if one["type"] in ("integer", "number")}
 # What the page sends beside what was entered.
 USUAL = {"preview": True, "duplicate_first": False}
@@ -85,7 +91,7 @@ def sent(page: Page, endpoint: LocalEndpoint, count: int = 1) -> dict[str, Any]:
 
 def test_each_field_has_a_control_with_its_name(form: Page) -> None:
     for name, schema in FIELDS.items():
-        is_rows = name in ("loras", "embeddings")
+        is_rows = name in ROWS
         one = form.get_by_role("group", name=name, exact=True) if is_rows else control(form, name)
         expect(one).to_be_visible()
         tag, kind = one.evaluate("(one) => [one.tagName, one.type]")
@@ -94,6 +100,7 @@ def test_each_field_has_a_control_with_its_name(form: Page) -> None:
             "integer": ("INPUT", "text" if name == "seed" else "number"),
             "number": ("INPUT", "number"),
             "array": ("FIELDSET", "fieldset") if is_rows else ("TEXTAREA", "textarea"),
+            "object": ("FIELDSET", "fieldset"),
             "string": ("TEXTAREA", "textarea") if "prompt" in name else ("INPUT", "text"),
         }[schema["type"]]
         assert (tag, kind) == (("SELECT", "select-one") if "enum" in schema else expected), name
@@ -121,8 +128,8 @@ def test_fields_stand_in_groups(bare_endpoint: LocalEndpoint, open_page: OpenPag
         return list(inside.evaluate_all(names))
 
     open_groups(newer)
-    assert group("Picture and mask") == ["controlnet"]  # its rows have pictures
-    assert {"anything", "either", "sizes", "nothing"} <= set(group("More"))
+    assert group("Control") == ["controlnet", "pictures"]  # their rows have pictures
+    assert {"anything", "either", "sizes", "nothing", "crop"} <= set(group("More"))
 
 
 def test_defaults_are_placeholders(form: Page) -> None:
@@ -355,6 +362,109 @@ def test_a_list_takes_no_more_than_it_may_have(form: Page) -> None:
     expect(add).to_be_enabled()
 
 
+CONTROL_WAYS = ("file", "drop", "paste")
+
+
+@pytest.mark.parametrize("way", CONTROL_WAYS)
+def test_control_pictures_are_rows_with_pictures(
+    form: Page, bare_endpoint: LocalEndpoint, way: str
+) -> None:
+    control(form, "prompt").fill("a")
+    form.get_by_role("button", name="Add to controlnet").click()
+    row = form.get_by_role("group", name="controlnet 1", exact=True)
+    draw(form)
+    expect(problem_at(control_in(row, "type"))).to_contain_text("required, one of canny, depth")
+    expect(problem_at(control_in(row, "image_url"))).to_contain_text("required, an http://")
+
+    texts = control_in(row, "type").locator("> option").all_inner_texts()
+    assert texts == ["not set", *CONTROL_TYPES]
+    control_in(row, "type").select_option("openpose")
+    if way == "file":
+        with form.expect_file_chooser() as chooser:
+            form.get_by_role("button", name="Choose a file for controlnet[0].image_url").click()
+        chooser.value.set_files(FilePayload(name="x.png", mimeType="image/png", buffer=picture()))
+    else:
+        drop(row.locator("[data-field=image_url]"), way, picture())
+    expect(row.get_by_text("48 x 32, PNG")).to_be_visible()
+    control_in(row, "preprocess").uncheck()
+    control_in(row, "end").fill("0.6")
+    control(form, "return_maps").check()
+
+    form.get_by_role("button", name="Add to ip_adapter").click()
+    reference = form.get_by_role("group", name="ip_adapter 1", exact=True)
+    drop(reference.locator("[data-field=image_url]"), "drop", picture("blue"))
+    drop(reference.locator("[data-field=mask_url]"), "drop", picture("white"))
+    expect(reference.get_by_text("48 x 32, PNG")).to_have_count(2)
+    expect(form.locator("details", has_text="Control").first.locator(".count")).to_have_text(
+        "3 set"
+    )
+    draw(form)
+    assert sent(form, bare_endpoint) == {
+        "prompt": "a",
+        "controlnet": [
+            {
+                "type": "openpose",
+                "image_url": data_uri(picture()),
+                "preprocess": False,
+                "end": 0.6,
+            }
+        ],
+        "return_maps": True,
+        "ip_adapter": [
+            {"image_url": data_uri(picture("blue")), "mask_url": data_uri(picture("white"))}
+        ],
+    }
+
+
+def test_an_object_is_there_or_not(form: Page, bare_endpoint: LocalEndpoint) -> None:
+    control(form, "prompt").fill("a")
+    for name in ("hires", "upscale"):
+        form.get_by_role("button", name=f"Add {name}").click()
+        expect(form.get_by_role("button", name=f"Add {name}")).to_be_disabled()
+    hires = form.get_by_role("group", name="hires", exact=True)
+    for wrong, right in (("1", "1.25"), ("2.1", "2")):
+        control_in(hires, "scale").fill(wrong)
+        expect(problem_at(control_in(hires, "scale"))).to_have_text(
+            "must be a number above 1 and of at most 2"
+        )
+        control_in(hires, "scale").fill(right)
+        expect(problem_at(control_in(hires, "scale"))).to_be_hidden()
+    draw(form)
+    assert sent(form, bare_endpoint) == {"prompt": "a", "hires": {"scale": 2}, "upscale": {}}
+
+    form.reload()  # it is kept
+    open_groups(form)
+    expect(control_in(hires, "scale")).to_have_value("2")
+    form.get_by_role("button", name="Remove hires").click()
+    expect(form.get_by_role("button", name="Add hires")).to_be_focused()
+    draw(form)
+    assert sent(form, bare_endpoint, 2) == {"prompt": "a", "upscale": {}}
+
+
+def test_errors_of_what_is_inside_stand_there(form: Page, bare_endpoint: LocalEndpoint) -> None:
+    control(form, "prompt").fill("a")
+    form.get_by_role("button", name="Add hires").click()
+    form.get_by_role("button", name="Add to controlnet").click()
+    row = form.get_by_role("group", name="controlnet 1", exact=True)
+    control_in(row, "type").select_option("canny")
+    control_in(row, "image_url").fill(data_uri(picture()))
+    draw(form)
+    lines = [
+        "controlnet[0].image_url: was not found",
+        "hires.upscaler: is not there",
+        "upscale: too large",
+        "hires: is for the base",
+    ]
+    worker = HandWorker(bare_endpoint)
+    worker.done(worker.take()["id"], {"error": "\n".join(lines)})
+    hires = form.get_by_role("group", name="hires", exact=True)
+    expect(problem_at(control_in(row, "image_url"))).to_have_text("was not found")
+    expect(control_in(row, "image_url")).to_be_focused()
+    expect(problem_at(control_in(hires, "upscaler"))).to_have_text("is not there")
+    expect(form.locator("[data-field=hires].list > .problem")).to_have_text("is for the base")
+    expect(form.locator("[data-field=upscale].list > .problem")).to_have_text("too large")
+
+
 # A schema of another version.
 
 NEWER: dict[str, Any] = {
@@ -376,6 +486,7 @@ NEWER: dict[str, Any] = {
             "anyOf": [{"type": "array", "items": {"$ref": "#/$defs/Control"}}, {"type": "null"}],
             "default": None,
         },
+        "pictures": {"type": "array", "items": {"$ref": "#/$defs/Control"}},
         "anything": {"description": "Without a type."},
         "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
         "crop": {"type": "object", "properties": {"left": {"type": "integer"}}},
@@ -401,6 +512,7 @@ def test_fields_of_a_newer_worker_have_controls(
     control(page, "prompt").fill("a")
     control(page, "anything").fill('{"a": [1, 18446744073709551615]}')
     control(page, "either").fill('"text"')
+    page.get_by_role("button", name="Add crop").click()
     control(page, "left").fill("3")
     control(page, "sizes").fill("1\n2")
     control(page, "odd").fill("[")
