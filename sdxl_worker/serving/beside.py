@@ -5,7 +5,7 @@ It is found before anything is fetched, and loaded on the GPU thread when the jo
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from PIL import Image
 
@@ -16,16 +16,17 @@ from sdxl_worker.drawing.image_prompts import ImagePrompt, encode_picture
 from sdxl_worker.drawing.stages import upscaled_size_px
 from sdxl_worker.drawing.steering import NO_STEERING, Steering
 from sdxl_worker.errors import RequestError
-from sdxl_worker.inputs.canvas import Enlarge
 from sdxl_worker.inputs.control_maps import PoseFiles, check_installed
+from sdxl_worker.inputs.masks import Mask
 from sdxl_worker.inputs.references import REPAINT_NEEDS_A_MASK, References
+from sdxl_worker.loading.companions import CompanionFiles
 from sdxl_worker.loading.controlnets import ControlNetFiles, find_controlnet
-from sdxl_worker.loading.ip_adapters import IpAdapter, IpAdapterFiles, find_ip_adapter
+from sdxl_worker.loading.ip_adapters import IpAdapterFiles, find_ip_adapter
 from sdxl_worker.loading.models import Models
 from sdxl_worker.loading.offload import send_home
 from sdxl_worker.loading.preprocessors import DepthFiles, find_depth, find_pose
 from sdxl_worker.loading.upscalers import UpscalerFiles, find_upscaler
-from sdxl_worker.request import Request
+from sdxl_worker.request import ControlField, ImagePromptField, Request
 from sdxl_worker.serving.start import put_beside
 from sdxl_worker.settings import Settings
 
@@ -127,82 +128,88 @@ def steering_of(
     Raises:
         RequestError: something cannot be loaded.
     """
-    if not (request.controlnet or request.ip_adapter or request.hires):
-        return NO_STEERING
-    return Steering(
-        controls=_controls(request, beside, references, models, on_loading),
-        image_prompts=_image_prompts(request, beside, references, models, on_loading),
-        enlarge=_enlarge(beside.hires_upscaler, models, on_loading, check)
-        if request.hires
-        else None,
-    )
-
-
-def _controls(
-    request: Request,
-    beside: Beside,
-    references: References,
-    models: Models,
-    on_loading: OnLoading,
-) -> tuple[Control, ...]:
-    asked = [
-        (field, files, picture)
-        for field, files, picture in zip(
-            request.controlnet or (), beside.controlnets, references.controls, strict=True
-        )
-        if field.scale > 0
-    ]
-    networks = put_beside(models, [files for _, files, _ in asked], on_loading)
-    return tuple(
-        Control(network, files.mode, picture, field.scale, field.start, field.end)
-        for network, (field, files, picture) in zip(networks, asked, strict=True)
-    )
-
-
-def _image_prompts(
-    request: Request,
-    beside: Beside,
-    references: References,
-    models: Models,
-    on_loading: OnLoading,
-) -> tuple[ImagePrompt, ...]:
-    asked = []
-    for i, (field, files, picture, mask) in enumerate(
-        zip(
-            request.ip_adapter or (),
-            beside.ip_adapters,
-            references.image_prompts,
-            references.image_prompt_masks,
-            strict=True,
-        )
-    ):
-        files.check_fits(models.unet, f"ip_adapter[{i}].type")
-        if field.scale > 0:
-            asked.append((field, files, picture, mask))
-    if asked and not models.placement.resident:
+    asked = _asked(request, beside, references, models)
+    if not asked.files:
+        enlarge = enlarger(None, models.placement, check) if request.hires else None
+        return Steering(enlarge=enlarge) if enlarge else NO_STEERING
+    if asked.image_prompts and not models.placement.resident:
         send_home(models.networks().values())  # an encoder has the card for itself
-    wanted = [files for _, files, _, _ in asked]
-    networks = put_beside(models, [*wanted, *(files.encoder for files in wanted)], on_loading)
-    adapters, encoders = networks[: len(asked)], networks[len(asked) :]
-    return tuple(
-        ImagePrompt(
-            adapter,
-            encode_picture(picture, encoder, adapter, models.placement),
-            field.type,
-            field.scale,
-            mask,
-        )
-        for adapter, encoder, (field, _, picture, mask) in zip(
-            cast(list[IpAdapter], adapters), encoders, asked, strict=True
-        )
+    # All in one call: none of them may have to go for another.
+    networks = dict(zip(asked.files, put_beside(models, asked.files, on_loading), strict=True))
+    upscaler = networks[beside.hires_upscaler] if beside.hires_upscaler else None
+    return Steering(
+        controls=tuple(
+            Control(networks[files], files.mode, picture, field.scale, field.start, field.end)
+            for field, files, picture in asked.controls
+        ),
+        image_prompts=tuple(
+            _image_prompt(field, networks[files], networks[files.encoder], picture, mask, models)
+            for field, files, picture, mask in asked.image_prompts
+        ),
+        enlarge=enlarger(upscaler, models.placement, check) if request.hires else None,
     )
 
 
-def _enlarge(
-    files: UpscalerFiles | None, models: Models, on_loading: OnLoading, check: Callable[[], None]
-) -> Enlarge:
-    network = put_beside(models, [files], on_loading)[0] if files else None
-    return enlarger(network, models.placement, check)
+@dataclass(frozen=True)
+class _Asked:
+    """What counts: of the fields' entries those whose scale is not 0, with their files and
+    pictures."""
+
+    controls: list[tuple[ControlField, ControlNetFiles, Image.Image]]
+    image_prompts: list[tuple[ImagePromptField, IpAdapterFiles, Image.Image, Mask | None]]
+    upscaler: UpscalerFiles | None
+
+    @property
+    def files(self) -> list[CompanionFiles]:
+        adapters = [files for _, files, *_ in self.image_prompts]
+        return [
+            *(files for _, files, _ in self.controls),
+            *adapters,
+            *(files.encoder for files in adapters),
+            *([self.upscaler] if self.upscaler else []),
+        ]
+
+
+def _asked(request: Request, beside: Beside, references: References, models: Models) -> _Asked:
+    """
+    Raises:
+        RequestError: an IP-Adapter is for other models.
+    """
+    for i, adapter in enumerate(beside.ip_adapters):
+        adapter.check_fits(models.unet, f"ip_adapter[{i}].type")
+    return _Asked(
+        controls=[
+            one
+            for one in zip(
+                request.controlnet or (), beside.controlnets, references.controls, strict=True
+            )
+            if one[0].scale > 0
+        ],
+        image_prompts=[
+            one
+            for one in zip(
+                request.ip_adapter or (),
+                beside.ip_adapters,
+                references.image_prompts,
+                references.image_prompt_masks,
+                strict=True,
+            )
+            if one[0].scale > 0
+        ],
+        upscaler=beside.hires_upscaler,
+    )
+
+
+def _image_prompt(
+    field: ImagePromptField,
+    adapter: Any,
+    encoder: Any,
+    picture: Image.Image,
+    mask: Mask | None,
+    models: Models,
+) -> ImagePrompt:
+    tokens = encode_picture(picture, encoder, adapter, models.placement)
+    return ImagePrompt(adapter, tokens, field.type, field.scale, mask)
 
 
 def upscaled(
