@@ -1,8 +1,8 @@
 """Trains the ControlNet "outline": the shape is drawn where its outline is.
 
 One model for several kinds of map, in the layout of the published union, learns in the frozen base
-with the base's own loss. The colours are the prompt's and the shape is the map's: part of the captions
-leave the shape out, or even name another one.
+with the base's own loss. The colours are the prompt's and the shape is the map's: part of the
+captions leave the shape out, or even name another one.
 """
 
 from __future__ import annotations

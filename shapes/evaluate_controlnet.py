@@ -7,6 +7,7 @@ The outlines are those that OpenCV's Canny finds in the scene's picture.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def load(model: Path, controlnet: Path) -> StableDiffusionXLControlNetUnionPipel
     base = embedded.load(model)
     # Read from half precision, as a worker reads it.
     net = ControlNetUnionModel.from_pretrained(controlnet, variant=VARIANT).float().eval()
+    net.controlnet_cond_embedding.to(memory_format=torch.channels_last)
     pipeline = StableDiffusionXLControlNetUnionPipeline(**base.components, controlnet=net)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -152,7 +154,7 @@ def main() -> None:
     parser.add_argument("controlnet", type=Path, help="its folder")
     parser.add_argument("--model", type=Path, default=Path("models/shapes"), help="folder of base/")
     parser.add_argument("--count", type=int, default=200, help="pictures for each case")
-    parser.add_argument("--only", help="cases whose label has these words")
+    parser.add_argument("--only", help="a regular expression: cases whose label has it")
     parser.add_argument("--narrow", action="store_true", help="scenes like the base's own only")
     parser.add_argument("--sheet", type=Path, help="a picture of ten of each case")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -164,7 +166,7 @@ def main() -> None:
     scenes = [new_scene(rng) for _ in range(arguments.count)]
     sheet = [maps(scene, CANNY) for scene in scenes[:SHEET_COLUMNS]]
     for case in CASES:
-        if arguments.only and arguments.only not in case.label:
+        if arguments.only and not re.search(arguments.only, case.label):
             continue
         images = draw(pipeline, case, scenes)
         seen = [judge(image) for image in images]
