@@ -15,8 +15,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_worker.errors import ModelError, PictureError, RequestError
+from sdxl_worker.errors import ModelError, PictureError, RequestError, let_go
 from sdxl_worker.few_step import CHECKPOINT_BYTES, with_settings_of
+from sdxl_worker.gpu import free_memory, is_out_of_memory
 from sdxl_worker.loading.file_hash import hash_in_background
 from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
 from sdxl_worker.loading.models_by_name import find_by_name, reason
@@ -134,6 +135,7 @@ def put_beside(
         RequestError: one cannot be loaded.
     """
     from sdxl_worker.loading.companions import Companion
+    from sdxl_worker.speed.cuda_graphs import forget_recordings
 
     beside = [models.model_dir.root, *(files.key for files in companions)]
     networks = []
@@ -147,7 +149,16 @@ def put_beside(
             if not _kept.is_on_card(files.key):
                 on_loading(files.title)
             size_bytes = 0 if _kept.get(files.key) else files.size_bytes(models.dtype)
-            companion = _kept.bring(files.key, size_bytes, load, beside)
+            try:
+                companion = _kept.bring(files.key, size_bytes, load, beside)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                let_go(error)
+                # What CUDA graphs keep is needed only by later jobs.
+                forget_recordings(models.unets())
+                free_memory()
+                companion = _kept.bring(files.key, size_bytes, load, beside)
         except ModelError as error:
             log.warning("%s cannot be loaded: %s", files.title, error)
             raise RequestError(str(error)) from None
