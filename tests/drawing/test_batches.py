@@ -322,7 +322,7 @@ def with_networks(*sizes_gb: float) -> list[Any]:
 def test_what_controlnets_add_takes_room_from_the_pictures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    models_there = models_on_gpu(12e9, monkeypatch)
+    models_there = models_on_gpu(11.5e9, monkeypatch)
     options: dict[str, Any] = {"num_images": 8, "pixels": 4 * MEGAPIXEL}
     assert batches.plan(models_there, **options).batch_size == 6
     for controls in (with_networks(2.5), with_networks(2.5, 2.5, 2.5)):  # in memory already
@@ -352,7 +352,7 @@ def test_a_size_that_surely_does_not_fit_with_a_controlnet_is_refused(
     models_there = models_on_gpu(5.4e9, monkeypatch)
     size: dict[str, Any] = {"width_px": 4096, "height_px": 4096}
     batches.check_fits(models_there, request, **size)
-    with pytest.raises(RequestError, match="largest square that does is 3176 x 3176"):
+    with pytest.raises(RequestError, match="largest square that does is 3168 x 3168"):
         batches.check_fits(models_there, request, **size, controls=with_networks(2.5))
 
 

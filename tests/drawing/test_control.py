@@ -1,7 +1,9 @@
 """ControlNets: as in plain diffusers, in every way of drawing, and gone afterwards."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -18,21 +20,29 @@ from diffusers import (
 )
 from PIL import Image
 
+from sdxl_worker.adapters.of_request import read_adapters
 from sdxl_worker.drawing import batches
+from sdxl_worker.drawing import control as control_module
 from sdxl_worker.drawing.batches import Plan
 from sdxl_worker.drawing.steps import Step
+from sdxl_worker.inputs.references import References
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
+from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
+from sdxl_worker.serving.beside import find_beside, steering_of
 from sdxl_worker.settings import Settings
 from tests import inpainting_model
+from tests.adapters.lora_files import saved
 from tests.control_networks import (
     control,
     control_picture,
     draw_controlled,
     single,
     union,
+    write,
 )
+from tests.own_files import write_lora
 from tests.support import (
     PROMPT,
     SCHEDULERS,
@@ -40,9 +50,11 @@ from tests.support import (
     difference,
     draw,
     largest_difference,
+    load,
     models,
     noise_picture,
     plain_base,
+    weights_being_read,
 )
 
 JOB = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 5, "refiner_inference_steps": 0}
@@ -228,7 +240,7 @@ def test_one_for_a_single_type_redraws_as_in_plain_diffusers() -> None:
     assert same(draw_controlled(request, models(), controls, canvas_of(PICTURE))[0], expected)
 
 
-@pytest.mark.parametrize("name", [*SCHEDULERS, "Heun"])
+@pytest.mark.parametrize("name", [*SCHEDULERS, "Heun", "LCM", "TCD"])
 def test_every_sampler_draws_with_one(name: str) -> None:
     """Heun calls the UNet twice in a step, PNDM once more than there are steps."""
     request = parse_request({**JOB, "scheduler": name})
@@ -384,6 +396,131 @@ class TestUnetForInpainting:
             request, wide, [control(single(), None, map=SMALL_MAP)], canvas_of(PICTURE, HOLE)
         )
         assert largest_difference(got, expected) <= 1
+
+
+def test_it_draws_with_a_lora_as_in_plain_diffusers(tmp_path: Path) -> None:
+    """Which is for the base alone; the ControlNet has none."""
+    path = write_lora(tmp_path / "style.safetensors", 1, texts=False)
+    scheduler = diffusers.DDIMScheduler.from_config(CONFIG)
+    pipeline = StableDiffusionXLControlNetUnionPipeline.from_pipe(
+        plain_base(), controlnet=union(), scheduler=scheduler
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
+    [expected] = pipeline(
+        prompt=PROMPT,
+        guidance_scale=7.5,
+        generator=[torch.Generator("cpu").manual_seed(3)],
+        control_image=[control_picture()],
+        control_mode=[3],
+        controlnet_conditioning_scale=0.8,
+        num_inference_steps=5,
+        height=128,
+        width=128,
+    ).images
+    pipeline.unload_lora_weights()
+    request = parse_request({**JOB, "scheduler": "DDIM", "loras": [{"path": path.name}]})
+    adapters = read_adapters(request, {"loras[0].path": saved(path)}, models())
+    [got] = draw_controlled(request, models(), [control()], adapters=adapters)
+    assert largest_difference(got, expected) <= 1, "one adds to the weights, one to the outputs"
+    [without] = draw_controlled(request, models(), [control()])
+    assert difference(got, without) > 1
+
+
+def test_of_scale_0_the_picture_is_the_plain_one_and_nothing_is_loaded(tmp_path: Path) -> None:
+    write(union(), tmp_path / "union")
+    entry = {"type": "canny", "image_url": "https://example.com/a.png", "scale": 0}
+    request = parse_request({**JOB, "controlnet": [entry]})
+    beside = find_beside(request, Settings(controlnet_dir=tmp_path), models())
+    loaded: list[str] = []
+    steering = steering_of(
+        request,
+        beside,
+        References(controls=(control_picture(),)),
+        models(),
+        loaded.append,
+        lambda: None,
+    )
+    assert steering.controls == ()
+    assert loaded == []
+    [got] = draw_controlled(request, models(), steering.controls)
+    assert same(got, draw(parse_request(JOB), models())[0])
+    # And where it is drawn with all the same, it changes nothing.
+    [drawn] = draw_controlled(request, models(), [control(scale=0.0)])
+    assert same(got, drawn)
+
+
+def test_a_job_is_drawn_with_what_its_request_asks_for(tmp_path: Path) -> None:
+    write(union(), tmp_path / "union")
+    write(single(), tmp_path / "pose")
+    url = "https://example.com/a.png"
+    request = parse_request(
+        {
+            **JOB,
+            "controlnet": [
+                {"type": "canny", "image_url": url, "scale": 0.5, "end": 0.6},
+                {"type": "openpose", "image_url": url, "start": 0.2},
+            ],
+        }
+    )
+    beside = find_beside(request, Settings(controlnet_dir=tmp_path), models())
+    maps = (control_picture(), control_picture(seed=6))
+    loaded: list[str] = []
+    steering = steering_of(
+        request, beside, References(controls=maps), models(), loaded.append, lambda: None
+    )
+    assert loaded == ["the ControlNet union", "the ControlNet pose"]
+    [got] = draw_controlled(request, models(), steering.controls)
+    expected = [
+        control(mode=3, map=maps[0], scale=0.5, end=0.6),
+        control(single(), None, map=maps[1], scale=1.0, start=0.2),
+    ]
+    assert same(got, draw_controlled(request, models(), expected)[0])
+
+
+class TestWhereNetworksTakeTurns:
+    def test_it_is_on_the_device_from_its_first_step_to_its_last(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And leaves before steps in which it does not count, and when the job ends early."""
+        seen: list[str] = []
+
+        @contextlib.contextmanager
+        def at_work(*_: Any) -> Iterator[None]:
+            seen.append("comes")
+            try:
+                yield
+            finally:
+                seen.append("goes")
+
+        monkeypatch.setattr(control_module, "at_work", at_work)
+        request = parse_request(JOB)
+
+        def note(step: Step) -> None:
+            seen.append(str(step.step))
+
+        controls = [control(end=0.4), control(mode=1, end=0.6)]
+        draw_controlled(request, models(), controls, on_step=note)
+        assert seen == ["comes", "1", "2", "goes", "3", "4", "5"]
+        seen.clear()
+
+        def stop(_: Step) -> None:
+            raise StoppedError
+
+        with pytest.raises(StoppedError):
+            draw_controlled(request, models(), controls, on_step=stop)
+        assert seen == ["comes", "goes"]
+        seen.clear()
+        draw_controlled(request, models(), [control(start=0.3, end=0.35)])
+        assert seen == []
+
+    def test_the_picture_is_the_same(self) -> None:
+        placement = Placement(torch.device("cpu", 0), torch.float32, resident=False)
+        offloaded = load(dataclasses.replace(weights_being_read(), placement=placement))
+        request = parse_request({**JOB, "high_noise_frac": 0.5, "refiner_inference_steps": 4})
+        controls = [control(), control(single(), None)]
+        [got] = draw_controlled(request, offloaded, controls)
+        assert same(got, draw_controlled(request, models(), controls)[0])
 
 
 class StoppedError(Exception):

@@ -312,6 +312,7 @@ def test_what_must_be_equal_and_what_is_drawn_alone() -> None:
     assert kinds.of(by=replace(models(), placement=in_turn)) is None
     assert kinds.of(check=True) is None
     url = "https://example.com/a.png"
+    steered: dict[str, Any]
     for steered in (
         {"controlnet": [{"type": "canny", "image_url": url}]},
         {"ip_adapter": [{"image_url": url}]},

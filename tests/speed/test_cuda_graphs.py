@@ -111,7 +111,8 @@ def test_what_an_ip_adapter_adds_is_never_dropped(recordings: list[Recording]) -
         {"added_cond_kwargs": added, "cross_attention_kwargs": {"ip_adapter_masks": []}},
     ):
         seen.clear()
-        graphed(torch.ones(1), torch.ones(()), torch.ones(1), **options)
+        call: Any = graphed
+        call(torch.ones(1), torch.ones(()), torch.ones(1), **options)
         assert len(seen) == 1
         assert {name: seen[0][name] for name in options} == options
     assert recordings == []

@@ -136,6 +136,7 @@ def test_no_step_with_controlnets_waits_for_the_gpu(
         [picture] = draw_controlled(
             request, without_memory, controls, canvas, lambda _: copies.append(from_host.count)
         )
+    assert sum(tensor.shape == (1, 3, 128, 128) for tensor in pinned) == len(controls)
     assert picture.size == (128, 128)
     increases = [after - before for before, after in itertools.pairwise(copies)]
     assert sum(increase > 0 for increase in increases) <= (mode != "base")

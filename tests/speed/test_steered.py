@@ -18,7 +18,7 @@ from tests.support import JOB, draw, fresh_models, largest_difference, models
 
 SMALL = {**JOB, "refiner_inference_steps": 0, "height": 64, "width": 64}
 ADDED = {"text_embeds": torch.ones(1), "time_ids": torch.ones(1)}
-RESIDUALS = {
+RESIDUALS: dict[str, Any] = {
     "down_block_additional_residuals": [torch.ones(1)],
     "mid_block_additional_residual": torch.ones(1),
 }
@@ -179,6 +179,7 @@ def test_the_log_names_what_is_left_out_and_why() -> None:
 def test_a_unet_in_int8_is_controlled_like_any_other() -> None:
     rounded = fresh_models()
     optimize(["int8"], rounded.unet)
-    controls = [control()]
-    assert psnr_db([drawn(rounded, controls)], [drawn(models(), controls)]) > 30
-    assert psnr_db([drawn(rounded, controls)], [drawn(rounded)]) < 30
+    controls = [control(scale=2)]
+    near = psnr_db([drawn(rounded, controls)], [drawn(models(), controls)])
+    assert near > 35
+    assert near > psnr_db([drawn(rounded, controls)], [drawn(rounded)]) + 3
