@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -32,7 +33,10 @@ from sdxl_worker.request import Request
 from sdxl_worker.speed.cuda_graphs import forget_recordings
 from sdxl_worker.speed.no_waits import host_noise, timesteps_on_device
 from sdxl_worker.speed.shared_passes import SharedUnet
+from sdxl_worker.speed.steered import compiled_where_it_can_be, left_out
 from sdxl_worker.speed.step_cache import step_cache
+
+log = logging.getLogger(__name__)
 
 # A picture whose brightest value is below this may well become one without any light.
 DARK = 32
@@ -80,13 +84,23 @@ def generate(
         return [cast(Canvas, canvas).working] * count
 
     width, height = canvas.working.size if canvas else output_size_px(stages, None)
-    batches.check_fits(models, request, width_px=width, height_px=height)
+    batches.check_fits(
+        models, request, width_px=width, height_px=height, controls=steering.controls
+    )
+    for line in left_out(
+        models.unet,
+        controls=bool(steering.controls),
+        image_prompts=bool(steering.image_prompts),
+        step_cache_interval=step_cache_interval,
+    ):
+        log.info(line)
     with _patched(models, adapters, check):
         plan = batches.plan(
             models,
             num_images=count,
             pixels=width * height,
             encodes=canvas is not None or takes_mask(models.unet),
+            controls=steering.controls,
         )
         with decoding_as_planned(models.vae, replace(plan, tiling=plan.encoding_tiled)):
             encoded = _encode_canvas(canvas, (width, height), models)
@@ -285,10 +299,16 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
             if sees_mask and canvas.surroundings is not None:
                 surroundings = latents_of(canvas.surroundings, ahead, models.vae)
                 around.enter_context(seeing(pipeline.unet, canvas.repainted, surroundings))
-            around.enter_context(step_cache(pipeline, work.step_cache_interval))
+            # The refiner takes neither controls nor image prompts.
+            steering = work.steering if stage.name == "base" else NO_STEERING
+            is_steered = bool(steering.controls or steering.image_prompts)
+            interval = None if is_steered else work.step_cache_interval
+            around.enter_context(step_cache(pipeline, interval))
+            prompted = bool(steering.image_prompts)
+            around.enter_context(compiled_where_it_can_be(pipeline.unet, image_prompts=prompted))
             image_prompts: dict[str, Any] = {}
-            if stage.name == "base":  # the refiner takes neither
-                steering, placement = work.steering, models.placement
+            if is_steered:
+                placement = models.placement
                 around.enter_context(controlled(pipeline, steering.controls, placement))
                 image_prompts = around.enter_context(
                     with_image_prompts(

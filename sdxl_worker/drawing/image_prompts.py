@@ -5,7 +5,6 @@ that is for weights which stay; it moves the whole UNet, and does not give back 
 """
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from sdxl_worker.inputs.masks import Mask
 from sdxl_worker.loading.companions import at_work
 from sdxl_worker.loading.ip_adapters import IpAdapter
 from sdxl_worker.placement import Placement
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,10 +79,6 @@ def with_image_prompts(
     unet = pipeline.unet
     is_guided = guidance_scale > 1 and unet.config.time_cond_proj_dim is None  # as in diffusers
     with contextlib.ExitStack() as around:
-        if _is_compiled(unet):
-            # With other processors it would be compiled again, which takes minutes.
-            around.enter_context(torch.compiler.set_stance("force_eager"))
-            log.info("ip_adapter: the base draws without COMPILE")
         for adapter in {id(prompt.adapter): prompt.adapter for prompt in prompts}.values():
             around.enter_context(at_work(adapter, placement))
         around.enter_context(_attending(unet, prompts, latents_size))
@@ -220,11 +213,3 @@ class _Attend:
             temb,
             ip_adapter_masks=masks,
         )
-
-
-def _is_compiled(unet: Any) -> bool:
-    """As a whole, or in parts."""
-    forward = getattr(unet.forward, "_forward", unet.forward)  # within recordings
-    return hasattr(forward, "_torchdynamo_orig_callable") or any(
-        module._compiled_call_impl is not None for module in unet.modules()
-    )

@@ -60,6 +60,24 @@ class Canvas:
         result.paste(_blended(old, drawn, self._patch.opacity), (left, top))
         return result
 
+    def as_working(self, picture: Image.Image) -> Image.Image:
+        """Of another picture of the size of `picture`, the part that `working` is of that."""
+        if self._patch is None:
+            return picture
+        part = picture.crop(self._patch.box)
+        if self._patch.is_scaled:
+            return part.resize(self.working.size, Image.Resampling.LANCZOS)
+        return Image.fromarray(with_edges(np.asarray(part), self.working.size))
+
+    def mask_as_working(self, mask: Mask) -> Mask:
+        """As `as_working`, of a mask."""
+        if self._patch is None:
+            return mask
+        left, top, right, bottom = self._patch.box
+        part = mask[top:bottom, left:right]
+        of_size = covering if self._patch.is_scaled else with_edges
+        return of_size(part, self.working.size)
+
 
 def prepare_canvas(
     picture: Image.Image,

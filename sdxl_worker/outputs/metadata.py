@@ -20,7 +20,10 @@ from sdxl_worker.wording import without_secrets
 MAX_ADDRESS_CHARACTERS = 2000
 PROMPTS = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"}
 # They say how a picture is delivered, not how it is made.
-OF_THE_DELIVERY = {"preview", "check", "on_too_large", "duplicate_first", "upload_urls"}
+OF_THE_DELIVERY = {
+    *("preview", "check", "return_maps"),
+    *("on_too_large", "duplicate_first", "upload_urls"),
+}
 # As many digits of a file's SHA-256 as Civitai finds it by.
 HASH_DIGITS = 10
 
@@ -86,9 +89,11 @@ def _again(request: Request, index: int, about: About, with_prompts: bool) -> di
         unused.add("prompt_weighting")
     prompts = set() if with_prompts else PROMPTS
     job_input = again.model_dump(exclude_none=True, exclude=OF_THE_DELIVERY | unused | prompts)
-    for name in ("image_url", "mask_url"):
-        if name in job_input:
-            job_input[name] = _without_picture(job_input[name])
+    with_pictures = (job_input, *job_input.get("controlnet", ()), *job_input.get("ip_adapter", ()))
+    for one in with_pictures:
+        for name in ("image_url", "mask_url"):
+            if name in one:
+                one[name] = _without_picture(one[name])
     for name in ("loras", "embeddings"):
         for i, one in enumerate(job_input.get(name, ())):
             # A path to the same file, without what may be secret in the one that was sent.

@@ -4,20 +4,24 @@ It is found before anything is fetched, and loaded on the GPU thread when the jo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 
 from sdxl_worker.drawing.control import Control
+from sdxl_worker.drawing.depth_maps import depth_map
 from sdxl_worker.drawing.enlarging import enlarger
 from sdxl_worker.drawing.image_prompts import ImagePrompt, encode_picture
 from sdxl_worker.drawing.steering import NO_STEERING, Enlarge, Steering
-from sdxl_worker.inputs.references import References
+from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.control_maps import PoseFiles, check_installed
+from sdxl_worker.inputs.references import REPAINT_NEEDS_A_MASK, References
 from sdxl_worker.loading.controlnets import ControlNetFiles, find_controlnet
-from sdxl_worker.loading.ip_adapters import IpAdapter, IpAdapterFiles, find_ip_adapter
+from sdxl_worker.loading.ip_adapters import IpAdapterFiles, find_ip_adapter
 from sdxl_worker.loading.models import Models
 from sdxl_worker.loading.offload import send_home
+from sdxl_worker.loading.preprocessors import DepthFiles, find_depth, find_pose
 from sdxl_worker.loading.upscalers import UpscalerFiles, find_upscaler
 from sdxl_worker.request import Request
 from sdxl_worker.serving.start import put_beside
@@ -34,20 +38,28 @@ class Beside:
     ip_adapters: tuple[IpAdapterFiles, ...] = ()
     hires_upscaler: UpscalerFiles | None = None
     upscaler: UpscalerFiles | None = None
+    depth: DepthFiles | None = None
+    pose: PoseFiles | None = None
+    """What makes maps, where one is to be made."""
 
 
-def find_beside(request: Request, settings: Settings) -> Beside:
+def find_beside(request: Request, settings: Settings, models: Models) -> Beside:
     """
+    Args:
+        models: that are drawn with.
+
     Raises:
         RequestError: the worker has not got what the request asks for.
     """
     return Beside(
         controlnets=tuple(
-            find_controlnet(one.type, settings.controlnet_dir, f"controlnet[{i}].type")
+            find_controlnet(
+                one.type, settings.controlnet_dir, f"controlnet[{i}].type", models.unet.config
+            )
             for i, one in enumerate(request.controlnet or ())
         ),
         ip_adapters=tuple(
-            find_ip_adapter(one.type, settings.ip_adapter_dir, f"ip_adapter[{i}].type")
+            find_ip_adapter(one.type, settings.ip_adapter_dir, f"ip_adapter[{i}].type", models.unet)
             for i, one in enumerate(request.ip_adapter or ())
         ),
         hires_upscaler=find_upscaler(
@@ -58,7 +70,46 @@ def find_beside(request: Request, settings: Settings) -> Beside:
         upscaler=find_upscaler(request.upscale.upscaler, settings.upscaler_dir, "upscale.upscaler")
         if request.upscale
         else None,
+        **_preprocessors(request, settings),
     )
+
+
+def _preprocessors(request: Request, settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for i, one in enumerate(request.controlnet or ()):
+        field = f"controlnet[{i}].type"
+        if not one.preprocess:
+            continue
+        check_installed(one.type, field)
+        if one.type == "depth":
+            found["depth"] = find_depth(settings.controlnet_dir, field)
+        if one.type == "pose":
+            found["pose"] = find_pose(settings.controlnet_dir, field)
+        if one.type == "repaint" and not request.is_masked:
+            raise RequestError(f"{field}: {REPAINT_NEEDS_A_MASK}")
+    return found
+
+
+def with_depth_maps(
+    request: Request, beside: Beside, references: References, models: Models, on_loading: OnLoading
+) -> References:
+    """With maps in the place of the pictures that these are made of on the GPU. On its thread.
+
+    Raises:
+        RequestError: the network for it cannot be loaded.
+    """
+    wanted = [
+        i
+        for i, one in enumerate(request.controlnet or ())
+        if one.type == "depth" and one.preprocess and (one.scale > 0 or request.return_maps)
+    ]
+    if not wanted or beside.depth is None:
+        return references
+    [network] = put_beside(models, [beside.depth], on_loading)
+    controls = list(references.controls)
+    for i in wanted:
+        controls[i] = depth_map(controls[i], network, models.placement)
+    return replace(references, controls=tuple(controls))
 
 
 def steering_of(
@@ -113,24 +164,31 @@ def _image_prompts(
     models: Models,
     on_loading: OnLoading,
 ) -> tuple[ImagePrompt, ...]:
-    asked = []
-    for i, (field, files, picture, mask) in enumerate(
-        zip(
+    asked = [
+        (field, files, picture, mask)
+        for field, files, picture, mask in zip(
             request.ip_adapter or (),
             beside.ip_adapters,
             references.image_prompts,
             references.image_prompt_masks,
             strict=True,
         )
-    ):
-        files.check_fits(models.unet, f"ip_adapter[{i}].type")
-        if field.scale > 0:
-            asked.append((field, files, picture, mask))
-    if asked and not models.placement.resident:
-        send_home(models.networks().values())  # an encoder has the card for itself
-    wanted = [files for _, files, _, _ in asked]
-    networks = put_beside(models, [*wanted, *(files.encoder for files in wanted)], on_loading)
-    adapters, encoders = networks[: len(asked)], networks[len(asked) :]
+        if field.scale > 0
+    ]
+    if not asked:
+        return ()
+    if not models.placement.resident:
+        send_home(models.networks().values())  # the encoder has the card for itself
+    adapters = [files for _, files, _, _ in asked]
+    # Named again, or they might have to go for these.
+    controls = [
+        files
+        for field, files in zip(request.controlnet or (), beside.controlnets, strict=True)
+        if field.scale > 0
+    ]
+    encoders = [files.encoder for files in adapters]
+    networks: list[Any] = put_beside(models, [*adapters, *encoders, *controls], on_loading)
+    count = len(asked)
     return tuple(
         ImagePrompt(
             adapter,
@@ -140,7 +198,7 @@ def _image_prompts(
             mask,
         )
         for adapter, encoder, (field, _, picture, mask) in zip(
-            cast(list[IpAdapter], adapters), encoders, asked, strict=True
+            networks[:count], networks[count : 2 * count], asked, strict=True
         )
     )
 
