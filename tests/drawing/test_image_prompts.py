@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,13 @@ from tests.adapters.lora_files import lora_of
 from tests.support import (
     PROMPT,
     canvas_of,
+    data_uri,
     difference,
+    error,
     fresh_models,
     largest_difference,
     noise_picture,
+    picture,
 )
 
 JOB = {
@@ -296,9 +300,9 @@ class TestPixelForPixelAsPlainDiffusers:
 def test_each_picture_of_a_batch_is_as_alone(models: Models, prompt: Make) -> None:
     prompts = [prompt("plus", mask=LEFT), prompt("style", 1)]
     batch = drawn(models, prompts, num_images=3)
-    for i, picture in enumerate(batch):
+    for i, one in enumerate(batch):
         [alone] = drawn(models, prompts, seed=3 + i)
-        assert largest_difference(picture, alone) <= 2
+        assert largest_difference(one, alone) <= 2
     assert difference(batch[0], batch[1]) > 1
 
 
@@ -339,6 +343,7 @@ def test_masks_of_any_size_give_no_warning(
 ) -> None:
     mask = np.zeros(size, bool)
     mask[: size[0] // 2] = True
+    mask.setflags(write=False)  # as decoding gives it
     height, width = size
     drawn(models, [prompt(mask=mask)], height=height, width=width, num_inference_steps=1)
 
@@ -432,6 +437,18 @@ def test_nor_is_a_unet_that_is_compiled_as_a_whole(
     assert calls
 
 
+def test_the_step_cache_is_left_out(
+    models: Models, prompt: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    request = parse_request(JOB)
+    steering = Steering(image_prompts=(prompt("plus"),))
+    stages = plan_stages(request, models)
+    [cached] = generate(request, stages, models, steering=steering, step_cache_interval=2)
+    assert same(cached, drawn(models, [prompt("plus")])[0])
+    assert "STEP_CACHE is left out for the base of this job, which has ip_adapter" in caplog.text
+
+
 def test_with_products_of_keys_and_values_in_one_the_picture_is_the_same(
     models: Models, prompt: Make
 ) -> None:
@@ -487,6 +504,42 @@ class TestOfARequest:
         steering = steered({"type": "face", "scale": 0}, titles=titles)
         assert titles == []
         assert same(drawn(models, steering.image_prompts)[0], drawn(models)[0])
+
+
+class TestThroughTheHandler:
+    JOB = {**JOB, **SMALL}
+
+    @pytest.fixture(autouse=True)
+    def _served(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("IP_ADAPTER_DIR", str(folder))
+
+    def test_a_picture_steers_where_its_mask_is_white_and_the_next_job_is_plain(self) -> None:
+        plain = picture(**self.JOB)
+        entry = {"image_url": data_uri(reference(0)), "type": "plus", "scale": 1}
+        steered = picture(**self.JOB, ip_adapter=[entry])
+        assert difference(steered, plain) > 1
+        mask = np.zeros((64, 64), bool)
+        mask[:, :16] = True
+        masked = {**entry, "mask_url": data_uri(Image.fromarray(mask))}
+        assert difference(picture(**self.JOB, ip_adapter=[masked]), steered) > 1
+        assert same(picture(**self.JOB, ip_adapter=[{**entry, "scale": 0}]), plain)
+        assert same(picture(**self.JOB), plain)
+
+    def test_what_cannot_be_served_is_told_before_anything_is_fetched(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        entries = [{"image_url": "https://nowhere.invalid/a.png", "type": "face"}]
+        monkeypatch.delenv("IP_ADAPTER_DIR")
+        assert error({**self.JOB, "ip_adapter": entries}) == (
+            f"{FIELD}: this worker has no IP-Adapters; its owner can set IP_ADAPTER_DIR"
+        )
+        damaged = tmp_path / "damaged"
+        shutil.copytree(folder, damaged)
+        (damaged / random_ip_adapters.FACE).write_bytes(b"<html>")
+        monkeypatch.setenv("IP_ADAPTER_DIR", str(damaged))
+        message = error({**self.JOB, "ip_adapter": entries})
+        assert message.startswith(f"{FIELD}: ip-adapter-plus-face_sdxl_vit-h.safetensors")
+        assert "a web page" in message
 
 
 def test_encoding_says_nothing_in_the_log(
