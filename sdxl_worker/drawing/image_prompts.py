@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from PIL import Image
@@ -155,7 +156,7 @@ def _masks(
     """
     if prompt.mask is None:
         return None
-    mask = torch.from_numpy(prompt.mask).float()[None, None]
+    mask = torch.from_numpy(prompt.mask.astype(np.float32))[None, None]
     height, width = latents_size
     masks = {}
     for _ in unet.config.block_out_channels:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
-from safetensors import SafetensorError, safe_open
 
 from sdxl_worker.errors import ModelError, RequestError
+from sdxl_worker.loading.companions import read_tensors
 from sdxl_worker.loading.networks import Network
 from sdxl_worker.placement import Placement
 from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
+
+_SETTING = "IP_ADAPTER_DIR"
 
 _PLAIN = ("ip-adapter_sdxl_vit-h", "ip-adapter_sdxl")
 _PLUS = ("ip-adapter-plus_sdxl_vit-h",)
@@ -127,7 +129,7 @@ class ImageEncoderFiles:
         return _numbers(self._path()) * dtype.itemsize
 
     def load(self, placement: Placement) -> torch.nn.Module:
-        tensors = _read(self._path(), placement)
+        tensors = read_tensors([self._path()], placement, _SETTING)
         try:
             kind = "transformers.CLIPVisionModelWithProjection"
             module: Any = Network("image_encoder", kind).build(self.folder)
@@ -144,7 +146,7 @@ class ImageEncoderFiles:
 
     def _path(self) -> Path:
         if self.path is None:
-            raise ModelError(f"IP_ADAPTER_DIR: {self.folder} has no {ENCODER_FILES[0]}")
+            raise ModelError(f"{_SETTING}: {self.folder} has no {ENCODER_FILES[0]}")
         return self.path
 
 
@@ -164,27 +166,11 @@ class IpAdapterFiles:
     def title(self) -> str:
         return f"the IP-Adapter {self.path.stem}"
 
-    def check_fits(self, unet: Any, field: str) -> None:
-        """
-        Args:
-            field: of the request, for messages.
-
-        Raises:
-            RequestError: it was made for UNets of another shape.
-        """
-        has = tuple(tuple(attention.to_k.weight.shape) for attention in attentions_to_text(unet))
-        if has != self.form.attentions:
-            raise RequestError(
-                f"{field}: {self.path.name} is for another kind of model: it is for "
-                f"{_in_words(self.form.attentions)}, and the model's UNet has {_in_words(has)}; "
-                "name another model, or ask without ip_adapter"
-            )
-
     def size_bytes(self, dtype: torch.dtype) -> int:
         return _numbers(self.path) * dtype.itemsize
 
     def load(self, placement: Placement) -> "IpAdapter":
-        tensors = _read(self.path, placement)
+        tensors = read_tensors([self.path], placement, _SETTING)
         try:
             with torch.device("meta"):
                 adapter = IpAdapter(self.form, _projection(self.form, tensors))
@@ -213,23 +199,20 @@ class IpAdapter(torch.nn.Module):
 
 def attentions_to_text(unet: Any) -> list[Any]:
     """A UNet's cross-attentions, in the order that files count them."""
-    ends = ".attn2.processor"
-    return [
-        unet.get_submodule(name.removesuffix(".processor"))
-        for name in unet.attn_processors
-        if name.endswith(ends)
-    ]
+    return [module for name, module in unet.named_modules() if name.endswith(".attn2")]
 
 
-def find_ip_adapter(kind: str, folder: Path | None, field: str) -> IpAdapterFiles:
+def find_ip_adapter(kind: str, folder: Path | None, field: str, unet: Any) -> IpAdapterFiles:
     """
     Args:
         kind: as `ImagePromptField.type`.
         folder: `IP_ADAPTER_DIR`.
         field: of the request, for messages.
+        unet: that is drawn with. Its weights may be elsewhere.
 
     Raises:
-        RequestError: there is none of this kind; the message tells which there are.
+        RequestError: there is none of this kind, and the message tells which there are; or it
+            cannot be served, or not with this UNet.
     """
     if folder is None:
         raise RequestError(
@@ -241,8 +224,7 @@ def find_ip_adapter(kind: str, folder: Path | None, field: str) -> IpAdapterFile
     try:
         shapes = read_header(path).shapes
         form = Form.of(shapes)
-        if any(attended == SD15_WIDTH for _, attended in form.attentions):
-            raise _UnfitError("is for Stable Diffusion 1.5; take the one for SDXL")
+        _check_fits(form, unet)
         return IpAdapterFiles(path, form, _encoder(form, folder))
     except NotSafetensorsError as error:
         problem = f"is {error}"
@@ -285,6 +267,23 @@ def _what_is_there_instead(kind: str, folder: Path) -> str:
         )
     parts.append(f"its owner can put {wanted} into IP_ADAPTER_DIR/{FOLDERS[0]}")
     return "; ".join(parts)
+
+
+def _check_fits(form: Form, unet: Any) -> None:
+    """
+    Raises:
+        _UnfitError: an adapter was made for UNets of another shape.
+    """
+    attentions = attentions_to_text(unet)
+    has = tuple((one.to_k.out_features, one.to_k.in_features) for one in attentions)
+    if has == form.attentions:
+        return
+    if any(attended == SD15_WIDTH for _, attended in form.attentions):
+        raise _UnfitError("is for Stable Diffusion 1.5; its owner can put the one for SDXL there")
+    raise _UnfitError(
+        f"is for another kind of model: for {_in_words(form.attentions)}, and this model's UNet "
+        f"has {_in_words(has)}; name another model, or leave ip_adapter out"
+    )
 
 
 def _encoder(form: Form, folder: Path) -> ImageEncoderFiles:
@@ -373,19 +372,6 @@ def _with_library_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return renamed
 
 
-def _read(path: Path, placement: Placement) -> dict[str, torch.Tensor]:
-    device = placement.device if placement.resident else torch.device("cpu")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).to(device) for name in file.offset_keys()}
-    except (OSError, SafetensorError) as error:
-        raise _cannot_be_loaded(path, error) from error
-    return {
-        name: tensor.to(placement.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
-
-
 def _numbers(path: Path) -> int:
     try:
         return sum(map(math.prod, read_header(path).shapes.values()))
@@ -394,4 +380,4 @@ def _numbers(path: Path) -> int:
 
 
 def _cannot_be_loaded(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"IP_ADAPTER_DIR: {path} cannot be loaded: {error}")
+    return ModelError(f"{_SETTING}: {path} cannot be loaded: {error}")

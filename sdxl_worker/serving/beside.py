@@ -62,7 +62,7 @@ def find_beside(request: Request, settings: Settings, models: Models) -> Beside:
             for i, one in enumerate(request.controlnet or ())
         ),
         ip_adapters=tuple(
-            find_ip_adapter(one.type, settings.ip_adapter_dir, f"ip_adapter[{i}].type")
+            find_ip_adapter(one.type, settings.ip_adapter_dir, f"ip_adapter[{i}].type", models.unet)
             for i, one in enumerate(request.ip_adapter or ())
         ),
         hires_upscaler=find_upscaler(
@@ -128,7 +128,7 @@ def steering_of(
     Raises:
         RequestError: something cannot be loaded.
     """
-    asked = _asked(request, beside, references, models)
+    asked = _asked(request, beside, references)
     if not asked.files:
         enlarge = enlarger(None, models.placement, check) if request.hires else None
         return Steering(enlarge=enlarge) if enlarge else NO_STEERING
@@ -170,13 +170,7 @@ class _Asked:
         ]
 
 
-def _asked(request: Request, beside: Beside, references: References, models: Models) -> _Asked:
-    """
-    Raises:
-        RequestError: an IP-Adapter is for other models.
-    """
-    for i, adapter in enumerate(beside.ip_adapters):
-        adapter.check_fits(models.unet, f"ip_adapter[{i}].type")
+def _asked(request: Request, beside: Beside, references: References) -> _Asked:
     return _Asked(
         controls=[
             one

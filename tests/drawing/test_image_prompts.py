@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from sdxl_worker.drawing.prompts import Texts, encode_pair
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.drawing.steering import Steering
 from sdxl_worker.drawing.steps import Step
-from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.inputs.references import References
 from sdxl_worker.loading.ip_adapters import find_ip_adapter
@@ -43,10 +43,13 @@ from tests.adapters.lora_files import lora_of
 from tests.support import (
     PROMPT,
     canvas_of,
+    data_uri,
     difference,
+    error,
     fresh_models,
     largest_difference,
     noise_picture,
+    picture,
 )
 
 JOB = {
@@ -56,7 +59,9 @@ JOB = {
     "refiner_inference_steps": 0,
     "scheduler": "DDIM",
 }
+FIELD = "ip_adapter[0].type"
 URL = {"image_url": "https://example.com/a.png"}
+SMALL: Any = {"height": 64, "width": 64}
 PLAIN, PLUS = "ip-adapter_sdxl_vit-h.safetensors", "ip-adapter-plus_sdxl_vit-h.safetensors"
 # What plain diffusers calls them.
 FILES = {"plain": PLAIN, "plus": PLUS, "style": PLUS, "layout": PLUS}
@@ -90,7 +95,7 @@ def folder(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompt(models: Models, folder: Path) -> Make:
     @functools.cache
     def encoded(kind: str, seed: int) -> ImagePrompt:
-        files = find_ip_adapter(kind, folder, "ip_adapter[0].type")
+        files = find_ip_adapter(kind, folder, FIELD, models.unet)
         adapter, encoder = files.load(models.placement), files.encoder.load(models.placement)
         tokens = encode_picture(reference(seed), encoder, adapter, models.placement)
         return ImagePrompt(adapter, tokens, kind, 1.0)
@@ -266,7 +271,7 @@ class TestPixelForPixelAsPlainDiffusers:
             negative_prompt_embeds=torch.cat([other.hidden_1, other.hidden_2], -1),
             negative_pooled_prompt_embeds=other.pooled,
         )
-        job = {"prompt": text, "negative_prompt": "a square"}
+        job: Any = {"prompt": text, "negative_prompt": "a square"}
         assert same(drawn(models, [prompt("plus")], **job)[0], expected)
 
     def test_beside_a_lora(self, models: Models, prompt: Make, plain: Any, tmp_path: Path) -> None:
@@ -289,20 +294,21 @@ class TestPixelForPixelAsPlainDiffusers:
         assert largest_difference(picture, expected) <= 2
         assert difference(picture, drawn(models, adapters=lora)[0]) > 1
         assert difference(picture, drawn(models, [prompt("plus")])[0]) > 1
-        assert same(*before, *drawn(models))
+        assert same(before[0], drawn(models)[0])
 
 
 def test_each_picture_of_a_batch_is_as_alone(models: Models, prompt: Make) -> None:
     prompts = [prompt("plus", mask=LEFT), prompt("style", 1)]
     batch = drawn(models, prompts, num_images=3)
-    for i, picture in enumerate(batch):
+    for i, one in enumerate(batch):
         [alone] = drawn(models, prompts, seed=3 + i)
-        assert largest_difference(picture, alone) <= 2
+        assert largest_difference(one, alone) <= 2
     assert difference(batch[0], batch[1]) > 1
 
 
 def test_the_refiner_takes_no_picture(models: Models, prompt: Make) -> None:
-    for job in ({"refiner_inference_steps": 4}, {"high_noise_frac": 0.5}):
+    jobs: list[Any] = [{"refiner_inference_steps": 4}, {"high_noise_frac": 0.5}]
+    for job in jobs:
         job = {"refiner_inference_steps": 4, **job}
         [picture] = drawn(models, [prompt()], **job)
         assert difference(picture, drawn(models, **job)[0]) > 1
@@ -319,7 +325,7 @@ def test_a_picture_counts_only_where_its_mask_is_white(
     attention = models.unet.down_blocks[2].attentions[0].transformer_blocks[0].attn2
     outputs: list[torch.Tensor] = []
     hook = attention.register_forward_hook(lambda *of_pass: outputs.append(of_pass[-1].clone()))
-    size = {"height": 72, "width": 64, "num_inference_steps": 1}
+    size: Any = {"height": 72, "width": 64, "num_inference_steps": 1}
     alone = dataclasses.replace(prompt(kind), kind="layout")
     for prompts in ([], [alone], [dataclasses.replace(alone, mask=mask)]):
         drawn(models, prompts, **size)
@@ -337,6 +343,7 @@ def test_masks_of_any_size_give_no_warning(
 ) -> None:
     mask = np.zeros(size, bool)
     mask[: size[0] // 2] = True
+    mask.setflags(write=False)  # as decoding gives it
     height, width = size
     drawn(models, [prompt(mask=mask)], height=height, width=width, num_inference_steps=1)
 
@@ -367,46 +374,79 @@ def test_nothing_stays(models: Models, prompt: Make, monkeypatch: pytest.MonkeyP
     before, [plain] = state(models), drawn(models)
     drawn(models, [prompt("plus"), prompt("style", mask=LEFT)])
     assert state(models) == before
-    assert same(*drawn(models), plain)
+    assert same(drawn(models)[0], plain)
     with pytest.raises(StoppedError):
         drawn(models, [prompt("plus")], on_step=stop)
     assert state(models) == before
-    assert same(*drawn(models), plain)
+    assert same(drawn(models)[0], plain)
     # In the midst of the work before the first step.
     monkeypatch.setattr(image_prompts, "_Attend", None)
     with pytest.raises(TypeError):
         drawn(models, [prompt("plus")])
     assert state(models) == before
-    assert same(*drawn(models), plain)
+    assert same(drawn(models)[0], plain)
 
 
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """One that makes nothing faster: the rest takes a minute. Gives its counters."""
+def test_blocks_that_are_compiled_are_not_compiled_again(
+    models: Models,
+    prompt: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With a compiler that makes nothing faster: the rest takes a minute."""
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters["stats"]
+    made = fresh_models()
+    optimize(["compile_blocks"], made.unet)
+    count = torch._dynamo.utils.counters["stats"]
+    count.clear()
+    [plain] = drawn(made, **SMALL)
+    graphs = count["unique_graphs"]
+    assert graphs > 0
+    assert "COMPILE" not in caplog.text
+    [picture] = drawn(made, [prompt("plus")], **SMALL)
+    assert largest_difference(picture, *drawn(models, [prompt("plus")], **SMALL)) <= 1
+    assert "COMPILE=blocks is left out for the base of this job" in caplog.text
+    assert same(drawn(made, **SMALL)[0], plain)
+    assert count["unique_graphs"] == graphs
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("optimization", ["compile_blocks", "compile_unet"])
-def test_what_is_compiled_is_left_out_and_not_compiled_again(
-    models: Models, prompt: Make, compiler: Any, optimization: str, caplog: pytest.LogCaptureFixture
+def test_nor_is_a_unet_that_is_compiled_as_a_whole(
+    models: Models, prompt: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
+    calls: list[Any] = []
+
+    def counted(forward: Any, **_: Any) -> Any:
+        def compiled(*inputs: Any, **options: Any) -> Any:
+            calls.append(options)
+            return forward(*inputs, **options)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", counted)
     made = fresh_models()
-    optimize([optimization], made.unet)
-    small = {"height": 64, "width": 64}
-    [plain] = drawn(made, **small)
-    graphs = compiler["unique_graphs"]
-    assert graphs > 0
-    assert "COMPILE" not in caplog.text
-    [picture] = drawn(made, [prompt("plus")], **small)
-    assert largest_difference(picture, *drawn(models, [prompt("plus")], **small)) <= 1
-    assert "ip_adapter: the base draws without COMPILE" in caplog.text
-    assert same(*drawn(made, **small), plain)
-    assert compiler["unique_graphs"] == graphs
+    optimize(["compile_unet"], made.unet)
+    [picture] = drawn(made, [prompt("plus")], **SMALL)
+    assert not calls
+    assert same(picture, drawn(models, [prompt("plus")], **SMALL)[0])
+    assert "COMPILE=full is left out for the base of this job" in caplog.text
+    drawn(made, **SMALL)
+    assert calls
+
+
+def test_the_step_cache_is_left_out(
+    models: Models, prompt: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    request = parse_request(JOB)
+    steering = Steering(image_prompts=(prompt("plus"),))
+    stages = plan_stages(request, models)
+    [cached] = generate(request, stages, models, steering=steering, step_cache_interval=2)
+    assert same(cached, drawn(models, [prompt("plus")])[0])
+    assert "STEP_CACHE is left out for the base of this job, which has ip_adapter" in caplog.text
 
 
 def test_with_products_of_keys_and_values_in_one_the_picture_is_the_same(
@@ -417,7 +457,7 @@ def test_with_products_of_keys_and_values_in_one_the_picture_is_the_same(
     [plain] = drawn(made)
     [picture] = drawn(made, [prompt("plus")])
     assert largest_difference(picture, *drawn(models, [prompt("plus")])) <= 1
-    assert same(*drawn(made), plain)
+    assert same(drawn(made)[0], plain)
 
 
 def test_a_quantized_unet_sees_pictures_too(models: Models, prompt: Make) -> None:
@@ -427,7 +467,7 @@ def test_a_quantized_unet_sees_pictures_too(models: Models, prompt: Make) -> Non
     [picture] = drawn(made, [prompt("plus")])
     [exact] = drawn(models, [prompt("plus")])
     assert 0 < difference(picture, exact) < difference(picture, plain) / 4
-    assert same(*drawn(made), plain)
+    assert same(drawn(made)[0], plain)
 
 
 class TestOfARequest:
@@ -437,7 +477,7 @@ class TestOfARequest:
             asked = [{**URL, **entry} for entry in entries]
             request = parse_request({**JOB, "ip_adapter": asked})
             kinds = [one.type for one in request.ip_adapter or ()]
-            files = tuple(find_ip_adapter(kind, folder, "ip_adapter[0].type") for kind in kinds)
+            files = tuple(find_ip_adapter(kind, folder, FIELD, models.unet) for kind in kinds)
             references = References(
                 image_prompts=tuple(reference(i) for i in range(len(files))),
                 image_prompt_masks=tuple(LEFT if i else None for i in range(len(files))),
@@ -455,7 +495,7 @@ class TestOfARequest:
         first, second = steering.image_prompts
         assert first.adapter is second.adapter, "a file is loaded once"
         expected = [prompt("layout", scale=0.9), prompt("style", 1, scale=0.8, mask=LEFT)]
-        assert same(*drawn(models, [first, second]), *drawn(models, expected))
+        assert same(drawn(models, [first, second])[0], drawn(models, expected)[0])
 
     def test_with_scale_0_the_picture_is_the_plain_one_and_nothing_is_loaded(
         self, steered: Any, models: Models
@@ -463,26 +503,43 @@ class TestOfARequest:
         titles: list[str] = []
         steering = steered({"type": "face", "scale": 0}, titles=titles)
         assert titles == []
-        assert same(*drawn(models, steering.image_prompts), *drawn(models))
+        assert same(drawn(models, steering.image_prompts)[0], drawn(models)[0])
 
-    def test_an_adapter_of_another_model_is_refused_by_the_field_and_its_name(
-        self, models: Models, folder: Path, tmp_path: Path
+
+class TestThroughTheHandler:
+    JOB = {**JOB, **SMALL}
+
+    @pytest.fixture(autouse=True)
+    def _served(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("IP_ADAPTER_DIR", str(folder))
+
+    def test_a_picture_steers_where_its_mask_is_white_and_the_next_job_is_plain(self) -> None:
+        plain = picture(**self.JOB)
+        entry = {"image_url": data_uri(reference(0)), "type": "plus", "scale": 1}
+        steered = picture(**self.JOB, ip_adapter=[entry])
+        assert difference(steered, plain) > 1
+        mask = np.zeros((64, 64), bool)
+        mask[:, :16] = True
+        masked = {**entry, "mask_url": data_uri(Image.fromarray(mask))}
+        assert difference(picture(**self.JOB, ip_adapter=[masked]), steered) > 1
+        assert same(picture(**self.JOB, ip_adapter=[{**entry, "scale": 0}]), plain)
+        assert same(picture(**self.JOB), plain)
+
+    def test_what_cannot_be_served_is_told_before_anything_is_fetched(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        unet = models.refiner_unet
-        random_ip_adapters.make_encoder(tmp_path / random_ip_adapters.ENCODER)
-        adapter = random_ip_adapters.plain_adapter(unet)
-        random_ip_adapters.save(adapter, tmp_path / random_ip_adapters.PLAIN)
-        request = parse_request({**JOB, "ip_adapter": [{**URL, "type": "plain"}] * 2})
-        files = tuple(
-            find_ip_adapter("plain", one, f"ip_adapter[{i}].type")
-            for i, one in enumerate((folder, tmp_path))
+        entries = [{"image_url": "https://nowhere.invalid/a.png", "type": "face"}]
+        monkeypatch.delenv("IP_ADAPTER_DIR")
+        assert error({**self.JOB, "ip_adapter": entries}) == (
+            f"{FIELD}: this worker has no IP-Adapters; its owner can set IP_ADAPTER_DIR"
         )
-        references = References(image_prompts=(reference(0),) * 2, image_prompt_masks=(None, None))
-        with pytest.raises(RequestError) as caught:
-            steering_of(request, Beside(ip_adapters=files), references, models, print, lambda: None)
-        message = str(caught.value)
-        assert message.startswith(f"ip_adapter[1].type: {PLAIN} is for another kind of model")
-        assert "cross-attentions to a width of 112" in message
+        damaged = tmp_path / "damaged"
+        shutil.copytree(folder, damaged)
+        (damaged / random_ip_adapters.FACE).write_bytes(b"<html>")
+        monkeypatch.setenv("IP_ADAPTER_DIR", str(damaged))
+        message = error({**self.JOB, "ip_adapter": entries})
+        assert message.startswith(f"{FIELD}: ip-adapter-plus-face_sdxl_vit-h.safetensors")
+        assert "a web page" in message
 
 
 def test_encoding_says_nothing_in_the_log(
@@ -491,7 +548,7 @@ def test_encoding_says_nothing_in_the_log(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    files = find_ip_adapter("plain", folder, "ip_adapter[0].type")
+    files = find_ip_adapter("plain", folder, FIELD, models.unet)
     adapter, encoder = files.load(models.placement), files.encoder.load(models.placement)
     encode_picture(reference(0), encoder, adapter, models.placement)
     assert caplog.text == ""

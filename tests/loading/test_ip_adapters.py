@@ -30,9 +30,12 @@ ON_CPU = Placement(torch.device("cpu"), torch.float32, resident=True)
 UNFIT = f"{FIELD}: ip-adapter_sdxl_vit-h.safetensors in the worker's IP_ADAPTER_DIR "
 
 
-@pytest.fixture(scope="module")
+MODELS = fresh_models()
+
+
+@pytest.fixture
 def unet() -> Any:
-    return fresh_models().unet
+    return MODELS.unet
 
 
 @pytest.fixture
@@ -42,12 +45,12 @@ def folder(unet: Any, tmp_path: Path) -> Path:
 
 
 def found(kind: str, folder: Path) -> IpAdapterFiles:
-    return find_ip_adapter(kind, folder, FIELD)
+    return find_ip_adapter(kind, folder, FIELD, MODELS.unet)
 
 
 def refusal(kind: str, folder: Path | None) -> str:
     with pytest.raises(RequestError) as caught:
-        find_ip_adapter(kind, folder, FIELD)
+        find_ip_adapter(kind, folder, FIELD, MODELS.unet)
     return str(caught.value)
 
 
@@ -140,7 +143,15 @@ class TestWhatIsRefused:
             tensors[name] = torch.zeros(320, 768)
         save(tensors, folder / PLAIN)
         assert refusal("plain", folder) == (
-            UNFIT + "is for Stable Diffusion 1.5; take the one for SDXL"
+            UNFIT + "is for Stable Diffusion 1.5; its owner can put the one for SDXL there"
+        )
+
+    def test_an_adapter_of_another_model(self, folder: Path) -> None:
+        save(plain_adapter(MODELS.refiner_unet), folder / PLAIN)
+        assert refusal("plain", folder) == (
+            UNFIT + "is for another kind of model: for 7 cross-attentions to a width of 64, and "
+            "this model's UNet has 7 cross-attentions to a width of 112; name another model, or "
+            "leave ip_adapter out"
         )
 
     @pytest.mark.parametrize(
@@ -245,8 +256,9 @@ class TestLoading:
 
     def test_and_a_file_that_was_cut_since_it_was_found(self, folder: Path) -> None:
         files = found("plain", folder)
-        for path, one in {PLAIN: files, f"{ENCODER}/model.safetensors": files.encoder}.items():
+        both: dict[str, Any] = {PLAIN: files, f"{ENCODER}/model.safetensors": files.encoder}
+        for path, one in both.items():
             (folder / path).write_bytes((folder / path).read_bytes()[:-100])
-            assert load_refusal(one).startswith(f"IP_ADAPTER_DIR: {folder / path} cannot be loaded")
+            assert load_refusal(one).startswith(f"IP_ADAPTER_DIR: {Path(path).name} cannot be read")
             with pytest.raises(ModelError, match="IP_ADAPTER_DIR: .* cut off"):
                 one.size_bytes(torch.float32)
