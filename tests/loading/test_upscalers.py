@@ -140,9 +140,10 @@ class TestFiles:
         torch.load(tmp_path / "a.pth", weights_only=False)
         assert marker.exists(), "it would have"
 
+    @pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit")
     def test_torchscript_is_not_run(self, tmp_path: Path) -> None:
         path = tmp_path / "a.pt"
-        torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 3, 1), PIXELS), path)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 3, 1), PIXELS), path)
         with pytest.raises(ModelError, match="^UPSCALER_DIR: a.pt is refused"):
             load(path)
 
