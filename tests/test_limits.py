@@ -58,3 +58,13 @@ def test_a_check_of_a_picture_that_a_caller_asks_for_is_held_to_the_limit() -> N
 
 def test_without_a_setting_all_steps_that_a_request_may_have_are_taken() -> None:
     check_limits(parse_request(PROMPT | {"num_inference_steps": 1000}), Settings())
+
+
+def test_the_second_pass_is_held_to_the_limit_too() -> None:
+    with pytest.raises(RequestError) as caught:
+        check(30, PROMPT | {"hires": {"steps": 31}})
+    assert str(caught.value) == (
+        "hires.steps: must be 30 or less, as this worker's owner has set; got 31"
+    )
+    check(30, PROMPT | {"hires": {"steps": 30}})
+    check(10, PROMPT | {"hires": {}})

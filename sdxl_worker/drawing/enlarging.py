@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,11 +127,17 @@ def _part(
     ]
     # Rounding must not lead beyond the edge.
     box[2:] = [min(place, side) for place, side in zip(box[2:], larger.size, strict=True)]
-    return larger.resize(
-        (tile[2] - tile[0], tile[3] - tile[1]),
-        Image.Resampling.LANCZOS,
-        box=(box[0], box[1], box[2], box[3]),
-    )
+    return _resized(larger, (tile[2] - tile[0], tile[3] - tile[1]), box)
+
+
+def _resized(picture: Image.Image, size_px: tuple[int, int], box: Sequence[float]) -> Image.Image:
+    """By Lanczos, what is within the box, with a look at what lies around it. Always first across:
+    Pillow chooses by the size, and what it cuts off in between tells tiles from one another."""
+    left, top, right, bottom = box
+    width, height = size_px
+    lanczos = Image.Resampling.LANCZOS
+    across = picture.resize((width, picture.height), lanczos, box=(left, 0, right, picture.height))
+    return across.resize((width, height), lanczos, box=(0, top, width, bottom))
 
 
 def _pixels(network: Any, pixels: torch.Tensor) -> Image.Image:

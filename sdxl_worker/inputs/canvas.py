@@ -183,8 +183,11 @@ def _canvas(picture: Image.Image, patch: _Patch, size: tuple[int, int]) -> Canva
 
 
 def larger_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """So many times the width and the height, as the models take them."""
-    width, height = (_as_side(side * scale) for side in size)
+    """So many times the width and the height, as the models take them. Halves go up, all of them:
+    half of them would go down by Python's rounding, and change the shape."""
+    width, height = (
+        math.floor(side * scale / SIDE_MULTIPLE_PX + 0.5) * SIDE_MULTIPLE_PX for side in size
+    )
     return width, height
 
 

@@ -183,13 +183,10 @@ def _told(files: list[Path]) -> str:
 
 
 def _dtype_of(descriptor: Any, placement: Placement) -> torch.dtype:
-    """Half precision where the worker and the architecture take it. float16 is exacter than
-    bfloat16, and where it overflows, the picture is made again in float32."""
-    if placement.dtype != torch.float32 and descriptor.supports_half:
-        return torch.float16
-    if placement.dtype != torch.float32 and descriptor.supports_bfloat16:
-        return torch.bfloat16
-    return torch.float32
+    """float16 where the worker draws in 16 bits and the architecture takes it: where it overflows,
+    the picture is made again in float32. bfloat16 has fewer bits than the pictures."""
+    half = placement.dtype != torch.float32 and descriptor.supports_half
+    return torch.float16 if half else torch.float32
 
 
 def _spandrel() -> Any:

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -507,7 +507,7 @@ class TestOfARequest:
 
 
 class TestThroughTheHandler:
-    JOB = {**JOB, **SMALL}
+    JOB: ClassVar = {**JOB, **SMALL}
 
     @pytest.fixture(autouse=True)
     def _served(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,118 @@ def test_whatever_is_white_is_white_in_what_the_models_get(
     assert (result[mask] > 0).all()
 
 
+def by_lanczos(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+class TestLarger:
+    """What the second pass of `hires` draws on."""
+
+    def test_without_a_mask_what_is_drawn_comes_out(self) -> None:
+        canvas = canvas_of(noise(64, 128), None)
+        assert canvas.larger_sizes(1.3) == ((80, 168), (80, 168))
+        larger = canvas.with_larger(1.3, lambda *_: pytest.fail("nothing of it is seen"))
+        drawn = noise(80, 168, 1)
+        assert larger.put_back(drawn) is drawn
+        small = noise(64, 128, 2)
+        assert larger.enlarged(small, by_lanczos) == by_lanczos(small, (80, 168))
+
+    def test_edges_are_added_to_the_larger_picture_anew(self) -> None:
+        picture = noise(129, 71)
+        canvas = canvas_of(picture, spot((129, 71), 128, 70, 129, 71)).with_larger(1.5, by_lanczos)
+        larger = canvas.larger
+        assert larger is not None
+        assert larger.picture == by_lanczos(picture, (194, 106))
+        expected = np.pad(np.asarray(larger.picture), ((0, 6), (0, 6), (0, 0)), mode="edge")
+        assert np.array_equal(np.asarray(larger.working), expected)
+        drawn = noise(136, 72, 1)
+        within = by_lanczos(drawn.crop((0, 0, 129, 71)), (194, 106))
+        expected = np.pad(np.asarray(within), ((0, 6), (0, 6), (0, 0)), mode="edge")
+        assert np.array_equal(np.asarray(canvas.enlarged(drawn, by_lanczos)), expected)
+
+    def test_a_part_that_is_painted_alone_is_painted_larger(self) -> None:
+        picture = noise(400, 400)
+        mask = spot((400, 400), 100, 120, 148, 168)
+        canvas = canvas_of(picture, mask, mask_padding=8).with_larger(1.5, by_lanczos)
+        larger = canvas.larger
+        assert larger is not None
+        whole = by_lanczos(picture, (600, 600))
+        expected = whole.crop((138, 168, 234, 264)).resize((384, 384), Image.Resampling.LANCZOS)
+        assert larger.working == expected
+        assert larger.mask is not None
+        assert np.array_equal(larger.mask, spot((384, 384), 48, 48, 336, 336))
+        drawn = noise(384, 384, 1)
+        small = np.asarray(drawn.resize((96, 96), Image.Resampling.LANCZOS))
+        result = np.asarray(canvas.put_back(drawn))
+        assert np.array_equal(result[180:252, 150:222], small[12:84, 12:84])
+        first = noise(256, 256, 2)
+        assert canvas.enlarged(first, by_lanczos) == by_lanczos(first, (384, 384))
+
+    def test_the_blur_grows_with_the_picture(self) -> None:
+        size = (400, 320)
+        mask = spot(size, 120, 100, 280, 220)
+        canvas = canvas_of(Image.new("RGB", size), mask, mask_blur=8).with_larger(2, by_lanczos)
+        white = Image.new("RGB", (800, 640), "white")
+        ramp = np.asarray(canvas.put_back(white))[320, 240 - 17 : 240 + 17, 0].astype(int)
+        assert ramp[0] == 0
+        assert ramp[-1] == 255
+        assert 0 < ramp[3] < 60
+        assert ramp[16] + ramp[17] == pytest.approx(255, abs=2), "half at the edge"
+
+    @given(
+        st.tuples(st.integers(64, 150), st.integers(64, 150)),
+        st.sampled_from([None, 0, 1, 13, 300]),
+        st.sampled_from([0, 1, 5, 16]),
+        st.integers(0, 2**31),
+        st.sampled_from([96, 2048]),
+        st.floats(1.01, 2),
+    )
+    def test_outside_the_reach_it_is_the_enlarged_picture_and_inside_all_is_drawn(
+        self,
+        size: tuple[int, int],
+        padding: int | None,
+        blur: int,
+        seed: int,
+        max_side_px: int,
+        scale: float,
+    ) -> None:
+        random = np.random.default_rng(seed)
+        mask = np.zeros(size[::-1], bool)
+        for _ in range(random.integers(1, 4)):
+            x, y = random.integers(size[0]), random.integers(size[1])
+            mask[y : y + random.integers(1, 60), x : x + random.integers(1, 60)] = True
+        picture = noise(*size, seed)
+        options = {"mask_padding": padding, "mask_blur": blur, "max_side_px": max_side_px}
+        canvas = canvas_of(picture, mask, **options).with_larger(scale, by_lanczos)
+        larger = canvas.larger
+        assert larger is not None
+        assert (larger.picture.size, larger.working.size) == canvas.larger_sizes(scale)
+        assert larger.mask is not None
+        assert larger.mask.shape == larger.working.size[::-1]
+        assert not any(side % 8 for side in larger.working.size)
+        grown = round(size[0] * scale), round(size[1] * scale)
+        expected = np.asarray(by_lanczos(picture, grown))
+        assert np.array_equal(np.asarray(larger.picture), expected)
+
+        there = np.asarray(Image.fromarray(mask).resize(grown, Image.Resampling.NEAREST))
+        outside = distance_transform_cdt(~there, "chessboard") > blur * scale + 1
+        inside = there.copy()
+        if not there.all():
+            inside &= distance_transform_cdt(there, "chessboard") > blur * scale + 1
+        for colour, value in (("white", 255), ("black", 0)):
+            drawn = Image.new("RGB", larger.working.size, colour)
+            result = np.asarray(canvas.put_back(drawn))
+            assert np.array_equal(result[outside], expected[outside])
+            assert (result[inside] == value).all()
+
+    def test_no_pixel_of_the_mask_is_lost(self) -> None:
+        mask = spot((96, 64), 17, 0, 18, 64)
+        canvas = canvas_of(noise(96, 64), mask).with_larger(1.01, by_lanczos)
+        assert canvas.larger is not None
+        assert canvas.larger.mask is not None
+        assert canvas.larger.mask.any(axis=1).all()
+
+
 @pytest.mark.parametrize("thickness", [1, 6])
 def test_a_thin_line_reaches_the_models(thickness: int) -> None:
     size = (4000, 3000)

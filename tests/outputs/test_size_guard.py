@@ -149,6 +149,44 @@ def test_only_what_is_sure_is_refused_before_the_work(
     check_expected_size(request, MEGAPIXELS_4, output_format, "sync-job")
 
 
+def test_of_enlarged_pictures_less_a_pixel_is_sure() -> None:
+    """MEGAPIXELS_4 is what comes out in each case."""
+    fields: dict[str, Any] = {"num_images": 3, "duplicate_first": True}
+    with pytest.raises(RequestError, match=r"at least 11\.2 MB"):
+        check_expected_size(request_of(**fields), MEGAPIXELS_4, "png", "job")
+    check_expected_size(request_of(**fields, upscale={"factor": 2}), MEGAPIXELS_4, "png", "job")
+    fields["num_images"] = 5
+    with pytest.raises(RequestError, match=r"at least 11\.9 MB.*a smaller upscale\.factor"):
+        check_expected_size(request_of(**fields, upscale={"factor": 2}), MEGAPIXELS_4, "png", "job")
+    with pytest.raises(RequestError, match=r"at least 16\.8 MB.*a smaller hires\.scale"):
+        check_expected_size(request_of(**fields, hires={}), MEGAPIXELS_4, "png", "job")
+
+
+@pytest.mark.parametrize("factor", [1.5, 2, 3, 4])
+def test_what_is_sure_of_an_enlarged_picture_is_less_than_it_takes(factor: float) -> None:
+    """Of the smoothest that a picture of SDXL may be: 1.5 bytes a pixel before."""
+    side = 256
+    random = np.random.default_rng(0)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    frequency[0, 0] = np.inf
+    common = np.fft.fft2(random.normal(size=(side, side)))
+    bands = []
+    for _ in range(3):
+        own = np.fft.fft2(random.normal(size=(side, side)))
+        band = np.fft.ifft2((common + 0.4 * own) / frequency**1.6).real
+        bands.append(band / band.std() * 50 + 128)
+    picture = Image.fromarray(np.stack(bands, 2).clip(0, 255).astype(np.uint8))
+    larger = picture.resize((round(side * factor),) * 2, Image.Resampling.LANCZOS)
+    request = request_of()
+    [before], [after] = (
+        encode_pictures([one], request, output_format="png", about=ABOUT, smallest=True)
+        for one in (picture, larger)
+    )
+    assert len(before) / side**2 > size_guard.LEAST_PNG_BYTES_PER_PIXEL
+    least = size_guard.LEAST_PNG_BYTES_PER_PIXEL / factor**0.5
+    assert len(after) / (larger.width * larger.height) > least
+
+
 def test_a_request_of_usual_size_is_not_refused() -> None:
     check_expected_size(request_of(num_images=4), 1024 * 1024, "png", "job")
 

@@ -34,6 +34,8 @@ from tests.support import (
 
 SIZE = (88, 72)
 HOLE = (8, 24, 47, 55)
+# Of what comes out in modes that enlarge it.
+LARGER = {"hires and upscale": (163, 134), "hires, inpaint, ensemble": (114, 94)}
 
 
 def _picture() -> Image.Image:
@@ -90,6 +92,19 @@ MODES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "inpaint, from alpha": (
         {"image_url": data_uri(_with_a_hole()), "mask_from_alpha": True},
         ["base", "refiner"],
+    ),
+    "hires and upscale": (
+        {"height": 72, "width": 88, "hires": {"strength": 0.5}, "upscale": {"factor": 1.2}},
+        ["base", "hires", "refiner"],
+    ),
+    "hires, inpaint, ensemble": (
+        {
+            **PICTURE,
+            "mask_url": data_uri(_mask()),
+            "high_noise_frac": 0.5,
+            "hires": {"strength": 0.8, "scale": 1.3},
+        },
+        ["base", "hires", "refiner"],
     ),
 }
 in_every_mode = pytest.mark.parametrize("mode", MODES)
@@ -190,7 +205,7 @@ def test_a_stopped_job_leaves_within_a_step(mode: str, monkeypatch: pytest.Monke
 @in_every_mode
 def test_a_check_reports_on_the_picture_that_is_asked_for(mode: str) -> None:
     report = run(job_input(mode, check=True, num_images=2))
-    assert (report["width"], report["height"], report["seed"]) == (*SIZE, 7)
+    assert (report["width"], report["height"], report["seed"]) == (*LARGER.get(mode, SIZE), 7)
     assert report["steps"] > 0
     assert len(set(report["sha256"])) == 2
     assert len(json.dumps(report)) < 2000
@@ -238,7 +253,7 @@ def test_each_format_holds_the_same_picture(mode: str) -> None:
         assert header == f"data:image/{output_format};base64"
         image = Image.open(io.BytesIO(base64.b64decode(payload)))
         assert image.format == output_format.upper()
-        assert image.size == SIZE
+        assert image.size == LARGER.get(mode, SIZE)
         assert difference(image.convert("RGB"), expected) <= most
 
 
