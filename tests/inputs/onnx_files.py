@@ -44,7 +44,7 @@ def write_constant_network(
     graph = b""
     for i, array in enumerate(outputs):
         node = _bytes(1, f"constant_{i}") + _bytes(2, f"output_{i}") + _bytes(4, "Identity")
-        graph += _bytes(1, node) + _bytes(5, _tensor(f"constant_{i}", np.float32(array)))
+        graph += _bytes(1, node) + _bytes(5, _tensor(f"constant_{i}", array.astype(np.float32)))
         graph += _bytes(12, _value(f"output_{i}", array.shape))
     graph += _bytes(2, "graph") + _bytes(11, _value("input", input_shape))
     path.write_bytes(_number(1, 8) + _bytes(7, graph) + _bytes(8, _number(2, 13)))

@@ -3,9 +3,11 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import rtmlib
 from PIL import Image, ImageDraw
 
 from sdxl_worker.errors import RequestError
@@ -146,6 +148,21 @@ def test_a_file_that_cannot_be_loaded_is_the_owner_s_and_nothing_is_downloaded(
     )
     with pytest.raises(RequestError, match=rf"^CONTROLNET_DIR: {name} of preprocessors/pose is "):
         pose_map(Image.new("RGB", (128, 128)), pose_files, FIELD)
+
+
+def test_each_network_gets_the_colours_in_the_order_that_it_was_trained_with(
+    pose_files: PoseFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[int]] = {}
+    for kind in (rtmlib.YOLOX, rtmlib.RTMPose):
+
+        def noted(tool: Any, pixels: Any, *more: Any, prepare: Any = kind.preprocess) -> Any:
+            seen[type(tool).__name__] = pixels[0, 0].tolist()
+            return prepare(tool, pixels, *more)
+
+        monkeypatch.setattr(kind, "preprocess", noted)
+    pose_map(Image.new("RGB", (64, 64), (200, 100, 50)), pose_files, FIELD)
+    assert seen == {"YOLOX": [50, 100, 200], "RTMPose": [200, 100, 50]}
 
 
 def test_the_libraries_print_nothing(

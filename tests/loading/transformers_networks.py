@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ def save_classifier(
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
 
 
-def of_brightness(network: torch.nn.Module) -> None:
+def of_brightness(network: Any) -> None:
     """Its last label is the likelier the brighter a picture is: found by what it makes of white and
     of black ones."""
     vit, classifier = network.vit, network.classifier
