@@ -1,0 +1,273 @@
+"""Jobs with control pictures: where these come from, what becomes of them, what is told of them."""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel
+from PIL import Image, ImageDraw
+
+import handler
+from sdxl_worker.inputs.control_maps import canny_map
+from sdxl_worker.outputs import size_guard
+from sdxl_worker.serving import job
+from tests.inputs.onnx_files import SIDE_PX, write_detector, write_pose_network
+from tests.loading.transformers_networks import save_depth_network
+from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
+from tests.support import PROMPT, data_uri, decoded, error, models, noise_picture, run
+from tests.support import picture as picture_of
+
+QUICK: dict[str, Any] = {
+    "prompt": PROMPT,
+    "seed": 1,
+    "num_inference_steps": 2,
+    "refiner_inference_steps": 0,
+    "height": 64,
+    "width": 72,
+}
+SIZE = (72, 64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ControlNet with random weights for all types that have preprocessing, and what that
+    needs."""
+    folder = tmp_path_factory.mktemp("controlnets")
+    torch.manual_seed(0)
+    network = ControlNetModel.from_unet(models().unet)
+    with torch.no_grad():
+        zeros = [*network.controlnet_down_blocks, network.controlnet_mid_block]
+        for block in [*zeros, network.controlnet_cond_embedding.conv_out]:
+            block.weight.normal_(std=0.05)
+    network.save_pretrained(folder / "own-canny-depth-pose-tile-repaint")
+    save_depth_network(folder / "preprocessors" / "depth")
+    (folder / "preprocessors" / "pose").mkdir()
+    write_detector(folder / "preprocessors" / "pose" / "yolox.onnx", [(0, 0, SIDE_PX, SIDE_PX)])
+    write_pose_network(folder / "preprocessors" / "pose" / "rtmpose.onnx", [(24, 32)] * 17)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _controlnet_dir(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTROLNET_DIR", str(folder))
+
+
+def shape(size: tuple[int, int] = SIZE) -> Image.Image:
+    picture = Image.new("RGB", size, "navy")
+    ImageDraw.Draw(picture).ellipse((10, 10, size[0] - 20, size[1] - 15), fill="yellow")
+    return picture
+
+
+def entry(kind: str = "canny", picture: Image.Image | None = None, **fields: Any) -> dict[str, Any]:
+    return {"type": kind, "image_url": data_uri(picture or shape()), **fields}
+
+
+def maps_of(*entries: dict[str, Any], **fields: Any) -> list[Image.Image]:
+    output = run({**QUICK, "controlnet": list(entries), "return_maps": True, **fields})
+    assert "error" not in output, output["error"]
+    return [decoded(uri) for uri in output["maps"]]
+
+
+def drawn(**fields: Any) -> bytes:
+    """The pixels alone: the file tells of the request."""
+    return picture_of(**QUICK, **fields).tobytes()
+
+
+def test_the_map_that_is_drawn_with_is_sent_back_where_it_is_asked_for() -> None:
+    [edges] = maps_of(entry())
+    assert edges.tobytes() == canny_map(shape()).tobytes()
+    assert "maps" not in run({**QUICK, "controlnet": [entry()]})
+
+
+def test_a_picture_is_preprocessed_into_what_a_finished_map_would_be() -> None:
+    edges = canny_map(shape())
+    made = drawn(controlnet=[entry()])
+    assert made == drawn(controlnet=[entry(picture=edges, preprocess=False)])
+    assert made != drawn()
+
+
+def test_each_type_has_its_map_in_the_order_of_the_request() -> None:
+    entries = [entry("tile"), entry("depth"), entry("pose")]
+    tile, depth, pose = maps_of(*entries)
+    assert tile.tobytes() == shape().tobytes()
+    levels = np.asarray(depth)
+    assert (levels.min(), levels.max()) == (0, 255)
+    assert (levels == levels[..., :1]).all(), "depth is grey"
+    assert {size.size for size in (tile, depth, pose)} == {SIZE}
+    assert pose.getpixel((0, 0)) == (0, 0, 0)
+    assert pose.getbbox() is not None
+
+
+def test_a_finished_map_is_sent_back_as_it_was_fitted() -> None:
+    [fitted] = maps_of(entry(picture=noise_picture(*SIZE), preprocess=False))
+    assert fitted.tobytes() == noise_picture(*SIZE).tobytes()
+    [cut] = maps_of(entry(picture=Image.new("RGB", (300, 100), "red"), preprocess=False))
+    assert cut.size == SIZE
+
+
+def test_depth_reaches_the_network_as_a_map() -> None:
+    [depth] = maps_of(entry("depth"))
+    made = drawn(controlnet=[entry("depth")])
+    assert made == drawn(controlnet=[entry("depth", depth, preprocess=False)])
+    assert made != drawn(controlnet=[entry("tile")])
+
+
+def test_a_map_of_scale_0_changes_nothing_and_is_sent_back_all_the_same() -> None:
+    output = run({**QUICK, "controlnet": [entry("depth", scale=0)], "return_maps": True})
+    assert decoded(output["images"][0]).tobytes() == drawn()
+    assert len(decoded(output["maps"][0]).getcolors(64 * 72) or ()) > 2
+
+
+@pytest.mark.parametrize("padding", [None, 8])
+def test_in_a_picture_that_is_repainted_maps_lie_where_it_is_drawn(padding: int | None) -> None:
+    picture = noise_picture(*SIZE).point(lambda level: max(1, level))
+    mask = Image.new("L", SIZE)
+    ImageDraw.Draw(mask).rectangle((8, 8, 39, 39), fill="white")
+    fields = {"image_url": data_uri(picture), "mask_url": data_uri(mask), "mask_padding": padding}
+    repaint, tile = maps_of(entry("repaint", picture), entry("tile", picture), **fields)
+    native = models().native_size_px
+    assert repaint.size == tile.size == (SIZE if padding is None else (native, native))
+    black = (np.asarray(repaint) == 0).all(axis=2)
+    assert np.array_equal(np.asarray(repaint)[~black], np.asarray(tile)[~black])
+    if padding is None:
+        assert np.array_equal(black, np.asarray(mask) > 0)
+    else:
+        assert black[native // 2, native // 2]
+
+
+def test_repaint_without_a_mask_is_refused_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job, "fetch", lambda *_: pytest.fail("fetched"))
+    message = error({**QUICK, "controlnet": [entry(), entry("repaint")]})
+    assert message.startswith("controlnet[1].type: repaint needs a mask: mask_url")
+
+
+@pytest.mark.parametrize("kind", ["depth", "pose"])
+def test_what_is_not_set_up_is_refused_before_anything_is_fetched(
+    kind: str, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = "own-canny-depth-pose-tile-repaint"
+    (tmp_path / network).symlink_to(folder / network)
+    monkeypatch.setenv("CONTROLNET_DIR", str(tmp_path))
+    with monkeypatch.context() as without:
+        without.setattr(job, "fetch", lambda *_: pytest.fail("fetched"))
+        message = error({**QUICK, "controlnet": [entry(), entry(kind)]})
+    assert message.startswith(f"controlnet[1].type: preprocessing for {kind} is not set up")
+    assert "images" in run({**QUICK, "controlnet": [entry(kind, preprocess=False)]})
+
+
+def test_what_cannot_be_fetched_or_decoded_is_told_by_its_place() -> None:
+    wrong = entry() | {"image_url": "http://127.0.0.1:9/secret.png"}
+    message = error({**QUICK, "controlnet": [entry(), wrong]})
+    assert message.startswith("controlnet[1].image_url: ")
+    assert "public" in message
+    assert "secret" not in message
+    wrong = entry() | {"image_url": "data:image/png;base64,aGVsbG8="}
+    message = error({**QUICK, "controlnet": [wrong]})
+    assert message.startswith("controlnet[0].image_url: not a picture")
+
+
+def test_what_several_entries_name_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    async def picture(address: str, field: str) -> bytes:
+        fetched.append(field)
+        buffer = io.BytesIO()
+        shape().save(buffer, "PNG")
+        return buffer.getvalue()
+
+    monkeypatch.setattr(job, "fetch", picture)
+    addresses = ["https://example.com/a", "https://example.com/b", "https://example.com/a"]
+    entries = [entry("tile") | {"image_url": address} for address in addresses]
+    maps = maps_of(*entries)
+    assert sorted(fetched) == ["controlnet[0].image_url", "controlnet[1].image_url"]
+    assert [one.tobytes() for one in maps] == [shape().tobytes()] * 3
+
+
+def test_addresses_and_prompts_stay_out_of_logs_and_files(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    async def picture(*_: str) -> bytes:
+        return base64.b64decode(data_uri(shape()).partition(",")[2])
+
+    monkeypatch.setattr(job, "fetch", picture)
+    secret = entry() | {"image_url": "https://example.com/a.png?signature=hush"}
+    output = run({**QUICK, "controlnet": [secret, entry("tile")]})
+    assert "hush" not in caplog.text
+    assert PROMPT not in caplog.text
+    assert "base64" not in caplog.text
+    file = Image.open(io.BytesIO(base64.b64decode(output["images"][0].partition(",")[2])))
+    told = json.loads(file.info["request"])["controlnet"]
+    assert [one["image_url"] for one in told] == [
+        "https://example.com/a.png",
+        "data:image/png;base64",
+    ]
+
+
+def test_maps_count_for_the_size_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://127.0.0.1:9/job-take/$ID?gpu=TEST")
+    # Noise, which PNG makes no smaller.
+    asked = {**QUICK, "controlnet": [entry("tile", noise_picture(*SIZE))]}
+    plain, whole = run(asked), run({**asked, "return_maps": True})
+    sizes = [len(json.dumps({"output": output})) for output in (plain, whole)]
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", sizes[1] + 100)
+    assert run({**asked, "return_maps": True}) == whole
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", sizes[0] + 1000)
+    assert run(asked) == plain
+    message = error({**asked, "return_maps": True})
+    assert message.startswith("the result is ")
+    assert "; return_maps false, by 0.0 MB" in message
+
+
+def test_beside_links_maps_are_in_the_answer_or_left_out_with_a_word(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUCKET_ENDPOINT_URL", s3.url)
+    monkeypatch.setenv("BUCKET_NAME", "pics")
+    monkeypatch.setenv("BUCKET_ACCESS_KEY_ID", ACCESS_KEY_ID)
+    monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY)
+    asked = {**QUICK, "controlnet": [entry()], "return_maps": True}
+    output = run(asked)
+    assert output["images"][0].startswith("http")
+    assert decoded(output["maps"][0]).tobytes() == canny_map(shape()).tobytes()
+    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://127.0.0.1:9/job-take/$ID?gpu=TEST")
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", 2000)
+    output = run(asked)
+    assert "maps" not in output
+    assert output["warning"].startswith("maps: ")
+    assert output["images"][0].startswith("http")
+
+
+def test_openai_s_answers_hold_maps_too() -> None:
+    fields = {
+        **{name: QUICK[name] for name in ("prompt", "num_inference_steps")},
+        **{"size": "72x64", "quality": "low", "controlnet": [entry()], "return_maps": True},
+    }
+    job_input = {"openai_route": "/v1/images/generations", "openai_input": fields}
+    output = asyncio.run(handler.handler({"id": "test", "input": job_input}))
+    assert decoded(output["maps"][0]).tobytes() == canny_map(shape()).tobytes()
+
+
+def test_after_such_a_job_the_plain_request_gives_the_same_bytes() -> None:
+    before = run(QUICK)
+    maps_of(entry(), entry("depth"))
+    error(
+        {
+            **QUICK,
+            "controlnet": [
+                entry("pose", Image.new("RGB", (64, 64))),
+                entry() | {"image_url": "data:image/png;base64,aGVsbG8="},
+            ],
+        }
+    )
+    assert run(QUICK) == before
