@@ -32,12 +32,14 @@ from shapes.judge import judge
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOOLS = ("buildah", "podman", "runc", "debootstrap")
+CONTROLNETS = REPOSITORY / "models" / "controlnets"
 DISK_NEEDED_BYTES = 6 * 10**9  # twice the largest that was seen
 IMAGE = "localhost/sdxl-worker:test"
 STAND_IN_BASE = "localhost/python-base:bookworm"
 # What the official image has, too; python3-dev holds the headers.
 STAND_IN_PACKAGES = "ca-certificates,python3,python3-dev,python3-venv"
 IN_APP = {"LICENSE", "__pycache__", "handler.py", "output", "sdxl_worker", "start.sh"} | {
+    "requirements-control.lock",
     "requirements-torch.lock",
     "requirements.lock",
     "test_input.json",
@@ -93,6 +95,8 @@ for process in pathlib.Path("/proc").glob("[0-9]*"):
         status = (process / "status").read_text()
         print(*re.search(r"Uid:(.*)\\n(?:.*\\n)*NoNewPrivs:(.*)", status).group(1, 2))
 """
+# The libraries of requirements-control.txt, but spandrel, whose import the worker has to help.
+IMPORT_MAP_MAKERS = "import cv2, einops, onnxruntime, rtmlib"
 BIND_PORT_80 = "import socket; socket.socket().bind(('', 80))"
 
 
@@ -325,6 +329,8 @@ def try_out(work_dir: Path) -> None:
         expect(report["model"] == "shapes", f"the check reports {report}")
         expect(len(json.dumps(report)) < 2000, f"the report is long: {report}")
         inside("python", "-c", BIND_PORT_80)
+    with step("controlnet: a map by OpenCV, the miniature's ControlNet on a volume"):
+        check_control(drawn["image_url"])
     with step("the start command of 2.1.0, --test_input"):
         command = ["podman", "run", "--rm", "--network=none", ONE_THREAD, IMAGE, "sh", "-c"]
         job = "python -u /handler.py --test_input 2>&1; stat -c 'owner %u' output/output.json"
@@ -432,6 +438,20 @@ def check_volumes(work_dir: Path) -> None:
     (work_dir / "models/shapes").chmod(0o700)
     told = log()
     expect("owner 0" in told and "the worker runs as root: only root can read /vol" in told, told)
+
+
+def check_control(image_url: str) -> None:
+    inside("python", "-c", IMPORT_MAP_MAKERS)
+    control = [{"type": "canny", "image_url": image_url}]
+    job = {"prompt": PROMPT, "controlnet": control, "return_maps": True}
+    command = ["podman", "run", "--rm", "--network=none", ONE_THREAD]
+    command += [f"--volume={CONTROLNETS}:/volume/controlnets:ro"]
+    command += ["--env=CONTROLNET_DIR=/volume/controlnets", IMAGE, "sh", "-c"]
+    local_job = 'sh /app/start.sh --test_input "$0" >&2; cat output/output.json'
+    told = run([*command, local_job, json.dumps({"input": job})], seconds=180)
+    output = json.loads(told)["output"]
+    expect_picture(output)
+    expect(len(output.get("maps", [])) == 1, f"no map: {str(output)[:1000]}")
 
 
 def check_early_stop() -> None:
