@@ -46,6 +46,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM tools-${MODEL} AS download
 WORKDIR /build
 COPY builder builder
+# A mirror of the hub.
+ARG HF_ENDPOINT
 ARG BASE
 ARG REFINER
 # The UNets go into layers of their own: layers are pulled in parallel, and none is over 5.5 GB.
@@ -62,7 +64,24 @@ RUN --mount=type=bind,source=models,target=/build/models \
 FROM tools-sdxl AS configs
 WORKDIR /build
 COPY builder builder
+ARG HF_ENDPOINT
 RUN python -m builder.download_weights --to /configs/sdxl-configs --configs
+
+# What stands beside a model, if it is asked for: names and repositories with commas between them.
+FROM tools-sdxl AS extras
+WORKDIR /build
+COPY builder builder
+ARG HF_ENDPOINT
+ARG CONTROLNET
+ARG PREPROCESSOR
+ARG IP_ADAPTER
+ARG SAFETY_CHECKER
+RUN --mount=type=secret,id=hf_token \
+    export HF_TOKEN_PATH=/run/secrets/hf_token \
+    && python -m builder.download_weights --to /extras/control \
+        --controlnet "$CONTROLNET" --preprocessor "$PREPROCESSOR" \
+    && python -m builder.download_weights --to /extras/image --ip-adapter "$IP_ADAPTER" \
+    && python -m builder.download_weights --to /extras/safety --safety-checker "$SAFETY_CHECKER"
 
 FROM system AS weights
 COPY --from=download /weights/base-unet /models/sdxl
@@ -84,6 +103,10 @@ COPY --from=configs /configs /models
 
 # hadolint ignore=DL3006
 FROM model-${MODEL} AS worker
+# Into controlnets/, ip-adapters/ and safety-checker/, each a layer of its own.
+COPY --from=extras /extras/control /models
+COPY --from=extras /extras/image /models
+COPY --from=extras /extras/safety /models
 WORKDIR /app
 # By far the largest layer. requirements.lock has all the rest, and changes more often.
 COPY requirements-torch.lock ./
@@ -105,6 +128,15 @@ COPY requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --no-deps --only-binary=:all: --require-hashes --requirement requirements.lock \
     && pip check
+# What makes maps of pictures, and reads upscalers. pip check comes before: requirements-control.txt
+# says what these packages declare and must not have.
+ARG CONTROL_EXTRAS=true
+COPY requirements-control.lock ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    if [ "$CONTROL_EXTRAS" = true ]; then \
+        pip install --no-deps --only-binary=:all: --require-hashes \
+            --requirement requirements-control.lock; \
+    fi
 
 # What this build of torch needs of the host's driver: below it, the SDK's check ends the worker.
 ARG MIN_CUDA_VERSION=13.0

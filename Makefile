@@ -65,11 +65,13 @@ lock: $(VENV)/.dev
 	    requirements.txt
 	$(LOCK) --output-file builder/requirements.lock --constraint requirements-torch.lock \
 	    --constraint requirements.lock builder/requirements.txt
+	$(LOCK) --no-deps --output-file requirements-control.lock requirements-control.txt
 
 # Known vulnerabilities of what the image installs. Strict: what cannot be looked up is a failure, too.
 audit: $(VENV)/.dev
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements-torch.lock \
-	    --requirement requirements.lock --requirement builder/requirements.lock
+	    --requirement requirements.lock --requirement builder/requirements.lock \
+	    --requirement requirements-control.lock
 
 clean:
 	rm -rf $(VENV) output
@@ -88,6 +90,7 @@ $(VENV)/.run: requirements-client.txt pyproject.toml $(VENV)/.worker
 	$(BIN)/python -m pip install --quiet --requirement requirements-client.txt --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt builder/requirements.txt $(VENV)/.run
+$(VENV)/.dev: requirements-dev.txt builder/requirements.txt requirements-control.txt $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-control.txt
 	@touch $@

@@ -14,7 +14,7 @@ def check_limits(request: Request, settings: Settings) -> None:
     Raises:
         RequestError: with each field over the limit on a line of its own.
     """
-    steps = {
+    steps: dict[str, int] = {
         name: getattr(request, name)
         for name in ("num_inference_steps", "refiner_inference_steps")
         if name in request.model_fields_set

@@ -253,7 +253,7 @@ class ImagesCall:
         model: str,
     ) -> dict[str, Any]:
         """https://platform.openai.com/docs/api-reference/images/object, with the seed, the model
-        and the warning, if there is one, beside it.
+        and what else our own output has, such as a warning, beside it.
 
         Args:
             output: our own, of `build_output`.
@@ -275,7 +275,7 @@ class ImagesCall:
             "size": f"{size_px[0]}x{size_px[1]}",
             "model": model,
             "seed": output["seed"],
-            **({"warning": output["warning"]} if "warning" in output else {}),
+            **{name: output[name] for name in ("maps", "nsfw", "warning") if name in output},
         }
 
     @contextlib.contextmanager

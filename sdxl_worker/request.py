@@ -379,8 +379,8 @@ TIES = (
     ),
     Tie(
         "fit",
-        "needs image_url and mode: without mode, a picture keeps its size",
-        ({"mode": ...}, *MASKED),
+        "needs image_url and mode (without mode, a picture keeps its size), or controlnet",
+        ({"mode": ...}, *MASKED, {"controlnet": ...}),
     ),
 )
 
@@ -665,8 +665,9 @@ class Request(InputModel):
     )
     fit: Literal["crop", "pad", "stretch"] = Field(
         default="crop",
-        description="How `image_url` is brought to `height` and `width` of another shape: what "
-        "is too much cut off, what is missing filled up from the edges, or distorted.",
+        description="How `image_url` is brought to `height` and `width` of another shape, and the "
+        "pictures of `controlnet` to the shape that is drawn: what is too much cut off, what is "
+        "missing filled up from the edges, or distorted.",
     )
     mask_url: ImageUrl | None = Field(
         default=None,

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
+# What the hub keeps on the server of large files, with digests.
+LARGE = (".safetensors", ".zip")
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class _Hub(_Handler):
             sibling: dict[str, Any] = {"rfilename": name}
             if "blobs=" in self.path:
                 sibling |= {"size": len(content), "blobId": "0" * 40}
-                if name.endswith(".safetensors"):
+                if name.endswith(LARGE):
                     sha256 = hashlib.sha256(content).hexdigest()
                     sibling["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
             siblings.append(sibling)
@@ -171,7 +173,7 @@ class _Hub(_Handler):
         content = self.hub.repos[repo].get(name)
         if content is None:
             return self.answer(404, X_Error_Code="EntryNotFound")
-        if name.endswith(".safetensors"):
+        if name.endswith(LARGE):
             self.hub.seen.append(Seen(path, dict(self.headers), 0))
             return self.answer(302, Location=f"{self.hub.large_files}/{repo}/{name}?signature=s")
         return self.send_file(path, content)

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from dockerfile_parse import DockerfileParser
 
+from builder.download_weights import extras
 from sdxl_worker.loading.model_dir import CONFIGS_DIR
 from tests.support import REPOSITORY
 from tests.tools import package_index
@@ -100,7 +101,7 @@ def test_all_packages_are_those_of_the_locks_with_their_hashes() -> None:
         for command in re.findall(r"pip install [^&;]*", value)
     ]
     locked = [command for command in installs if "--requirement" in command]
-    assert len(locked) == 4
+    assert len(locked) == 5
     for command in locked:
         options = set(command.split())
         assert {"--no-deps", "--only-binary=:all:", "--require-hashes"} <= options
@@ -109,6 +110,22 @@ def test_all_packages_are_those_of_the_locks_with_their_hashes() -> None:
     assert others == ['pip install --no-deps "$torch"', 'pip install "$torch"']
     checked = [value for name, value in parse(DOCKERFILE) if name == "RUN" and "pip check" in value]
     assert len(checked) == 3
+
+
+@pytest.mark.parametrize("wanted", ["true", "false"])
+def test_what_makes_maps_is_installed_unless_it_is_left_out(wanted: str, tmp_path: Path) -> None:
+    [script] = [value for _, value in image("none") if "requirements-control.lock;" in value]
+    script = re.sub(r"^(--mount=\S+ )*", "", script)
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "pip").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CONTROL_EXTRAS": wanted}
+    done = subprocess.run(
+        ["sh", "-ec", script], env=environment, capture_output=True, text=True, check=True
+    )
+    command = "install --no-deps --only-binary=:all: --require-hashes --requirement "
+    expected = f"{command}requirements-control.lock" if wanted == "true" else ""
+    assert done.stdout.strip() == expected
+    assert "ARG CONTROL_EXTRAS=true\n" in DOCKERFILE
 
 
 @pytest.fixture(scope="module")
@@ -244,9 +261,10 @@ def test_no_secret_can_stay_in_a_layer() -> None:
     for instruction, value in parse(DOCKERFILE):
         if instruction in ("ARG", "ENV", "LABEL"):
             assert not re.search("TOKEN|SECRET|PASSWORD|API_KEY", value, re.IGNORECASE), value
-    [download] = [value for name, value in stages()["download"][1] if name == "RUN"]
-    assert "--mount=type=secret,id=hf_token" in download
-    assert "HF_TOKEN_PATH=/run/secrets/hf_token" in download
+    for stage in ("download", "extras"):
+        [download] = [value for name, value in stages()[stage][1] if name == "RUN"]
+        assert "--mount=type=secret,id=hf_token" in download
+        assert "HF_TOKEN_PATH=/run/secrets/hf_token" in download
 
 
 def test_layers_that_change_more_often_come_later() -> None:
@@ -257,8 +275,10 @@ def test_layers_that_change_more_often_come_later() -> None:
         return found
 
     code = place("COPY sdxl_worker")
-    order = ["apt-get", "/weights/rest", "COPY requirements-torch.lock", "$torch"]
+    order = ["apt-get", "/weights/rest", "/extras/control", "/extras/safety"]
+    order += ["COPY requirements-torch.lock", "$torch"]
     order += ["COPY requirements.lock", "--requirement requirements.lock"]
+    order += ["COPY requirements-control.lock", "--requirement requirements-control.lock"]
     places = [place(part) for part in order]
     assert places == sorted(places)
     assert code == len(layers) - 2
@@ -266,8 +286,9 @@ def test_layers_that_change_more_often_come_later() -> None:
 
 
 def test_code_and_requirements_do_not_download_weights_again() -> None:
-    copied = [value for name, value in lineage("download", "sdxl") if name == "COPY"]
-    assert copied == ["builder/requirements.lock builder/", "builder builder"]
+    for stage in ("download", "extras"):
+        copied = [value for name, value in lineage(stage, "sdxl") if name == "COPY"]
+        assert copied == ["builder/requirements.lock builder/", "builder builder"]
     seen = {
         path.name
         for path in (REPOSITORY / "builder").iterdir()
@@ -295,6 +316,23 @@ def test_no_layer_of_weights_is_over_5_5_gb() -> None:
     [download] = [value for name, value in stages()["download"][1] if name == "RUN"]
     assert "mv /weights/rest/base/unet /weights/base-unet/base" in download
     assert "mv /weights/rest/refiner /weights/refiner" in download
+
+
+def test_what_stands_beside_a_model_is_in_layers_of_at_most_5_5_gb() -> None:
+    """As much of it as the table has, in every image."""
+    sizes = dict.fromkeys(("controlnets", "ip-adapters", "safety-checker"), 0)
+    for kind in extras.pinned().values():
+        for entry in kind.values():
+            sizes[entry["folder"].split("/")[0]] += sum(
+                file["bytes"] or 0 for file in entry["files"]
+            )
+    assert all(0 < size < LAYER_MAX_BYTES for size in sizes.values()), sizes
+    for model in ("sdxl", "checkpoint", "shapes", "none"):
+        copied = [value for name, value in image(model) if name == "COPY" and "/extras" in value]
+        places = ("control", "image", "safety")
+        assert copied == [f"--from=extras /extras/{place} /models" for place in places]
+    asked = {value for name, value in stages()["extras"][1] if name == "ARG"}
+    assert asked == {"HF_ENDPOINT", "CONTROLNET", "PREPROCESSOR", "IP_ADAPTER", "SAFETY_CHECKER"}
 
 
 def test_each_choice_of_weights_sets_model_dir_to_what_it_holds() -> None:

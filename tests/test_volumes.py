@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
+from builder.download_weights import extras
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.adapter_cache import open_cache
 from sdxl_worker.inputs.adapter_sources import LocalFile, SourceError, find_source
 from sdxl_worker.loading import model_dir
+from sdxl_worker.loading.controlnets import find_controlnet
+from sdxl_worker.loading.ip_adapters import find_ip_adapter
 from sdxl_worker.loading.model_dir import PLATFORM_CACHE, ModelDir, find_model_dir
 from sdxl_worker.loading.models_by_name import find_by_name
+from sdxl_worker.loading.preprocessors import find_depth, find_pose
+from sdxl_worker.loading.safety_checkers import SafetyCheckerFiles
+from sdxl_worker.loading.upscalers import find_upscaler
 from sdxl_worker.outputs.bucket import bucket_of_owner
 from sdxl_worker.request import parse_request
 from sdxl_worker.serving.start import _check_folders
@@ -29,6 +36,15 @@ GUIDE = (REPOSITORY / "docs" / "volumes.md").read_text(encoding="utf-8")
 VOLUME = "/runpod-volume"
 LINE = re.compile(r"(?P<indent>(│   |    )*)[├└]── (?P<name>[^\s/]+)(?P<slash>/?)( +(?P<note>.+))?")
 BASE = EMBEDDED_MODEL_DIR / "base"
+
+
+# As little of one as is looked at before it is loaded.
+IP_ADAPTER = {
+    "image_proj.latents": torch.zeros(1, 4, 8),
+    "image_proj.proj_in.weight": torch.zeros(8, 16),
+    "ip_adapter.1.to_k_ip.weight": torch.zeros(48, 112),
+    "ip_adapter.1.to_v_ip.weight": torch.zeros(48, 112),
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
             fill(root / entry.path, entry)
     for entry in ENTRIES:
         if entry.is_folder:
-            fill_folder(root / entry.path)
+            fill_folder(root / entry.path, entry)
     return root
 
 
@@ -93,13 +109,28 @@ def fill(path: Path, entry: Entry) -> None:
         original_format.save(original_format._vae(load_file(weights)), path)
     elif "embeddings" in entry.job:
         write_embedding(path, seed=1)
+    elif "ip_adapter" in entry.job:
+        save_file(IP_ADAPTER, path)
+    elif "upscale" in entry.job:
+        path.touch()
     else:
         shutil.copy(REPOSITORY / "models" / "adapters" / path.name, path)
     assert path.is_file(), "the drawing has a file that is not filled"
 
 
-def fill_folder(path: Path) -> None:
+def fill_folder(path: Path, entry: Entry) -> None:
     """What stands for whole folders in the drawing."""
+    if "controlnet" in entry.job:
+        is_union = path.name == "union"
+        kind = {"num_control_type": 8} if is_union else {"_class_name": "ControlNetModel"}
+        write_network(path, "diffusion_pytorch_model", **kind)
+    elif path.name in ("depth", "safety-checker"):
+        write_network(path, "model")
+    elif path.name == "image_encoder":
+        write_network(path, "model", hidden_size=IP_ADAPTER["image_proj.proj_in.weight"].shape[1])
+    elif path.name == "pose":
+        for name in ("yolox_m.onnx", "rtmw-l.onnx"):
+            (path / name).touch()
     if path.name in ("base", "refiner"):
         shutil.copytree(EMBEDDED_MODEL_DIR / path.name, path, dirs_exist_ok=True)
     elif path.name == model_dir.CONFIGS_DIR.name:
@@ -109,6 +140,11 @@ def fill_folder(path: Path) -> None:
         shutil.copytree(BASE, path / "snapshots" / "0123abc")
         (path / "refs").mkdir()
         (path / "refs" / "main").write_text("0123abc")
+
+
+def write_network(folder: Path, stem: str, **config: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.zeros(1)}, folder / f"{stem}.safetensors")
 
 
 @pytest.fixture
@@ -141,9 +177,9 @@ def drawn_by(field: str) -> dict[str, Entry]:
 
 
 def test_the_drawing_is_read() -> None:
-    assert len(ENTRIES) >= 15
+    assert len(ENTRIES) >= 27
     names = [entry.setting[0] for entry in ENTRIES if entry.setting]
-    assert len(names) == len(set(names)) >= 7
+    assert len(names) == len(set(names)) >= 11
     assert {name.lower() for name in names} <= set(Settings.model_fields)
     for folder in ("models", "loras"):
         assert len([one for one in ENTRIES if one.path.parts[0] == folder and one.job]) >= 3
@@ -194,6 +230,65 @@ def test_each_adapter_is_found_by_its_path(settings: Settings, volume: Path) -> 
         find_source("missing.safetensors", settings)
     told = str(caught.value).partition("there are ")[2].partition("; got")[0]
     assert sorted(told.split(", ")) == sorted(adapters)
+
+
+def jobs_with(field: str, volume: Path) -> list[tuple[Path, Any]]:
+    """Where each entry is whose job has the field, and what the job says there."""
+    found = [(volume / one.path, one.job[field]) for one in ENTRIES if field in one.job]
+    assert found
+    for _, value in found:
+        parse_request({"prompt": "a circle", field: value})
+    return found
+
+
+def test_each_controlnet_is_found_by_its_type(settings: Settings, volume: Path) -> None:
+    for path, [asked] in jobs_with("controlnet", volume):
+        found = find_controlnet(asked["type"], settings.controlnet_dir, "controlnet[0].type")
+        assert found.folder == path
+
+
+def test_what_makes_maps_is_found(settings: Settings, volume: Path) -> None:
+    folder = volume / "controlnets" / "preprocessors"
+    assert find_depth(settings.controlnet_dir, "controlnet[0].type").folder == folder / "depth"
+    pose = find_pose(settings.controlnet_dir, "controlnet[0].type")
+    assert pose.detector.parent == pose.pose.parent == folder / "pose"
+
+
+def test_each_ip_adapter_is_found_by_its_type(settings: Settings, volume: Path) -> None:
+    for path, [asked] in jobs_with("ip_adapter", volume):
+        found = find_ip_adapter(asked["type"], settings.ip_adapter_dir, "ip_adapter[0].type")
+        assert found.path == path
+        assert found.encoder.folder == volume / "ip-adapters" / "models" / "image_encoder"
+
+
+def test_each_upscaler_is_found_by_its_name(settings: Settings, volume: Path) -> None:
+    for path, asked in jobs_with("upscale", volume):
+        found = find_upscaler(asked["upscaler"], settings.upscaler_dir, "upscale.upscaler")
+        assert found is not None
+        assert found.path == path
+
+
+def test_the_safety_checker_is_one(settings: Settings) -> None:
+    assert settings.safety_checker is not None
+    SafetyCheckerFiles(settings.safety_checker).check()
+
+
+def test_the_weights_program_makes_these_folders() -> None:
+    """By the command of the guide, which knows every one of its names."""
+    [command] = re.findall(r"--to /workspace (--controlnet(?:.*\\\n)*.+)", GUIDE)
+    words = command.replace("\\\n", " ").split()
+    asked = dict(zip(words[::2], words[1::2], strict=True))
+    folders = {
+        extras.find_extra(kind.removeprefix("--"), name).folder
+        for kind, names in asked.items()
+        for name in names.split(",")
+    }
+    every = {entry["folder"] for kind in extras.pinned().values() for entry in kind.values()}
+    assert folders == every
+    assert folders <= {one.path.as_posix() for one in ENTRIES if one.is_folder}
+    ip_adapter = extras.pinned()["ip-adapter"]["vit-h"]
+    files = {f"{ip_adapter['folder']}/{file['file']}" for file in ip_adapter["files"]}
+    assert {one.path.as_posix() for one in ENTRIES if "ip_adapter" in one.job} <= files
 
 
 def test_the_cached_model_is_the_default_where_it_is_named(

@@ -1,15 +1,15 @@
-"""The command line: `python -m builder.download_weights --to DIR [--base X] [--refiner Y]`."""
+"""The command line: `python -m builder.download_weights --to DIR [--base X] [--refiner Y]` for a
+model, `--controlnet X` and others for what stands beside it."""
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from builder.download_weights import DownloadError
-from builder.download_weights.half_precision import store_as_fp16
+from builder.download_weights import extras as beside
+from builder.download_weights.folders import begin, check_space, finish, is_complete
 from builder.download_weights.single_file import convert
 from builder.download_weights.sources import (
     CHECKPOINT_DIR,
@@ -18,17 +18,17 @@ from builder.download_weights.sources import (
     find_source,
     pinned,
 )
-from builder.download_weights.transfer import (
-    Download,
-    download_all,
-    file_sha256,
-    without_query,
-)
+from builder.download_weights.transfer import download_all, file_sha256, without_query
 
-SOURCE_FILE = "source.json"
-PLAN_FILE = "plan.json"
 NO_REFINER = "none"
 CONFIGS = "configurations alone"
+# By option: the folder, and what is in it.
+BESIDE = {
+    "controlnet": ("controlnets", "what says where things are"),
+    "preprocessor": ("controlnets/preprocessors", "what makes maps of pictures"),
+    "ip-adapter": ("ip-adapters", "what takes pictures as prompts"),
+    "safety-checker": ("safety-checker", "what guesses which pictures are not safe for work"),
+}
 
 
 def download_weights(to: Path, base: str | None = None, refiner: str | None = None) -> None:
@@ -42,17 +42,15 @@ def download_weights(to: Path, base: str | None = None, refiner: str | None = No
         DownloadError: it cannot be made; the message says why and what to do.
     """
     asked = {"base": _printable(base), "refiner": _printable(refiner)}
-    if _is_complete(to, asked):
-        print(f"{to} is complete already")
+    if is_complete(to, asked):
         return
     sources = {"base": configs_source() if base == CONFIGS else find_source(base, "base")}
     if refiner != NO_REFINER:
         sources["refiner"] = find_source(refiner, "refiner")
     downloads = [file for source in sources.values() for file in source.downloads]
 
-    partial = to.with_name(to.name + ".partial")
-    _begin(partial, downloads)
-    _check_space(partial, downloads, sources)
+    partial = begin(to, downloads)
+    check_space(partial, downloads, sum(_checkpoint_bytes(it) for it in sources.values()))
     download_all(downloads, partial)
     described = {
         role: about for source in sources.values() for role, about in source.described.items()
@@ -64,15 +62,9 @@ def download_weights(to: Path, base: str | None = None, refiner: str | None = No
             convert(checkpoint, role, partial / role, source.name)
             described[role] = {**(described[role] or {}), "sha256": file_sha256(checkpoint)}
     shutil.rmtree(partial / CHECKPOINT_DIR, ignore_errors=True)
-    _store_weights(partial, downloads)
 
     record = {"name": sources["base"].name, "refiner": None, **described, "asked": asked}
-    _write_json(partial / SOURCE_FILE, record)
-    (partial / PLAN_FILE).unlink()
-    for path in partial.rglob("*"):
-        # safetensors lets only the owner read its files, and a container may run as another user.
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    partial.rename(to)
+    finish(partial, to, downloads, record)
     print(
         f"{to} is complete: {', '.join(f'{role} {_short(it)}' for role, it in described.items())}"
     )
@@ -86,7 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "cut off is resumed by the same command.",
         epilog="HF_TOKEN is used for gated and private models, HF_ENDPOINT for mirrors.",
     )
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the folder to make; with an option of those beside a model, the one to make it in",
+    )
     parser.add_argument(
         "--base",
         metavar="MODEL",
@@ -105,15 +103,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="configurations and tokenizers of the pinned base alone, a few MB: what a worker "
         "needs to serve single-file checkpoints from a volume",
     )
+    group = parser.add_argument_group(
+        "beside a model",
+        "Made in --to, such as a network volume. Several with commas between them; none is nothing",
+    )
+    for kind, (folder, about) in BESIDE.items():
+        entries = beside.pinned()[kind]
+        known = ", ".join(f"{name} ({entry['repo']}, pinned)" for name, entry in entries.items())
+        others = ", or org/name[@revision] of the hub" if kind in beside.LAYOUTS else ""
+        group.add_argument(
+            f"--{kind}", metavar="NAME", help=f"into {folder}/, {about}: {known}{others}"
+        )
     options = parser.parse_args(arguments)
     # A build argument that is not given arrives as an empty string.
     base, refiner = options.base or None, options.refiner or None
+    asked = {kind: getattr(options, kind.replace("-", "_")) for kind in BESIDE}
+    asked = {kind: names for kind, names in asked.items() if names is not None}
+    if asked and (base or refiner or options.configs):
+        parser.error(f"--{next(iter(asked))}: not beside --base, --refiner and --configs")
     if options.configs:
         if base or refiner:
             parser.error("--configs: not beside --base and --refiner")
         base, refiner = CONFIGS, NO_REFINER
     try:
-        download_weights(options.to.absolute(), base, refiner)
+        if asked:
+            beside.download_extras(options.to.absolute(), asked)
+        else:
+            download_weights(options.to.absolute(), base, refiner)
     except DownloadError as error:
         sys.exit(f"The weights cannot be fetched. {error}")
     except OSError as error:
@@ -127,70 +143,13 @@ def _printable(reference: str | None) -> str | None:
     return without_query(reference) if is_url and reference else reference
 
 
-def _is_complete(to: Path, asked: dict[str, str | None]) -> bool:
-    if to.is_mount():
-        raise DownloadError(f"--to {to}: is a mount point; name a folder in it, to be made there")
-    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
-        return False
-    record = to / SOURCE_FILE
-    if not record.is_file():
-        raise DownloadError(f"--to {to}: exists and was not made here; name another folder")
-    made = json.loads(record.read_text(encoding="utf-8"))
-    if made["asked"] != asked:
-        raise DownloadError(
-            f"--to {to}: holds another model, {made['name']}; remove it or name another folder"
-        )
-    return True
-
-
-def _begin(partial: Path, downloads: list[Download]) -> None:
-    """Go on with what a run for the same files left; discard what any other left."""
-    plan = [file.identity for file in downloads]
-    file = partial / PLAN_FILE
-    if partial.exists() and (
-        not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != plan
-    ):
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    _write_json(file, plan)
-
-
-def _check_space(partial: Path, downloads: list[Download], sources: dict[str, Source]) -> None:
-    """For what is still to come, the largest copy in fp16, and the files made of checkpoints."""
-    missing = sum((file.size_bytes or 0) - file.bytes_in(partial) for file in downloads)
-    wide = [
-        (file.size_bytes or 0) // 2
-        for file in downloads
-        if file.path.endswith(".safetensors") and ".fp16" not in file.path
-    ]
-    checkpoints = [
-        (partial / source.checkpoint).stat().st_size
-        if source.checkpoint.is_absolute()
-        else source.downloads[0].size_bytes or 0
-        for source in sources.values()
-        if source.checkpoint is not None
-    ]
-    needed = missing + max(wide, default=0) + sum(checkpoints)
-    free = shutil.disk_usage(partial).free
-    if needed > free:
-        raise DownloadError(
-            f"{partial.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: "
-            "make room, or name a folder on another disk with --to"
-        )
-
-
-def _store_weights(folder: Path, downloads: list[Download]) -> None:
-    groups: dict[str, list[Path]] = {}
-    for file in downloads:
-        path = folder / file.path
-        if file.path.endswith(".safetensors") and path.is_file():
-            groups.setdefault(file.stored_as, []).append(path)
-    for stored_as, paths in groups.items():
-        store_as_fp16(paths, folder / stored_as)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _checkpoint_bytes(source: Source) -> int:
+    """What the files that are made of a single file will take, about."""
+    if source.checkpoint is None:
+        return 0
+    if source.checkpoint.is_absolute():
+        return source.checkpoint.stat().st_size
+    return source.downloads[0].size_bytes or 0
 
 
 def _short(about: dict[str, str] | None) -> str:

@@ -99,7 +99,7 @@ def _pinned_files(model: str, *, weights: bool = True) -> list[Download]:
         entry for entry in table["files"] if weights or not entry["file"].endswith(".safetensors")
     ]
     sizes = (
-        {file.rfilename: file.size for file in _hub_files(table["repo"], table["revision"])[1]}
+        {file.rfilename: file.size for file in hub_files(table["repo"], table["revision"])[1]}
         if any(entry["bytes"] is None for entry in entries)
         else {}
     )
@@ -125,7 +125,7 @@ def _at(table: dict[str, Any]) -> dict[str, str]:
 
 def _hub_source(repo: str, revision: str | None, role: Role) -> Source:
     """A model in diffusers layout. It keeps its own VAE, which may have been trained with it."""
-    commit, files = _hub_files(repo, revision)
+    commit, files = hub_files(repo, revision)
     sizes = {file.rfilename: file.size for file in files}
     digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs}
     what = f"{repo}@{revision}" if revision else repo
@@ -135,8 +135,8 @@ def _hub_source(repo: str, revision: str | None, role: Role) -> Source:
             raise DownloadError(f"{what}: {file} is missing, so it is no SDXL in diffusers layout")
         return file
 
-    _check_index(_hub_json(repo, commit, required("model_index.json")), what, role)
-    unet = _hub_json(repo, commit, required("unet/config.json"))
+    _check_index(hub_json(repo, commit, required("model_index.json")), what, role)
+    unet = hub_json(repo, commit, required("unet/config.json"))
     check_channels(unet.get("in_channels"), role, what)
     wanted = ["model_index.json"]
     folders = ["unet"]
@@ -149,7 +149,7 @@ def _hub_source(repo: str, revision: str | None, role: Role) -> Source:
         folders = list(WEIGHTS)
     for folder in folders:
         wanted.append(required(f"{folder}/config.json"))
-        wanted += _weights(sizes, folder, what)
+        wanted += weight_files(sizes, f"{folder}/{WEIGHTS[folder]}", what)
     return Source(
         described={role: {"repo": repo, "revision": commit}},
         downloads=[
@@ -160,9 +160,17 @@ def _hub_source(repo: str, revision: str | None, role: Role) -> Source:
     )
 
 
-def _weights(files: Iterable[str], folder: str, what: str) -> list[str]:
-    """The files of a network: the fp16 variant where there is one, whole or in shards."""
-    stem, number = re.escape(f"{folder}/{WEIGHTS[folder]}"), r"(\d+)-of-(\d+)"
+def weight_files(files: Iterable[str], stem: str, what: str) -> list[str]:
+    """The files of a network: the fp16 variant where there is one, whole or in shards.
+
+    Args:
+        stem: of their names, with the folder.
+
+    Raises:
+        DownloadError: there are none, or some are missing.
+    """
+    place = f"{stem.rpartition('/')[0]}/ has" if "/" in stem else "it has"
+    stem, number = re.escape(stem), r"(\d+)-of-(\d+)"
     for pattern in (
         rf"{stem}\.fp16\.safetensors",
         rf"{stem}\.fp16-{number}\.safetensors",
@@ -174,9 +182,9 @@ def _weights(files: Iterable[str], folder: str, what: str) -> list[str]:
         if found:
             shards = int(found[0][2]) if found[0].re.groups else 1
             if len(found) != shards:
-                raise DownloadError(f"{what}: {folder}/ has {len(found)} of {shards} shards")
+                raise DownloadError(f"{what}: {place} {len(found)} of {shards} shards")
             return [match[0] for match in found]
-    raise DownloadError(f"{what}: {folder}/ has no .safetensors weights, the only kind taken")
+    raise DownloadError(f"{what}: {place} no .safetensors weights, the only kind taken")
 
 
 def _check_index(index: dict[str, Any], what: str, role: Role) -> None:
@@ -190,8 +198,12 @@ def _check_index(index: dict[str, Any], what: str, role: Role) -> None:
         raise DownloadError(f"{what}: has two text encoders: it is a base, not a refiner")
 
 
-def _hub_files(repo: str, revision: str | None) -> tuple[str, list[Any]]:
-    """The commit of a revision (None: of the main branch), and its files with sizes and digests."""
+def hub_files(repo: str, revision: str | None) -> tuple[str, list[Any]]:
+    """The commit of a revision (None: of the main branch), and its files with sizes and digests.
+
+    Raises:
+        DownloadError: there is no such repository or revision, or no answer.
+    """
     info = patiently(
         lambda: HfApi().model_info(
             repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
@@ -201,7 +213,11 @@ def _hub_files(repo: str, revision: str | None) -> tuple[str, list[Any]]:
     return info.sha or "", info.siblings or []
 
 
-def _hub_json(repo: str, commit: str, file: str) -> dict[str, Any]:
+def hub_json(repo: str, commit: str, file: str) -> dict[str, Any]:
+    """
+    Raises:
+        DownloadError: it is not there, or is no JSON.
+    """
     url = hf_hub_url(repo, file, revision=commit)
 
     def ask() -> dict[str, Any]:

@@ -54,6 +54,8 @@ class Download:
     stored_as: str
     """The file that it becomes part of; where that exists, there is nothing to fetch."""
     etag: str | None = None
+    as_published: bool = False
+    """Its numbers keep their format; those of other safetensors are stored as fp16."""
 
     @property
     def identity(self) -> dict[str, Any]:

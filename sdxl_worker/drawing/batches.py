@@ -6,12 +6,14 @@ tensors without memory: `python -m benchmarks.memory`.
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from sdxl_worker import gpu
+from sdxl_worker.drawing.control import Control
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import MIN_SIDE_PX, SIDE_MULTIPLE_PX, Request
@@ -21,6 +23,9 @@ log = logging.getLogger(__name__)
 # For one picture with guidance, in 16-bit numbers: the refiner's, which needs more than the base.
 UNET_BYTES_PER_PIXEL = 379
 BASE_UNET_BYTES_PER_PIXEL = 315
+# The base's with what ControlNets add to it, which they make before. One that has three pictures,
+# or several networks one after the other, need less for themselves.
+CONTROLLED_UNET_BYTES_PER_PIXEL = 431
 DECODER_BYTES_PER_PIXEL = 1536
 ENCODER_BYTES_PER_PIXEL = 1280
 # Working memory of CUDA's libraries, and gaps between blocks of memory. An estimate.
@@ -50,7 +55,14 @@ class Plan:
         return None if self.tiling else replace(self, slicing=False, tiling=True)
 
 
-def check_fits(models: Models, request: Request, *, width_px: int, height_px: int) -> None:
+def check_fits(
+    models: Models,
+    request: Request,
+    *,
+    width_px: int,
+    height_px: int,
+    controls: Sequence[Control] = (),
+) -> None:
     """Refuse a size of which it is certain, before any work, that it does not fit the GPU.
 
     Decoding and encoding can be done in tiles, a UNet's pass cannot. Certain is what needs more
@@ -58,6 +70,7 @@ def check_fits(models: Models, request: Request, *, width_px: int, height_px: in
 
     Args:
         width_px: and `height_px`, of one picture as the UNets see it.
+        controls: of the base.
 
     Raises:
         RequestError: with the largest square that fits.
@@ -69,33 +82,44 @@ def check_fits(models: Models, request: Request, *, width_px: int, height_px: in
     free_bytes += gpu.idle_graph_bytes()
     if not models.placement.resident:
         free_bytes -= min(unet.get_memory_footprint() for unet in models.unets())
+        free_bytes -= _moved_in_bytes(controls)
     is_guided = request.guidance_scale > 1
     share = models.dtype.itemsize / 2 * (1 if is_guided else 0.5)  # of the figures above
-    if width_px * height_px * BASE_UNET_BYTES_PER_PIXEL * share <= free_bytes:
+    least = CONTROLLED_UNET_BYTES_PER_PIXEL if controls else BASE_UNET_BYTES_PER_PIXEL
+    if width_px * height_px * least * share <= free_bytes:
         return
     room = max(free_bytes - MARGIN_BYTES, free_bytes // 2, 0)
-    side = math.isqrt(int(room / (UNET_BYTES_PER_PIXEL * share)))
+    side = math.isqrt(int(room / (_unet_bytes_per_pixel(controls) * share)))
     side -= side % SIDE_MULTIPLE_PX
     if side >= MIN_SIDE_PX:  # or the size is not what is wrong
         keeps_its_size = request.image_url is not None and request.mode is None
+        field = "image_url" if keeps_its_size else "height, width"
         raise RequestError(
-            f"{'image_url' if keeps_its_size else 'height, width'}: {width_px} x {height_px} "
+            f"{'hires.scale' if request.hires else field}: {width_px} x {height_px} "
             "pixels do not fit the memory of this worker's GPU; the largest square that does is "
             f"{side} x {side}"
         )
 
 
-def plan(models: Models, *, num_images: int, pixels: int, encodes: bool = False) -> Plan:
+def plan(
+    models: Models,
+    *,
+    num_images: int,
+    pixels: int,
+    encodes: bool = False,
+    controls: Sequence[Control] = (),
+) -> Plan:
     """The largest batch that fits; slicing and tiling only where decoding does not fit without.
 
     Args:
         pixels: of one picture.
         encodes: whether a picture of that size is encoded, alone, before the rest.
+        controls: of the base. Where networks do not take turns, theirs are in memory already.
     """
     free_bytes = gpu.free_bytes(models.device)
     if free_bytes is None:
         return Plan(num_images, slicing=False, tiling=False)
-    unet_bytes = pixels * UNET_BYTES_PER_PIXEL * models.dtype.itemsize // 2
+    unet_bytes = pixels * _unet_bytes_per_pixel(controls) * models.dtype.itemsize // 2
     vae_itemsize = decoder_dtype(models.vae).itemsize
     decoder_bytes = pixels * DECODER_BYTES_PER_PIXEL * vae_itemsize // 2
     encoder_bytes = pixels * ENCODER_BYTES_PER_PIXEL * vae_itemsize // 2
@@ -107,7 +131,9 @@ def plan(models: Models, *, num_images: int, pixels: int, encodes: bool = False)
         room_for_unet = room + recorded_bytes - decoder_bytes
     else:
         # A UNet that is not resident is moved in for its stage, and out before the decoder is.
-        moved_in_bytes = 0 if models.placement.resident else _largest_unet_bytes(models)
+        moved_in_bytes = 0
+        if not models.placement.resident:
+            moved_in_bytes = _largest_unet_bytes(models) + _moved_in_bytes(controls)
         room_for_unet = room - moved_in_bytes
     most_at_once = max(1, room_for_unet // unet_bytes)
     batch_size = min(num_images, most_at_once)
@@ -134,3 +160,13 @@ def decoder_dtype(vae: Any) -> torch.dtype:
 
 def _largest_unet_bytes(models: Models) -> int:
     return max(unet.get_memory_footprint() for unet in models.unets())
+
+
+def _unet_bytes_per_pixel(controls: Sequence[Control]) -> int:
+    return CONTROLLED_UNET_BYTES_PER_PIXEL if controls else UNET_BYTES_PER_PIXEL
+
+
+def _moved_in_bytes(controls: Sequence[Control]) -> int:
+    """Of the ControlNets that come to the device beside the base's UNet."""
+    networks = {id(control.network): control.network for control in controls}
+    return sum(network.get_memory_footprint() for network in networks.values())

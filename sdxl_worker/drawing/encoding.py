@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 
 from sdxl_worker.drawing import second_tries
 from sdxl_worker.drawing.batches import decoder_dtype
@@ -53,7 +54,7 @@ def encode_canvas(
     picture = repainted = surroundings = None
     hidden = np.ones((height_px, width_px), bool)
     if canvas is not None:
-        pixels = 2 * (np.asarray(canvas.working, np.float32) / 255) - 1
+        pixels = _pixels(canvas.working)
         picture = _encoded(pixels, vae, device)
         if canvas.mask is not None:
             hidden = canvas.mask
@@ -66,6 +67,17 @@ def encode_canvas(
     return EncodedCanvas(
         (vae.config.latent_channels, height, width), picture, repainted, surroundings
     )
+
+
+def encode_picture(
+    picture: Image.Image, vae: Any, device: torch.device
+) -> DiagonalGaussianDistribution:
+    """Of latents [1, 4, h, w], before they are scaled. Within `decoding_as_planned`.
+
+    Args:
+        picture: RGB.
+    """
+    return _encoded(_pixels(picture), vae, device)
 
 
 def latents_of(
@@ -91,6 +103,11 @@ def own_scale(config: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.T
         for numbers in (config.latents_mean, config.latents_std)
     )
     return mean, std
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    """From -1 to 1, [height, width, 3]."""
+    return 2 * (np.asarray(picture, np.float32) / 255) - 1
 
 
 def _encoded(pixels: np.ndarray, vae: Any, device: torch.device) -> DiagonalGaussianDistribution:

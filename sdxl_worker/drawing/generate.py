@@ -2,9 +2,10 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,23 +17,38 @@ from sdxl_worker.adapters.patching import patches_of
 from sdxl_worker.drawing import batches, second_tries
 from sdxl_worker.drawing.control import controlled
 from sdxl_worker.drawing.decoding import decode, decoding_as_planned
-from sdxl_worker.drawing.encoding import EncodedCanvas, encode_canvas, latents_of
+from sdxl_worker.drawing.encoding import (
+    EncodedCanvas,
+    encode_canvas,
+    encode_picture,
+    latents_of,
+)
 from sdxl_worker.drawing.image_prompts import with_image_prompts
 from sdxl_worker.drawing.inpainting import Keeper, seeing, takes_mask
 from sdxl_worker.drawing.prompts import Encoding, Texts, encode_pair
-from sdxl_worker.drawing.stages import Stage, output_size_px, scheduler_of, total_steps
+from sdxl_worker.drawing.stages import (
+    Stage,
+    drawn_sizes_px,
+    scheduler_of,
+    total_steps,
+)
 from sdxl_worker.drawing.steering import NO_STEERING, Steering
 from sdxl_worker.drawing.steps import Step, StepCounter
 from sdxl_worker.errors import PictureError, let_go
 from sdxl_worker.few_step import FewStep
 from sdxl_worker.gpu import free_memory, is_out_of_memory
-from sdxl_worker.inputs.canvas import Canvas
+from sdxl_worker.inputs.canvas import Canvas, Enlarge
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
 from sdxl_worker.speed.cuda_graphs import forget_recordings
 from sdxl_worker.speed.no_waits import host_noise, timesteps_on_device
 from sdxl_worker.speed.shared_passes import SharedUnet
+from sdxl_worker.speed.steered import compiled_where_it_can_be, left_out
 from sdxl_worker.speed.step_cache import step_cache
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # A picture whose brightest value is below this may well become one without any light.
 DARK = 32
@@ -61,7 +77,8 @@ def generate(
 
     Args:
         stages: as `plan_stages` returns them for the request and the models.
-        canvas: of the picture of `image_url`. The pictures come in the size of its `working`.
+        canvas: of the picture of `image_url`. The pictures come in the size of its `working`, or
+            in that of its larger one, which it needs for `request.hires`.
         on_step: called after each denoising step. If it raises, drawing ends at once.
         check: called often while LoRAs are put on, which may take seconds. If it raises, so does
             this, at once.
@@ -79,24 +96,50 @@ def generate(
     if not stages:
         return [cast(Canvas, canvas).working] * count
 
-    width, height = canvas.working.size if canvas else output_size_px(stages, None)
-    batches.check_fits(models, request, width_px=width, height_px=height)
+    sizes_px = drawn_sizes_px(stages, canvas)
+    width, height = sizes_px[-1]  # the largest
+    batches.check_fits(
+        models, request, width_px=width, height_px=height, controls=steering.controls
+    )
+    for line in left_out(
+        models.unet,
+        controls=bool(steering.controls),
+        image_prompts=bool(steering.image_prompts),
+        step_cache_interval=step_cache_interval,
+    ):
+        log.info(line)
     with _patched(models, adapters, check):
         plan = batches.plan(
             models,
             num_images=count,
             pixels=width * height,
-            encodes=canvas is not None or takes_mask(models.unet),
+            encodes=canvas is not None or len(sizes_px) > 1 or takes_mask(models.unet),
+            controls=steering.controls,
         )
-        with decoding_as_planned(models.vae, replace(plan, tiling=plan.encoding_tiled)):
-            encoded = _encode_canvas(canvas, (width, height), models)
+        canvases = [canvas]
+        if len(sizes_px) > 1:
+            # Without a mask, what the first pass drew takes its place.
+            larger = canvas.larger if canvas is not None else None
+            canvases.append(larger if larger is not None and larger.mask is not None else None)
+        encode = functools.partial(
+            encode_canvas,
+            vae=models.vae,
+            device=models.device,
+            sees_mask=takes_mask(models.unet),
+        )
+        encoded = [
+            _encoding(functools.partial(encode, one, size_px), models, plan)
+            for one, size_px in zip(canvases, sizes_px, strict=True)
+        ]
         work = _Work(
             request=request,
             stages=stages,
             models=models,
             few_step=adapters.few_step,
             texts=_encode(request, stages, models, adapters.embeddings),
-            canvas=encoded,
+            canvas=encoded[0],
+            larger_canvas=encoded[-1],
+            enlarge=_enlarging(canvas, sizes_px[-1], steering.enlarge or _by_lanczos),
             may_be_black=canvas is not None and int(np.asarray(canvas.working).max()) < DARK,
             counter=StepCounter(on_step, total_steps(stages), count, models.device),
             steering=steering,
@@ -161,6 +204,10 @@ class _Work:
     texts: Mapping[str, tuple[Encoding, Encoding]]
     """Prompt and negative prompt, by the name of the stage."""
     canvas: EncodedCanvas
+    larger_canvas: EncodedCanvas
+    """For the second pass of `hires`."""
+    enlarge: Callable[[Image.Image], Image.Image]
+    """What the first pass drew, to the size of the second."""
     may_be_black: bool
     counter: StepCounter
     steering: Steering
@@ -203,20 +250,20 @@ def _encode(
         return of_stages()
 
 
-def _encode_canvas(
-    canvas: Canvas | None, size_px: tuple[int, int], models: Models
-) -> EncodedCanvas:
-    vae, device, sees_mask = models.vae, models.device, takes_mask(models.unet)
-    try:
-        return encode_canvas(canvas, size_px, vae, device, sees_mask=sees_mask)
-    except RuntimeError as error:
-        if vae.use_tiling or not is_out_of_memory(error):
-            raise
-        let_go(error)
-        _make_room(models)
-        second_tries.note("encoded in tiles")
-        vae.use_tiling = True
-        return encode_canvas(canvas, size_px, vae, device, sees_mask=sees_mask)
+def _encoding(encode: Callable[[], T], models: Models, plan: batches.Plan) -> T:
+    """What `encode` returns, which encodes by the VAE: in tiles where the memory does not do."""
+    vae = models.vae
+    with decoding_as_planned(vae, replace(plan, tiling=plan.encoding_tiled)):
+        try:
+            return encode()
+        except RuntimeError as error:
+            if vae.use_tiling or not is_out_of_memory(error):
+                raise
+            let_go(error)
+            _make_room(models)
+            second_tries.note("encoded in tiles")
+            vae.use_tiling = True
+            return encode()
 
 
 def _make_room(models: Models) -> None:
@@ -232,10 +279,8 @@ def _draw(batch: range, plan: batches.Plan, work: _Work) -> list[Image.Image]:
         PictureError: as `generate`.
     """
     for is_last in (False, True):
-        latents = _denoise(batch, work)
-        vae = work.models.vae
-        with decoding_as_planned(vae, plan):
-            pictures = decode(latents, vae, may_be_black=work.may_be_black)
+        latents = _denoise(batch, plan, work)
+        pictures = None if latents is None else _decode(latents, plan, work)
         if pictures is not None:
             return pictures
         if not is_last:
@@ -247,8 +292,16 @@ def _draw(batch: range, plan: batches.Plan, work: _Work) -> list[Image.Image]:
     )
 
 
-def _denoise(batch: range, work: _Work) -> torch.Tensor:
-    """Latents of the pictures with these numbers, [pictures, 4, height / 8, width / 8]."""
+def _decode(latents: torch.Tensor, plan: batches.Plan, work: _Work) -> list[Image.Image] | None:
+    """As `decode`."""
+    vae = work.models.vae
+    with decoding_as_planned(vae, plan):
+        return decode(latents, vae, may_be_black=work.may_be_black)
+
+
+def _denoise(batch: range, plan: batches.Plan, work: _Work) -> torch.Tensor | None:
+    """Latents of the pictures with these numbers, [pictures, 4, height / 8, width / 8]; None: what
+    was to be drawn larger is no picture."""
     request, models, canvas = work.request, work.models, work.canvas
     # Each picture has a generator of its own, on the CPU: picture i is what a request for one
     # picture with seed + i gives, within rounding, on any device. The refiner goes on with the
@@ -263,9 +316,15 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
         if canvas.repainted is not None:
             keeper = Keeper(latents, canvas.repainted)
     for stage in work.stages:
+        if stage.is_larger:
+            pictures = _decode(latents, plan, work)
+            if pictures is None:
+                return None
+            canvas = work.larger_canvas
+            latents, keeper = _enlarged(pictures, generators, plan, work)
         pipeline = _pipeline(stage, models, work.unets[stage.name])
         pipeline.scheduler = scheduler_of(stage, request, models, work.few_step)
-        after_step = work.counter.callback(stage.name)
+        after_step = work.counter.callback(stage.label)
         # What the pipeline is about to draw, where it adds noise.
         ahead = [generator.clone_state() for generator in generators]
         shape = (len(batch), *canvas.latents_shape)
@@ -285,13 +344,25 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
             if sees_mask and canvas.surroundings is not None:
                 surroundings = latents_of(canvas.surroundings, ahead, models.vae)
                 around.enter_context(seeing(pipeline.unet, canvas.repainted, surroundings))
-            around.enter_context(step_cache(pipeline, work.step_cache_interval))
+            # The refiner takes neither controls nor image prompts.
+            steering = work.steering if stage.name == "base" else NO_STEERING
+            is_steered = bool(steering.controls or steering.image_prompts)
+            interval = None if is_steered else work.step_cache_interval
+            around.enter_context(step_cache(pipeline, interval))
+            prompted = bool(steering.image_prompts)
+            around.enter_context(compiled_where_it_can_be(pipeline.unet, image_prompts=prompted))
             image_prompts: dict[str, Any] = {}
-            if stage.name == "base":  # the refiner takes neither
-                steering, placement = work.steering, models.placement
+            if is_steered:
+                placement = models.placement
                 around.enter_context(controlled(pipeline, steering.controls, placement))
                 image_prompts = around.enter_context(
-                    with_image_prompts(pipeline, steering.image_prompts, placement)
+                    with_image_prompts(
+                        pipeline,
+                        steering.image_prompts,
+                        placement,
+                        guidance_scale=request.guidance_scale,
+                        latents_size=shape[-2:],
+                    )
                 )
             latents = pipeline(
                 **stage.options,
@@ -306,6 +377,41 @@ def _denoise(batch: range, work: _Work) -> torch.Tensor:
                 output_type="latent",
             ).images
     return latents
+
+
+def _enlarged(
+    pictures: list[Image.Image],
+    generators: Sequence[torch.Generator],
+    plan: batches.Plan,
+    work: _Work,
+) -> tuple[torch.Tensor, Keeper | None]:
+    """Latents of what the first pass drew, larger, and what keeps the rest of the input picture,
+    which has then gone through no network but the VAE."""
+    models, canvas = work.models, work.larger_canvas
+    kept = None
+    if canvas.picture is not None:
+        ahead = [generator.clone_state() for generator in generators]
+        kept = latents_of(canvas.picture, ahead, models.vae)
+    drawn = []
+    for picture, generator in zip(pictures, generators, strict=True):
+        encode = functools.partial(encode_picture, work.enlarge(picture), models.vae, models.device)
+        drawn.append(latents_of(_encoding(encode, models, plan), [generator], models.vae))
+    latents = torch.cat(drawn)
+    if kept is None or canvas.repainted is None:
+        return latents, None
+    return torch.where(canvas.repainted, latents, kept), Keeper(kept, canvas.repainted)
+
+
+def _by_lanczos(picture: Image.Image, size_px: tuple[int, int]) -> Image.Image:
+    return picture.resize(size_px, Image.Resampling.LANCZOS)
+
+
+def _enlarging(
+    canvas: Canvas | None, size_px: tuple[int, int], enlarge: Enlarge
+) -> Callable[[Image.Image], Image.Image]:
+    if canvas is None or canvas.larger is None:
+        return lambda drawn: enlarge(drawn, size_px)
+    return lambda drawn: canvas.enlarged(drawn, enlarge)
 
 
 def _guidance_rescale(stage: Stage, work: _Work) -> float:

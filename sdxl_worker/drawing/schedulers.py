@@ -174,6 +174,15 @@ def timesteps_run(scheduler: Any, options: Mapping[str, Any]) -> int:
     return len(timesteps) if end is None else int((timesteps >= _cutoff(scheduler, end)).sum())
 
 
+def timesteps_cut_off(pipeline: Any) -> int:
+    """How many timesteps of its schedule a pipeline leaves to the next one (`denoising_end`)."""
+    scheduler, end = pipeline.scheduler, pipeline.denoising_end
+    if end is None:
+        return 0
+    left = getattr(scheduler, "left_to_the_next", 0)
+    return left + int((scheduler.timesteps < _cutoff(scheduler, end)).sum())
+
+
 def _cutoff(scheduler: Any, share: float) -> int:
     """The timestep at which diffusers' pipelines end one part of a schedule and begin the next."""
     trained = scheduler.config.num_train_timesteps
@@ -268,6 +277,7 @@ def _end_after_whole_steps(scheduler: Any, denoising_end: float) -> None:
         left = int((scheduler.timesteps < _cutoff(scheduler, denoising_end)).sum())
         left += left % 2 == 0  # the last step takes one
         scheduler.timesteps = scheduler.timesteps[: len(scheduler.timesteps) - left]
+        scheduler.left_to_the_next = left
 
     scheduler.set_timesteps = whole
 

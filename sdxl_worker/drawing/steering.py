@@ -1,15 +1,10 @@
 """What steers a drawing beside the prompt."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-from PIL import Image
 
 from sdxl_worker.drawing.control import Control
 from sdxl_worker.drawing.image_prompts import ImagePrompt
-
-Enlarge = Callable[[Image.Image, tuple[int, int]], Image.Image]
-"""An RGB picture, and the width and height that it gets."""
+from sdxl_worker.inputs.canvas import Enlarge
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Step:
     """One denoising step that is done."""
 
     stage: str
-    """"base" or "refiner"."""
+    """"base", "hires" (the base's second pass) or "refiner"."""
     step: int
     steps: int
     """Of this stage."""

@@ -1,7 +1,9 @@
 """What the models are given of an input picture, and how what they draw is put back into it."""
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from sdxl_worker.request import MIN_SIDE_PX, SIDE_MULTIPLE_PX
 
 # Left, top, right, bottom.
 Box = tuple[int, int, int, int]
+Enlarge = Callable[[Image.Image, tuple[int, int]], Image.Image]
+"""An RGB picture, and the width and height that it gets."""
 
 # Of the part that is painted alone, where the picture has room: longer ones are drawn badly.
 _MAX_ASPECT_RATIO = 2
@@ -24,10 +28,21 @@ class _Patch:
     """The part of the picture that is painted."""
 
     box: Box
-    opacity: NDArray[np.uint8]
-    """[height, width] of the box: 0 keeps the picture's pixel, 255 takes the drawn one."""
+    mask: Mask
+    """[height, width] of the box: true is repainted."""
+    blur_px: int
     is_scaled: bool
     """Whether it is painted in another size; if not, edges were added to the right and below."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
+
+    @functools.cached_property
+    def opacity(self) -> NDArray[np.uint8]:
+        """[height, width] of the box: 0 keeps the picture's pixel, 255 takes the drawn one."""
+        return _blurred(self.mask, self.blur_px)
 
 
 @dataclass(frozen=True)
@@ -41,24 +56,80 @@ class Canvas:
     mask: Mask | None
     """[height, width] of `working`: true is repainted. None: all of it."""
     _patch: _Patch | None = None
+    larger: "Canvas | None" = None
+    """The same for the second pass of `hires`, whose picture comes out then."""
 
     def put_back(self, drawn: Image.Image) -> Image.Image:
-        """The picture with what was drawn in the place of `working`, whose size it has.
+        """The picture with what was drawn in the place of the last `working`, whose size it has.
 
         What the mask and its blur do not reach is equal to the picture, byte for byte.
         """
+        if self.larger is not None:
+            return self.larger.put_back(drawn)
         if self._patch is None:
             return drawn
-        left, top, right, bottom = self._patch.box
-        size = (right - left, bottom - top)
         if self._patch.is_scaled:
-            drawn = drawn.resize(size, Image.Resampling.LANCZOS)
+            drawn = drawn.resize(self._patch.size, Image.Resampling.LANCZOS)
         else:
-            drawn = drawn.crop((0, 0, *size))
+            drawn = drawn.crop((0, 0, *self._patch.size))
         result = self.picture.copy()
         old = self.picture.crop(self._patch.box)
-        result.paste(_blended(old, drawn, self._patch.opacity), (left, top))
+        result.paste(_blended(old, drawn, self._patch.opacity), self._patch.box[:2])
         return result
+
+    def as_working(self, picture: Image.Image) -> Image.Image:
+        """Of another picture of the size of `picture`, the part that `working` is of that."""
+        if self._patch is None:
+            return picture
+        part = picture.crop(self._patch.box)
+        if self._patch.is_scaled:
+            return part.resize(self.working.size, Image.Resampling.LANCZOS)
+        return Image.fromarray(with_edges(np.asarray(part), self.working.size))
+
+    def mask_as_working(self, mask: Mask) -> Mask:
+        """As `as_working`, of a mask."""
+        if self._patch is None:
+            return mask
+        left, top, right, bottom = self._patch.box
+        part = mask[top:bottom, left:right]
+        of_size = covering if self._patch.is_scaled else with_edges
+        return of_size(part, self.working.size)
+
+    def larger_sizes(self, scale: float) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of `picture` and `working`, width and height for a second pass that is so much larger."""
+        working = larger_size(self.working.size, scale)
+        if self._patch is None:
+            return working, working
+        picture = _times(self.picture.size, scale)
+        return picture, working if self._patch.is_scaled else _whole_size(picture)
+
+    def with_larger(self, scale: float, enlarge: Enlarge) -> "Canvas":
+        """With `larger`: everything so much larger, and the picture as `enlarge` makes it."""
+        picture_size, working_size = self.larger_sizes(scale)
+        patch = self._patch
+        if patch is None:
+            # All of it is redrawn: nothing will be seen of this one.
+            blank = Image.new("RGB", working_size)
+            return replace(self, larger=Canvas(blank, blank, None))
+        left, top, right, bottom = (round(side * scale) for side in patch.box)
+        size = (right - left, bottom - top)
+        # In a larger size, the nearest pixel loses nothing of a mask.
+        mask = np.asarray(Image.fromarray(patch.mask).resize(size, Image.Resampling.NEAREST))
+        blur_px = math.floor(patch.blur_px * scale)
+        grown = _Patch((left, top, right, bottom), mask, blur_px, patch.is_scaled)
+        larger = _canvas(enlarge(self.picture, picture_size), grown, working_size)
+        return replace(self, larger=larger)
+
+    def enlarged(self, drawn: Image.Image, enlarge: Enlarge) -> Image.Image:
+        """What was drawn in the place of `working`, in the size of the second pass: as
+        `larger.working` is made of the larger picture."""
+        larger = self.larger
+        if larger is None:
+            raise ValueError("this canvas has no larger one")
+        if self._patch is None or larger._patch is None or self._patch.is_scaled:
+            return enlarge(drawn, larger.working.size)
+        within = enlarge(drawn.crop((0, 0, *self._patch.size)), larger._patch.size)
+        return Image.fromarray(with_edges(np.asarray(within), larger.working.size))
 
 
 def prepare_canvas(
@@ -86,21 +157,35 @@ def prepare_canvas(
         return Canvas(picture, picture, None)
     if mask_padding is None:
         box = (0, 0, *picture.size)
-        size = _whole_size(picture.size, max_side_px)
         is_scaled = max(picture.size) > max_side_px
+        size = _smaller_size(picture.size, max_side_px) if is_scaled else _whole_size(picture.size)
     else:
         box = _box_around(mask, max(mask_padding, mask_blur))
         size = _native_size(box[2] - box[0], box[3] - box[1], native_size_px)
         is_scaled = True
-    part, part_mask = picture.crop(box), mask[box[1] : box[3], box[0] : box[2]]
-    if is_scaled:
+    part_mask = mask[box[1] : box[3], box[0] : box[2]]
+    return _canvas(picture, _Patch(box, part_mask, mask_blur, is_scaled), size)
+
+
+def _canvas(picture: Image.Image, patch: _Patch, size: tuple[int, int]) -> Canvas:
+    """
+    Args:
+        size: of what the models get.
+    """
+    part = picture.crop(patch.box)
+    if patch.is_scaled:
         working = part.resize(size, Image.Resampling.LANCZOS)
-        working_mask = covering(part_mask, size)
+        mask = covering(patch.mask, size)
     else:
         working = Image.fromarray(with_edges(np.asarray(part), size))
-        working_mask = with_edges(part_mask, size)
-    patch = _Patch(box, _blurred(part_mask, mask_blur), is_scaled)
-    return Canvas(picture, working, working_mask, patch)
+        mask = with_edges(patch.mask, size)
+    return Canvas(picture, working, mask, patch)
+
+
+def larger_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """So many times the width and the height, as the models take them."""
+    width, height = (_as_side(side * scale) for side in size)
+    return width, height
 
 
 def with_holes_filled(picture: Image.Image, mask: Mask) -> Image.Image:
@@ -108,10 +193,17 @@ def with_holes_filled(picture: Image.Image, mask: Mask) -> Image.Image:
     return Image.fromarray(filled(np.asarray(picture), mask))
 
 
-def _whole_size(size: tuple[int, int], max_side_px: int) -> tuple[int, int]:
-    if max(size) > max_side_px:
-        scale = max_side_px / max(size)
-        return _as_side(size[0] * scale), _as_side(size[1] * scale)
+def _times(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def _smaller_size(size: tuple[int, int], max_side_px: int) -> tuple[int, int]:
+    scale = max_side_px / max(size)
+    return _as_side(size[0] * scale), _as_side(size[1] * scale)
+
+
+def _whole_size(size: tuple[int, int]) -> tuple[int, int]:
+    """With edges."""
     width, height = (
         max(MIN_SIDE_PX, math.ceil(side / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX) for side in size
     )

@@ -406,8 +406,12 @@ def mask_of(
     how: How,
     from_alpha: bool = False,
     mask_invert: bool,
+    repaints: bool = True,
 ) -> tuple[dict[str, Any], bytes]:
     """The mask's pixels, one byte each, fitted as its picture was.
+
+    Args:
+        repaints: what it is for, in messages: where to repaint, or where another picture counts.
 
     Raises:
         RequestError: as `decode_mask`; or it has not the shape of its picture, or is empty.
@@ -437,6 +441,9 @@ def mask_of(
         nothing = (
             "nothing in it is at least half white, so nothing would be repainted; paint white what "
             "is to change, or set mask_invert if that is black"
+            if repaints
+            else "nothing in it is at least half white, so the picture would count nowhere; paint "
+            "white where it counts, or leave the mask out"
         )
         nothing_inverted = (
             "nothing in it is black, so with mask_invert nothing would be repainted; paint black "

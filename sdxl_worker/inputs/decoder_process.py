@@ -111,6 +111,7 @@ async def decode_mask_apart(
     *,
     from_alpha: bool = False,
     mask_invert: bool = False,
+    repaints: bool = True,
 ) -> Mask:
     """A mask, fitted as the picture was that it belongs to. Cancelled, it ends the process at once.
 
@@ -119,6 +120,7 @@ async def decode_mask_apart(
         fit: how the picture came to its size.
         from_alpha: what is transparent is repainted, whatever is white.
         mask_invert: what is black is repainted, not what is white; or what is opaque.
+        repaints: see `mask_of`.
 
     Raises:
         RequestError: as `mask_of`; or the decoder went over a limit or crashed.
@@ -133,6 +135,7 @@ async def decode_mask_apart(
         how=fit.how,
         from_alpha=from_alpha,
         mask_invert=mask_invert,
+        repaints=repaints,
     )
     return _as_mask(pixels, fit.size)
 

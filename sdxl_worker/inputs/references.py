@@ -1,10 +1,22 @@
 """Pictures that steer a drawing: control pictures, and pictures as prompts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from PIL import Image
 
+from sdxl_worker.errors import RequestError
+from sdxl_worker.inputs.canvas import Canvas
+from sdxl_worker.inputs.control_maps import PoseFiles, canny_map, pose_map, repaint_map
+from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
+from sdxl_worker.inputs.fitting import Fit
 from sdxl_worker.inputs.masks import Mask
+from sdxl_worker.request import ControlField, Request
+
+REPAINT_NEEDS_A_MASK = (
+    "repaint needs a mask: mask_url, or mask_from_alpha; or send a finished map, black where it is "
+    "to be repainted, with preprocess false"
+)
 
 
 @dataclass(frozen=True)
@@ -20,3 +32,112 @@ class References:
 
 
 NO_REFERENCES = References()
+
+
+def addresses_of(request: Request) -> dict[str, str]:
+    """Of all pictures of `controlnet` and `ip_adapter`, by their places in the request."""
+    addresses = {
+        f"controlnet[{i}].image_url": one.image_url
+        for i, one in enumerate(request.controlnet or ())
+    }
+    for i, prompt in enumerate(request.ip_adapter or ()):
+        addresses[f"ip_adapter[{i}].image_url"] = prompt.image_url
+        if prompt.mask_url is not None:
+            addresses[f"ip_adapter[{i}].mask_url"] = prompt.mask_url
+    return addresses
+
+
+async def decode_references(
+    request: Request, contents: Mapping[str, bytes], size: tuple[int, int]
+) -> References:
+    """The pictures and masks as they were sent, but of this size; pictures that are prompts keep
+    their own. Cancelled, it ends the decoder at once.
+
+    Args:
+        contents: by the places of `addresses_of`.
+        size: width and height of the whole picture that is drawn on.
+
+    Raises:
+        RequestError: one cannot be decoded, or a mask has another shape or is empty.
+    """
+    controls, prompts, masks = [], [], []
+    for i, _ in enumerate(request.controlnet or ()):
+        field = f"controlnet[{i}].image_url"
+        decoded = await decode_apart(
+            contents[field], field, height_px=size[1], width_px=size[0], how=request.fit
+        )
+        controls.append(decoded.picture)
+    for i, prompt in enumerate(request.ip_adapter or ()):
+        field = f"ip_adapter[{i}].image_url"
+        # Not rounded to what the models can draw: it is for an encoder of its own.
+        decoded = await decode_apart(
+            contents[field], field, height_px=None, width_px=None, masked=True
+        )
+        prompts.append(decoded.picture)
+        mask = None
+        if prompt.mask_url is not None:
+            field = f"ip_adapter[{i}].mask_url"
+            mask = await decode_mask_apart(
+                contents[field], field, Fit(size, size, "stretch"), repaints=False
+            )
+        masks.append(mask)
+    return References(tuple(controls), tuple(prompts), tuple(masks))
+
+
+def prepare_references(
+    references: References, request: Request, canvas: Canvas | None, pose: PoseFiles | None
+) -> References:
+    """The part of them that is drawn on, in its size, and maps as far as the CPU makes them. It
+    takes up to seconds: not for the event loop.
+
+    Args:
+        references: as `decode_references` returns them.
+        pose: if a pose is to be found.
+
+    Raises:
+        RequestError: a picture cannot become a map, or a mask has nothing in that part.
+    """
+    controls = tuple(
+        _control(
+            one,
+            picture if canvas is None else canvas.as_working(picture),
+            canvas.mask if canvas is not None else None,
+            pose,
+            f"controlnet[{i}]",
+        )
+        for i, (one, picture) in enumerate(
+            zip(request.controlnet or (), references.controls, strict=True)
+        )
+    )
+    masks: list[Mask | None] = []
+    for i, mask in enumerate(references.image_prompt_masks):
+        if mask is not None and canvas is not None:
+            mask = canvas.mask_as_working(mask)
+            if not mask.any():
+                raise RequestError(
+                    f"ip_adapter[{i}].mask_url: nothing of it is white in the part that is painted "
+                    "(mask_padding), so the picture would count nowhere; raise mask_padding, or "
+                    "leave the mask out"
+                )
+        masks.append(mask)
+    return References(controls, references.image_prompts, tuple(masks))
+
+
+def _control(
+    control: ControlField,
+    picture: Image.Image,
+    mask: Mask | None,
+    pose: PoseFiles | None,
+    field: str,
+) -> Image.Image:
+    if not control.preprocess:
+        return picture
+    if control.type == "canny":
+        return canny_map(picture)
+    if control.type == "pose" and pose is not None:
+        return pose_map(picture, pose, f"{field}.image_url")
+    if control.type == "repaint":
+        if mask is None:
+            raise RequestError(f"{field}.type: {REPAINT_NEEDS_A_MASK}")
+        return repaint_map(picture, mask)
+    return picture  # a tile is the picture itself; depth is for the GPU

@@ -1,13 +1,20 @@
 """Networks that stand beside a model, such as a ControlNet: loaded when a request first asks."""
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 
+from sdxl_worker.errors import ModelError
 from sdxl_worker.placement import Placement
+
+# Of one file each reads a run of tensors, as they lie there.
+THREADS = 8
 
 
 class CompanionFiles(Protocol):
@@ -52,15 +59,56 @@ class Companion:
         return self.placement.device
 
 
+def read_tensors(
+    paths: Sequence[Path], placement: Placement, setting: str
+) -> dict[str, torch.Tensor]:
+    """The tensors of safetensors files, where and in the format that `placement` has them.
+
+    Args:
+        setting: whose folder they are in, for messages.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    device = placement.device if placement.resident else torch.device("cpu")
+
+    def read(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        with safe_open(path, framework="pt") as file:
+            return {name: to_dtype(file.get_tensor(name).to(device)) for name in names}
+
+    def to_dtype(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(placement.dtype) if tensor.is_floating_point() else tensor
+
+    tensors: dict[str, torch.Tensor] = {}
+    path = None
+    try:
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="companion") as pool:
+            for path in paths:
+                with safe_open(path, framework="pt") as file:
+                    names = list(file.offset_keys())
+                run = -(-len(names) // THREADS) or 1
+                runs = [names[i : i + run] for i in range(0, len(names), run)]
+                for part in pool.map(read, [path] * len(runs), runs):
+                    tensors |= part
+    except (OSError, SafetensorError) as error:
+        name = path.name if path else ""
+        raise ModelError(f"{setting}: {name} cannot be read: {error}") from error
+    return tensors
+
+
 @contextlib.contextmanager
 def at_work(network: Any, placement: Placement) -> Iterator[None]:
-    """Around the passes of a companion: where networks take turns, it comes to the device only for
-    these."""
-    if placement.resident:
+    """Around the passes of a companion: one that waits on the host comes to the device only for
+    these. Where it is, is seen from itself: another model may have had it loaded, one whose
+    networks do not take turns, or do.
+    """
+    parameter = next(network.parameters(), None)
+    if parameter is None or parameter.device.type == placement.device.type:
         yield
         return
-    network.to(placement.device)
+    home = parameter.device
     try:
+        network.to(placement.device)
         yield
     finally:
-        network.to("cpu")
+        network.to(home)

@@ -24,6 +24,10 @@ HTTP_LIMIT_BYTES = 30_000_000
 # A picture of SDXL takes 1.5 to 2.8 bytes a pixel as PNG. A result that would be over the limit
 # even with this is refused before it is made.
 LEAST_PNG_BYTES_PER_PIXEL = 0.5
+# Of one colour: deflate makes one byte of at most 1032.
+LEAST_MAP_BYTES_PER_PIXEL = 3 / 1032
+# More than an answer takes that has links to 16 pictures.
+LINKS_BYTES = 100_000
 # Below, JPEG shows little but its blocks.
 LEAST_JPEG_QUALITY = 10
 # Pictures of one request gain about the same from being encoded once more.
@@ -51,7 +55,12 @@ def limit_bytes(job_id: str) -> int | None:
 
 
 def check_expected_size(
-    request: Request, pixels: int, output_format: OutputFormat, job_id: str
+    request: Request,
+    pixels: int,
+    output_format: OutputFormat,
+    job_id: str,
+    *,
+    map_pixels: int = 0,
 ) -> None:
     """Refuse a request whose result is sure to be over the limit, before it is made.
 
@@ -61,6 +70,7 @@ def check_expected_size(
 
     Args:
         pixels: of one picture.
+        map_pixels: of all maps that the answer holds, which may be of one colour.
 
     Raises:
         RequestError: with the expected size and what to do.
@@ -75,12 +85,19 @@ def check_expected_size(
     if limit is None or may_become_jpeg or request.is_masked or is_unchanged:
         return
     one = pixels * LEAST_PNG_BYTES_PER_PIXEL * 4 / 3  # base64
-    size = int(one * (request.num_images + request.duplicate_first))
+    maps = map_pixels * LEAST_MAP_BYTES_PER_PIXEL * 4 / 3
+    size = int(one * (request.num_images + request.duplicate_first) + maps)
     if size > limit:
         remedies = ['output_format or on_too_large "jpeg"']
-        if request.duplicate_first and one * request.num_images <= limit:
+        if request.duplicate_first and one * request.num_images + maps <= limit:
             remedies.append("duplicate_first false")
         raise _too_large("would be at least", size, limit, remedies, request)
+
+
+def fits_beside_links(size_bytes: int, job_id: str) -> bool:
+    """Whether an answer whose pictures are links has room for so much more."""
+    limit = limit_bytes(job_id)
+    return limit is None or size_bytes + LINKS_BYTES <= limit
 
 
 def fit(

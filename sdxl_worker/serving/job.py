@@ -6,7 +6,8 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -19,7 +20,13 @@ from sdxl_worker.inputs.canvas import Canvas, prepare_canvas, with_holes_filled
 from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
 from sdxl_worker.inputs.fetch import fetch
 from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
-from sdxl_worker.inputs.references import NO_REFERENCES, References
+from sdxl_worker.inputs.references import (
+    NO_REFERENCES,
+    References,
+    addresses_of,
+    decode_references,
+    prepare_references,
+)
 from sdxl_worker.limits import check_limits
 from sdxl_worker.loading.models_by_name import names_of_models
 from sdxl_worker.openai_images import (
@@ -29,10 +36,16 @@ from sdxl_worker.openai_images import (
     list_models,
     parse_openai_call,
 )
-from sdxl_worker.outputs.answer import build_output, data_uri, encode_pictures
+from sdxl_worker.outputs.answer import (
+    build_output,
+    data_uri,
+    encode_maps,
+    encode_pictures,
+    told_beside,
+)
 from sdxl_worker.outputs.files import MEDIA_TYPES
 from sdxl_worker.outputs.metadata import About
-from sdxl_worker.outputs.size_guard import check_expected_size, fit
+from sdxl_worker.outputs.size_guard import check_expected_size, fit, fits_beside_links
 from sdxl_worker.outputs.upload import (
     Destination,
     UploadFailure,
@@ -44,6 +57,7 @@ from sdxl_worker.request import MAX_SIDE_PX, TEXT_FIELDS, OutputFormat, Request,
 from sdxl_worker.serving.ending import not_holding_the_end
 from sdxl_worker.serving.logs import timed
 from sdxl_worker.serving.progress import Progress
+from sdxl_worker.serving.safety import blanked, judge, warning_of_blanks
 from sdxl_worker.serving.slot import begin_next_job
 from sdxl_worker.serving.start import put_on_card, ready_models
 from sdxl_worker.serving.threads import draw_on_gpu_thread, in_thread
@@ -108,7 +122,8 @@ async def _pictures(
         storage = destination(job, request, settings)
     async with Progress(job) as progress:
         models = await ready_models(settings, request.model, progress.on_loading)
-        if request.preview:
+        # A preview of what may yet be flagged would show it.
+        if request.preview and not settings.safety_blank:
             progress.latent_rgb = models.latent_rgb
         return await _answered(job_id, request, settings, storage, models, progress, call)
 
@@ -127,13 +142,19 @@ async def _answered(
 
     from sdxl_worker.adapters.of_request import read_adapters
     from sdxl_worker.drawing.prompts import Texts, warnings_of
-    from sdxl_worker.drawing.stages import as_drawn, output_size_px, plan_stages, total_steps
+    from sdxl_worker.drawing.stages import (
+        as_drawn,
+        drawn_sizes_px,
+        final_size_px,
+        plan_stages,
+        total_steps,
+    )
     from sdxl_worker.drawing.together import kind_of
     from sdxl_worker.serving.beside import find_beside
     from sdxl_worker.serving.report import build_report
 
     plan_stages(request, models)  # refuses before anything is fetched
-    beside = find_beside(request, settings)
+    beside = find_beside(request, settings, models)
     adapter_files = await _adapter_files(request, settings, progress, job_id)
     adapters = await in_thread(read_adapters, request, adapter_files, models)
     request = with_settings_of(request, adapters.few_step, models.scheduler_config)
@@ -149,11 +170,19 @@ async def _answered(
         if canvas.mask is not None and not request.is_masked:
             request = request.model_copy(update={"mask_from_alpha": True})
     output_format = request.output_format or settings.default_output_format
+    width, height = final_size_px(request, stages, canvas)
     if not request.check and storage is None:
-        width, height = output_size_px(stages, canvas)
-        check_expected_size(request, width * height, output_format, job_id)
+        count = len(request.controlnet or ()) if request.return_maps else 0
+        drawn_width, drawn_height = drawn_sizes_px(stages, canvas)[0]
+        check_expected_size(
+            request,
+            width * height,
+            output_format,
+            job_id,
+            map_pixels=count * drawn_width * drawn_height,
+        )
 
-    references = await _references(request, stages, canvas, job_id)
+    references = await _references(request, stages, canvas, beside, job_id)
     told = warnings_of_settings(request, adapters.few_step)
     told += warnings_of(Texts.of(request), adapters.embeddings)
     told += call.warnings if call is not None else []
@@ -174,18 +203,29 @@ async def _answered(
         step_cache_interval=settings.step_cache,
         shares_passes=kind is not None,
     )
-    pictures, generate_ms, lost = await draw_on_gpu_thread(draw, kind, settings.batch_jobs)
-    if models.dtype == torch.bfloat16 and lost > LOST_WORTH_TELLING:
+    drawn = await draw_on_gpu_thread(draw, kind, settings.batch_jobs)
+    pictures, canvas = drawn.pictures, drawn.canvas
+    if models.dtype == torch.bfloat16 and drawn.lost > LOST_WORTH_TELLING:
         told.append(
-            f"loras: rounding to bfloat16 lost {lost:.0%} of what they change; with DTYPE=float16 "
-            "the worker would keep nearly all of it"
+            f"loras: rounding to bfloat16 lost {drawn.lost:.0%} of what they change; with "
+            "DTYPE=float16 the worker would keep nearly all of it"
         )
     if canvas is not None:
         pictures = await in_thread(_put_back, canvas, pictures, progress.check)
+    if request.upscale is not None:
+        with timed("upscale", job_id):
+            pictures = await _upscaled(request, beside, pictures, models, progress)
     if request.check:
         steps = total_steps(stages)
-        report = build_report(request, models, settings, pictures, generate_ms, steps)
+        report = build_report(request, models, settings, pictures, drawn.ms, steps)
         return report if storage is None else {**report, "storage": await _checked(storage)}
+    nsfw = None
+    if settings.safety_checker is not None:
+        with timed("judge", job_id):
+            nsfw = await judge(pictures, settings.safety_checker, models, progress)
+        if settings.safety_blank:
+            pictures = blanked(pictures, nsfw)
+            told += warning_of_blanks(nsfw)
     how: Any = {
         "output_format": output_format,
         "about": About(
@@ -201,6 +241,7 @@ async def _answered(
     }
     with timed("encode", job_id):
         files = await in_thread(encode_pictures, pictures, request, **how)
+        maps = await in_thread(encode_maps, drawn.maps if request.return_maps else ())
     begin_next_job()
     links: list[str | UploadFailure] = []
     if storage is not None:
@@ -208,7 +249,17 @@ async def _answered(
             links = await _upload(files, output_format, storage, job_id)
     wrapping_bytes = BESIDE_BYTES if call is not None else 0
     output = await in_thread(
-        _answer, pictures, files, links, request, job_id, how, told, wrapping_bytes
+        _answer,
+        pictures,
+        files,
+        links,
+        request,
+        job_id,
+        how,
+        told,
+        wrapping_bytes,
+        maps=maps,
+        nsfw=nsfw,
     )
     if call is None:
         return output
@@ -250,6 +301,31 @@ def _put_back(
     return result
 
 
+async def _upscaled(
+    request: Request,
+    beside: "Beside",
+    pictures: list[Image.Image],
+    models: "Models",
+    progress: Progress,
+) -> list[Image.Image]:
+    """The finished pictures, larger: by a network on the GPU thread, by Lanczos beside it."""
+    from sdxl_worker.serving.beside import upscaled
+
+    enlarge = functools.partial(
+        upscaled,
+        request,
+        beside,
+        pictures,
+        models,
+        progress.on_loading,
+        progress.check,
+        progress.on_tile,
+    )
+    if beside.upscaler is None:
+        return await in_thread(enlarge)
+    return await draw_on_gpu_thread(enlarge, None, 1)
+
+
 async def _checked(storage: Destination) -> str:
     try:
         async with not_holding_the_end("the storage"):
@@ -285,12 +361,16 @@ def _answer(
     how: dict[str, Any],
     warnings: list[str],
     wrapping_bytes: int,
+    *,
+    maps: Sequence[bytes],
+    nsfw: Sequence[bool] | None,
 ) -> dict[str, Any]:
     """Links, and what has none in the answer itself, as long as it fits.
 
     Args:
         warnings: what there is to tell beside what becomes of the files.
         wrapping_bytes: how much is put around the answer.
+        maps: as `told_beside`, and so is `nsfw`.
 
     Raises:
         RequestError: it does not.
@@ -300,8 +380,10 @@ def _answer(
     cause = next((link.cause for link in links if isinstance(link, UploadFailure)), "")
     if cause:
         warnings = [*warnings, f"{len(inline)} of {len(files)} pictures not uploaded: {cause}"]
+    told = told_beside(maps, nsfw)
+    maps_bytes = len(json.dumps(told))
     if inline:
-        beside: dict[str, Any] = {"images": list(images.values()), "warning": warnings}
+        beside: dict[str, Any] = {"images": list(images.values()), "warning": warnings, **told}
         if 0 in images:  # the first picture is not there twice, but its link is
             beside["image_url"] = images[0]
             request = request.model_copy(update={"duplicate_first": False})
@@ -317,14 +399,23 @@ def _answer(
             )
         except RequestError as error:
             uploaded = "".join(f"; stored: {without_secrets(link)}" for link in images.values())
-            raise RequestError(f"{cause and f'not uploaded: {cause}; '}{error}{uploaded}") from None
+            of_maps = f"; return_maps false, by {maps_bytes / 1e6:.1f} MB" if maps else ""
+            raise RequestError(
+                f"{cause and f'not uploaded: {cause}; '}{error}{of_maps}{uploaded}"
+            ) from None
         images |= {
             i: data_uri(file, fitted.output_format)
             for i, file in zip(inline, fitted.files, strict=True)
         }
         warnings = [*warnings, *([fitted.warning] if fitted.warning else [])]
+    elif maps and not fits_beside_links(maps_bytes, job_id):
+        told = told_beside((), nsfw)
+        warnings = [
+            *warnings,
+            f"maps: {maps_bytes / 1e6:.1f} MB, which the platform would not take: left out",
+        ]
     in_order = [images[i] for i in range(len(files))]
-    return build_output(in_order, request, warning="; ".join(warnings) or None)
+    return build_output(in_order, request, warning="; ".join(warnings) or None, beside=told)
 
 
 async def _canvas(
@@ -339,7 +430,11 @@ async def _canvas(
         RequestError: one of them cannot be had, or they do not go together.
     """
     with timed("fetch", job_id):
-        contents = await _fetch_side_by_side(request, ("image_url", "mask_url"))
+        fields = ("image_url", "mask_url")
+        given = {name: getattr(request, name) for name in fields}
+        contents = await _fetch_side_by_side(
+            {name: address for name, address in given.items() if address is not None}
+        )
     # Without a mode, image_url keeps its size whatever the other fields say, as in 2.1.0.
     sides = (request.height, request.width) if request.mode else (None, None)
     has_mask_file = request.mask_url is not None
@@ -380,25 +475,57 @@ async def _canvas(
 
 
 async def _references(
-    request: Request, stages: "Sequence[Stage]", canvas: Canvas | None, job_id: str
+    request: Request,
+    stages: "Sequence[Stage]",
+    canvas: Canvas | None,
+    beside: "Beside",
+    job_id: str,
 ) -> References:
-    """The pictures of `controlnet` and `ip_adapter`, fetched and decoded.
+    """The pictures of `controlnet` and `ip_adapter`: maps as far as the CPU makes them.
 
     Raises:
-        RequestError: one of them cannot be had.
+        RequestError: one of them cannot be had, or does not become what it should.
     """
-    return NO_REFERENCES
+    addresses = addresses_of(request)
+    if not addresses:
+        return NO_REFERENCES
+    from sdxl_worker.drawing.stages import drawn_sizes_px
+
+    size = canvas.picture.size if canvas is not None else drawn_sizes_px(stages, None)[0]
+    async with not_holding_the_end("the pictures of controlnet and ip_adapter"):
+        with timed("fetch", job_id):
+            contents = await _fetch_side_by_side(addresses)
+        with timed("decode", job_id):
+            decoded = await decode_references(request, contents, size)
+            del contents
+            return await in_thread(prepare_references, decoded, request, canvas, beside.pose)
 
 
-async def _fetch_side_by_side(request: Request, fields: Iterable[str]) -> dict[str, bytes]:
-    """What is at the addresses of those fields that are given."""
-    given = [name for name in fields if getattr(request, name) is not None]
-    fetching = [asyncio.ensure_future(fetch(getattr(request, name), name)) for name in given]
+async def _fetch_side_by_side(addresses: Mapping[str, str]) -> dict[str, bytes]:
+    """What is at the addresses, by field. What several fields name is fetched once."""
+    fields: dict[str, str] = {}
+    for field, address in addresses.items():
+        fields.setdefault(address, field)
+    fetching = [asyncio.ensure_future(fetch(address, fields[address])) for address in fields]
     try:
-        return dict(zip(given, await asyncio.gather(*fetching), strict=True))
+        found = dict(zip(fields, await asyncio.gather(*fetching), strict=True))
+        return {field: found[address] for field, address in addresses.items()}
     finally:
         for one in fetching:
             one.cancel()
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    pictures: list[Image.Image]
+    canvas: Canvas | None
+    """What they are put back into."""
+    ms: float
+    """What they took."""
+    lost: float
+    """The share of what LoRAs change that rounding lost."""
+    maps: Sequence[Image.Image]
+    """Of `controlnet`."""
 
 
 def _draw(
@@ -413,17 +540,19 @@ def _draw(
     beside: "Beside",
     references: References,
     **options: Any,
-) -> tuple[list[Image.Image], float, float]:
-    """On the GPU thread: the pictures, the milliseconds they took, and the share of what LoRAs
-    change that rounding lost."""
+) -> _Drawn:
+    """On the GPU thread."""
     from sdxl_worker.adapters.patching import patches_of
     from sdxl_worker.drawing.generate import generate
-    from sdxl_worker.serving.beside import steering_of
+    from sdxl_worker.serving.beside import steering_of, with_depth_maps
 
     models = put_on_card(models, settings, progress.on_loading)
     reset_peak_memory()
+    references = with_depth_maps(request, beside, references, models, progress.on_loading)
     steering = steering_of(request, beside, references, models, progress.on_loading, progress.check)
     with timed("generate", job_id, queued_at=queued_at) as timing:
+        if request.hires is not None and canvas is not None and steering.enlarge is not None:
+            canvas = canvas.with_larger(request.hires.scale, steering.enlarge)
         pictures = generate(
             request,
             stages,
@@ -434,4 +563,4 @@ def _draw(
             steering=steering,
             **options,
         )
-    return pictures, timing.ms, patches_of(models).lost
+    return _Drawn(pictures, canvas, timing.ms, patches_of(models).lost, references.controls)

@@ -119,6 +119,21 @@ class Progress:
             progress = {"stage": "download", "bytes": done, "total_bytes": total, **share}
             self._send({"progress": progress})
 
+    def on_tile(self, done: int, tiles: int) -> None:
+        """Called on the GPU thread as finished pictures are enlarged by a network.
+
+        Args:
+            tiles: of all pictures.
+
+        Raises:
+            JobStopped: as `check`.
+        """
+        self.check()
+        if self._wanted.is_set():
+            percent = 100 * done // tiles
+            progress = {"stage": "upscale", "step": done, "steps": tiles, "percent": percent}
+            self._send({"progress": progress})
+
     def on_loading(self, model: str) -> None:
         """Called on the GPU thread where another model has to be loaded or brought to the card."""
         if self._wanted.is_set():

@@ -46,6 +46,7 @@ def build_report(
         "dtype": str(models.dtype).removeprefix("torch."),
         "step_cache": settings.step_cache,
         "quantization": settings.quantize,
+        "safety_checker": settings.safety_checker is not None,
         "second_tries": dict(COUNTS),
         "peak_memory_mb": round(peak_memory_bytes() / 1e6),
         "free_memory_mb": round(torch.cuda.mem_get_info()[0] / 1e6) if gpu else None,

@@ -133,26 +133,42 @@ def put_beside(
     Raises:
         RequestError: one cannot be loaded.
     """
-    from sdxl_worker.loading.companions import Companion
-
     beside = [models.model_dir.root, *(files.key for files in companions)]
     networks = []
     for files in companions:
-
-        def load(files: "CompanionFiles" = files) -> Companion:
-            with _timed(f"loaded {files.title}"):
-                return Companion(files.title, models.placement, files.load(models.placement))
-
         try:
-            if not _kept.is_on_card(files.key):
+            if not is_beside(files):
                 on_loading(files.title)
-            size_bytes = 0 if _kept.get(files.key) else files.size_bytes(models.dtype)
-            companion = _kept.bring(files.key, size_bytes, load, beside)
+            networks.append(_bring_beside(models, files, beside))
         except ModelError as error:
             log.warning("%s cannot be loaded: %s", files.title, error)
             raise RequestError(str(error)) from None
-        networks.append(companion.network)
     return networks
+
+
+def is_beside(files: "CompanionFiles") -> bool:
+    """Whether the companion is on the card: nothing has to go for it. On the GPU thread."""
+    return _kept.is_on_card(files.key)
+
+
+def _bring_beside(
+    models: "Models", files: "CompanionFiles", beside: Sequence[Hashable]
+) -> "torch.nn.Module":
+    """
+    Args:
+        beside: those that stay where they are.
+
+    Raises:
+        ModelError: the companion cannot be loaded.
+    """
+    from sdxl_worker.loading.companions import Companion
+
+    def load() -> Companion:
+        with _timed(f"loaded {files.title}"):
+            return Companion(files.title, models.placement, files.load(models.placement))
+
+    size_bytes = 0 if _kept.get(files.key) else files.size_bytes(models.dtype)
+    return _kept.bring(files.key, size_bytes, load, beside).network
 
 
 def _bring(model_dir: ModelDir, settings: Settings, on_loading: Callable[[str], None]) -> "Models":
@@ -186,14 +202,25 @@ def _start(settings: Settings, before_drawing: Callable[[], object]) -> "Models"
         _check_folders(settings)
         model_dir = find_model_dir(settings)
         models = _load_and_draw(model_dir, settings, before_drawing)
-        return _kept.bring(model_dir.root, size_bytes_of(models), lambda: models)
+        _kept.bring(model_dir.root, size_bytes_of(models), lambda: models)
+        if settings.safety_checker is not None:
+            from sdxl_worker.loading.safety_checkers import SafetyCheckerFiles
+
+            files = SafetyCheckerFiles(settings.safety_checker)
+            _bring_beside(models, files, [model_dir.root])
+        return models
     finally:
         gc.freeze()
         gc.enable()
 
 
 def _check_folders(settings: Settings) -> None:
-    for name in ("lora_dir", "models_dir", "controlnet_dir", "ip_adapter_dir", "upscaler_dir"):
+    if settings.safety_blank and settings.safety_checker is None:
+        raise ModelError("SAFETY_BLANK: needs SAFETY_CHECKER, without which nothing is flagged")
+    for name in (
+        *("lora_dir", "models_dir", "controlnet_dir", "ip_adapter_dir", "upscaler_dir"),
+        "safety_checker",
+    ):
         folder = getattr(settings, name)
         if folder is not None and not folder.is_dir():
             raise ModelError(f"{name.upper()}: {folder} must be a folder; is its volume attached?")

@@ -17,6 +17,7 @@ from sdxl_worker.placement import Placement
 from sdxl_worker.settings import CompileMode, Settings
 from sdxl_worker.speed.cuda_graphs import GraphedForward
 from sdxl_worker.speed.quantize import check_quantization, quantize
+from sdxl_worker.speed.steered import CompiledForward
 
 
 def optimize(optimizations: Collection[str], unet: Any, vae: Any = None) -> None:
@@ -69,7 +70,7 @@ def _compile_blocks(unet: Any, _: Any) -> None:
 
 def _compile_unet(unet: Any, _: Any) -> None:
     _allow_many_shapes()
-    unet.forward = torch.compile(unet.forward, fullgraph=True)
+    unet.forward = CompiledForward(unet.forward)
 
 
 def _compile_decoder(_: Any, vae: Any) -> None:
@@ -78,7 +79,9 @@ def _compile_decoder(_: Any, vae: Any) -> None:
 
 
 def _cuda_graphs(unet: Any, _: Any) -> None:
-    unet.forward = GraphedForward(unet.forward, unet.device)
+    # What is not compiled there may be what cannot be recorded: torchao's int8.
+    records = not isinstance(unet.forward, CompiledForward)
+    unet.forward = GraphedForward(unet.forward, unet.device, with_residuals=records)
 
 
 OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.request import parse_request
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from tests import inpainting_model
-from tests.hub_server import COMMIT, Fault, Hub, serving
+from tests.hub_server import COMMIT, Fault, Hub
 from tests.support import REPOSITORY, draw
 from tools import original_format
 
@@ -83,36 +83,21 @@ def small_table(repos: dict[str, dict[str, bytes]]) -> dict[str, Any]:
     return {"models": models}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Hub]:
-    with serving() as hub:
-        yield hub
-
-
 @pytest.fixture(autouse=True)
-def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+def hub(local_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     base = embedded("base")
     vae = {name.removeprefix("vae/"): base[name] for name in list(base) if name.startswith("vae/")}
     edit(vae, "config.json", force_upcast=False)  # as the published one has it
-    repos = {
+    local_hub.repos |= {
         "stabilityai/stable-diffusion-xl-base-1.0": base,
         "madebyollin/sdxl-vae-fp16-fix": without_fp16(vae),
         "stabilityai/stable-diffusion-xl-refiner-1.0": embedded("refiner"),
         "org/other": without_fp16(base),
     }
-    server.repos = repos
-    for collection in (server.files, server.faults, server.gated, server.seen):
-        collection.clear()
     table = tmp_path / "table.json"
-    table.write_text(json.dumps(small_table(repos)))
+    table.write_text(json.dumps(small_table(local_hub.repos)))
     monkeypatch.setattr(sources, "PINNED", table)
-    monkeypatch.setattr(transfer, "RETRY_WAITS_SECONDS", (0.01, 0.01))
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    return server
+    return local_hub
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ LOCKS = {
     "requirements-torch.lock": None,
     "requirements.lock": "requirements.txt",
     "builder/requirements.lock": "builder/requirements.txt",
+    "requirements-control.lock": "requirements-control.txt",
 }
 IMAGE = {
     "python_version": "3.11",
@@ -63,7 +64,7 @@ def asked_for(lock: dict[str, Locked]) -> dict[str, str]:
     return {name: one.version for name, one in lock.items() if one.asked_for}
 
 
-TORCH, WORKER, BUILDER = (read(REPOSITORY / name) for name in LOCKS)
+TORCH, WORKER, BUILDER, CONTROL = (read(REPOSITORY / name) for name in LOCKS)
 
 
 @pytest.mark.parametrize("name", LOCKS)
@@ -79,10 +80,13 @@ def test_the_locks_are_made_from_exactly_the_requirements() -> None:
     assert list(torch) == ["torch"], message
     assert torch | asked_for(WORKER) == pins(REPOSITORY / "requirements.txt"), message
     assert asked_for(BUILDER) == pins(REPOSITORY / "builder/requirements.txt"), message
+    assert asked_for(CONTROL) == pins(REPOSITORY / "requirements-control.txt"), message
+    assert CONTROL.keys() == asked_for(CONTROL).keys()
 
 
 def test_a_package_has_one_version_in_all_locks() -> None:
     assert not TORCH.keys() & WORKER.keys()
+    assert not CONTROL.keys() & (TORCH | WORKER).keys()
     together = TORCH | WORKER
     for name, locked in BUILDER.items():
         assert together.get(name, locked) == locked or (
@@ -117,6 +121,53 @@ def test_what_a_locked_package_needs_is_locked(lock: dict[str, Locked]) -> None:
     assert known > len(lock) / 3
 
 
+def test_there_is_one_opencv_and_no_torchvision() -> None:
+    """Two builds of OpenCV overwrite each other's files, and one of them needs a display's library;
+    transformers imports torchvision at each start where it is there."""
+    every = TORCH | WORKER | BUILDER | CONTROL
+    assert [name for name in every if name.startswith("opencv")] == ["opencv-python-headless"]
+    assert not [name for name in every if name.startswith("torchvision")]
+
+
+IMPORT_ALL = """
+import importlib, sys
+# What these packages declare and the locks have not got.
+for name in ("flatbuffers", "matplotlib", "sympy", "requests"):
+    sys.modules[name] = None
+for name in ("cv2", "onnxruntime", "rtmlib", "einops"):
+    importlib.import_module(name)
+from rtmlib import RTMPose, YOLOX
+assert "torchvision" not in sys.modules
+assert "google.protobuf" not in sys.modules
+"""
+
+
+def test_what_makes_maps_is_imported_without_what_is_left_out() -> None:
+    pytest.importorskip("rtmlib")
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_an_extra_needs_is_locked_but_for_what_is_left_out() -> None:
+    """rtmlib would bring two more builds of OpenCV, spandrel torchvision; onnxruntime reads
+    its own models without flatbuffers."""
+    left_out: dict[str, set[str]] = {}
+    together = TORCH | WORKER | CONTROL
+    for name in CONTROL:
+        for need in map(Requirement, importlib.metadata.requires(name) or []):
+            if need.marker is None or need.marker.evaluate(IMAGE):
+                needed = together.get(canonicalize_name(need.name))
+                if needed is None:
+                    left_out.setdefault(name, set()).add(need.name)
+                else:
+                    assert need.specifier.contains(needed.version, prereleases=True), need
+    assert left_out == {
+        "onnxruntime": {"flatbuffers"},
+        "rtmlib": {"opencv-contrib-python", "opencv-python"},
+        "spandrel": {"torchvision"},
+    }
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Requirements of tiny packages, and an index that has them, for `make lock`."""
@@ -129,6 +180,8 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "builder").mkdir()
     (tmp_path / "requirements.txt").write_text("requests==1.0\ntorch==2.13.0  # a comment\n")
     (tmp_path / "builder/requirements.txt").write_text("tqdm==1.0\n")
+    package_index.add_wheel(index, "rtmlib", "1.0", needs=["idna", "opencv-python"])
+    (tmp_path / "requirements-control.txt").write_text("rtmlib==1.0\n")
     return tmp_path
 
 
@@ -144,13 +197,18 @@ def make_lock(project: Path, *arguments: str) -> list[dict[str, Locked]]:
 
 
 def test_make_lock_locks_torch_with_what_it_needs_apart(project: Path) -> None:
-    torch, worker, builder = make_lock(project)
+    torch, worker, builder, _ = make_lock(project)
     assert torch.keys() == {"torch", "filelock", "cuda"}
     assert worker.keys() == {"requests", "idna"}
     assert builder.keys() == {"tqdm", "filelock"}
     assert asked_for(torch) | asked_for(worker) == pins(project / "requirements.txt")
     [wheel] = (project / "index" / "requests").glob("*.whl")
     assert worker["requests"].hashes == {hashlib.sha256(wheel.read_bytes()).hexdigest()}
+
+
+def test_make_lock_locks_the_extras_without_what_they_declare(project: Path) -> None:
+    *_, control = make_lock(project)
+    assert control.keys() == {"rtmlib"}
 
 
 def test_make_lock_keeps_versions_until_it_is_to_upgrade(project: Path) -> None:
@@ -160,6 +218,6 @@ def test_make_lock_keeps_versions_until_it_is_to_upgrade(project: Path) -> None:
     texts = [(project / name).read_text() for name in LOCKS]
     make_lock(project)
     assert [(project / name).read_text() for name in LOCKS] == texts
-    torch, worker, builder = make_lock(project, "LOCK_FLAGS=--upgrade")
+    torch, worker, builder, _ = make_lock(project, "LOCK_FLAGS=--upgrade")
     assert torch["filelock"].version == builder["filelock"].version == "2.0"
     assert worker["idna"].version == "2.0"
