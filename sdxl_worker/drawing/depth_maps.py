@@ -12,6 +12,7 @@ _SIDE_PX, _PATCH_PX = 518, 14
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # A strip of a picture would have as many tokens as it is long.
 _MOST_SIDE_PX = 4 * _SIDE_PX
+_FLAT = 1e-4
 
 
 @torch.no_grad()
@@ -38,8 +39,11 @@ def depth_map(picture: Image.Image, network: torch.nn.Module, placement: Placeme
         nearness[:, None], (picture.height, picture.width), mode="bicubic", align_corners=False
     )[0, 0]
     nearness = nearness.nan_to_num(0, 0, 0)
-    nearness -= nearness.min()
-    levels = (255 * nearness / nearness.max().clamp(min=1e-6)).round().to(torch.uint8)
+    furthest, nearest = nearness.aminmax()
+    span = nearest - furthest
+    if span <= _FLAT * nearest.abs():  # what is left is rounding
+        return Image.new("RGB", picture.size)
+    levels = (255 * (nearness - furthest) / span).round().to(torch.uint8)
     return Image.fromarray(levels.numpy()).convert("RGB")
 
 

@@ -8,10 +8,9 @@ import torch
 
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.control_maps import ELSE_SEND_A_MAP, PoseFiles
+from sdxl_worker.loading.controlnets import BAKED_CONTROLNET_DIR, PREPROCESSORS
 from sdxl_worker.loading.transformers_folders import load_folder, numbers_in
 from sdxl_worker.placement import Placement
-
-FOLDER = "preprocessors"
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,14 @@ class DepthFiles:
 def find_depth(controlnet_dir: Path | None, field: str) -> DepthFiles:
     """
     Args:
+        controlnet_dir: `CONTROLNET_DIR`. None: that of the image, if it has one.
         field: of the request, for messages.
 
     Raises:
         RequestError: the worker has none.
     """
-    folder = (controlnet_dir or Path()) / FOLDER / "depth"
-    if controlnet_dir is None or not (folder / "config.json").is_file():
+    folder = (controlnet_dir or BAKED_CONTROLNET_DIR) / PREPROCESSORS / "depth"
+    if not (folder / "config.json").is_file():
         raise _missing("depth", "Depth-Anything-V2-Small in transformers layout", field)
     return DepthFiles(folder)
 
@@ -57,13 +57,14 @@ def find_depth(controlnet_dir: Path | None, field: str) -> DepthFiles:
 def find_pose(controlnet_dir: Path | None, field: str) -> PoseFiles:
     """
     Args:
+        controlnet_dir: as for `find_depth`.
         field: of the request, for messages.
 
     Raises:
         RequestError: the worker has none, or more files than it can tell apart.
     """
-    folder = (controlnet_dir or Path()) / FOLDER / "pose"
-    files = sorted(folder.glob("*.onnx")) if controlnet_dir is not None else []
+    folder = (controlnet_dir or BAKED_CONTROLNET_DIR) / PREPROCESSORS / "pose"
+    files = sorted(folder.glob("*.onnx"))
     detectors = [path for path in files if path.name.lower().startswith("yolox")]
     poses = [path for path in files if path not in detectors]
     if len(detectors) != 1 or len(poses) != 1:
@@ -74,5 +75,5 @@ def find_pose(controlnet_dir: Path | None, field: str) -> PoseFiles:
 def _missing(name: str, what: str, field: str) -> RequestError:
     return RequestError(
         f"{field}: preprocessing for {name} is not set up on this worker (its owner can put {what} "
-        f"into {FOLDER}/{name} of CONTROLNET_DIR); {ELSE_SEND_A_MAP}"
+        f"into {PREPROCESSORS}/{name} of CONTROLNET_DIR); {ELSE_SEND_A_MAP}"
     )
