@@ -202,7 +202,7 @@ def _alternatives(schema: Schema) -> list[Schema]:
     if len(options) == 1 and options[0] is not schema and "type" not in options[0]:
         return _alternatives(options[0])  # a union within the only one
     # A field's own description and default stand beside its only alternative.
-    return [{**schema, **options[0]}] if len(options) == 1 else options
+    return [{**options[0], **schema}] if len(options) == 1 else options
 
 
 def field_schemas(model: type[BaseModel]) -> dict[str, Schema]:

@@ -71,7 +71,13 @@ def test_the_guides_scripts_make_jobs_that_are_accepted(
     monkeypatch.chdir(tmp_path)
     Path("output").mkdir()
     Image.new("RGB", (128, 128)).save("output/20261101-120000-seed7.png")
-    for name, field in (("inpainting", "mask_from_alpha"), ("storage", "upload_urls")):
+    Image.new("RGB", (128, 128)).save("house.png")
+    scripts = (
+        ("inpainting", "mask_from_alpha"),
+        ("storage", "upload_urls"),
+        ("control", "controlnet"),
+    )
+    for name, field in scripts:
         # inpainting.md has a second one, which the tests of the platform send to a worker.
         script = _blocks(REPOSITORY / "docs" / f"{name}.md", "python")[0]
         exec(script, {})  # noqa: S102

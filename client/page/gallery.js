@@ -121,17 +121,21 @@ class Gallery {
     const first = seedText(output?.seed);
     const time = Date.now();
     let added = 0;
-    for (const [index, image] of images.entries()) {
+    // Of control pictures, after what was drawn: no seed makes them.
+    const maps = Array.isArray(output?.maps) ? output.maps : [];
+    for (const [index, image] of [...images, ...maps].entries()) {
+      const map = index - images.length;
+      const isMap = map >= 0;
       const picture = {
-        id: `${jobId}/${index}`,
+        id: isMap ? `${jobId}/map-${map}` : `${jobId}/${index}`,
         // The first of a job is the first in the gallery as well.
         time: time - index / 1000,
         bytes: 0,
         jobId,
         index,
         seconds,
-        prompt: input?.prompt ?? "",
-        seed: first === null ? null : laterSeed(first, index),
+        prompt: isMap ? `map ${map + 1} of ${input?.prompt || jobId}` : (input?.prompt ?? ""),
+        seed: isMap || first === null ? null : laterSeed(first, index),
         warning: output.warning ?? null,
       };
       if (/^https?:\/\//i.test(image)) picture.link = image;

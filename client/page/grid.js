@@ -10,7 +10,10 @@ const MAX_CELLS = 400;
 const MANY_CELLS = 30;
 const REPLACE = "words of the prompt";
 // They say how the answer comes, or are one for each picture.
-const NOT_COMPARED = ["preview", "check", "num_images", "on_too_large", "duplicate_first"];
+const NOT_COMPARED = [
+  ...["preview", "check", "num_images", "on_too_large", "duplicate_first", "return_maps"],
+  ...["upload_urls", "embeddings"],
+];
 const LABEL_PX = 16;
 const GAP_PX = 8;
 
@@ -114,8 +117,45 @@ function cellsOf(base, x, y) {
 
 // The first of the words is in the prompt; each takes its place.
 function setCell(input, { field, values }, value) {
-  if (field.name === REPLACE) input.prompt = input.prompt.replaceAll(values[0], () => value);
-  else input[field.name] = value;
+  if (field.name === REPLACE) {
+    input.prompt = input.prompt.replaceAll(values[0], () => value);
+    return;
+  }
+  let holder = input;
+  for (const key of field.path.slice(0, -1)) {
+    holder[key] = Array.isArray(holder[key]) ? [...holder[key]] : { ...holder[key] };
+    holder = holder[key];
+  }
+  holder[field.path.at(-1)] = value;
+}
+
+// The fields that have single values, also inside objects and inside the first one of a list, each
+// with the `path` to it.
+function scalarsOf(properties) {
+  const isScalar = ({ type, isPicture, isList, enum: choices }) =>
+    !isPicture && !isList && (["integer", "number", "boolean"].includes(type) || choices);
+  const compared = properties.filter(({ name }) => !NOT_COMPARED.includes(name));
+  return compared.flatMap((property) => {
+    const { name, itemProperties } = property;
+    const inside = itemProperties ?? property.properties;
+    if (!inside) return isScalar(property) ? [{ ...property, path: [name] }] : [];
+    return inside.filter(isScalar).map((one) => ({
+      ...one,
+      name: `${name}${itemProperties ? "[0]" : ""}.${one.name}`,
+      path: [name, ...(itemProperties ? [0] : []), one.name],
+    }));
+  });
+}
+
+// Why the axis does not go with the form's input; "" where it does.
+function problemOfAxis({ field, values }, input) {
+  if (field.name === REPLACE) {
+    return (input.prompt ?? "").includes(values[0])
+      ? ""
+      : `The prompt does not have "${values[0]}", which is to be replaced.`;
+  }
+  const [list, place] = field.path;
+  return place === 0 && !input[list]?.length ? `Add one to ${list} in the form first.` : "";
 }
 
 // Runs `work` on all of a list, so many at once; stops starting when the signal is aborted.
@@ -129,15 +169,7 @@ async function inTurns(list, count, signal, work) {
 
 // A grid in a section. `actions` are the page's: {readInput, submit, propertiesOf}.
 export function openGrid(section, actions) {
-  const scalars = actions
-    .propertiesOf()
-    .filter(
-      ({ name, type, isPicture, isList, enum: choices }) =>
-        !isPicture &&
-        !isList &&
-        !NOT_COMPARED.includes(name) &&
-        (["integer", "number", "boolean"].includes(type) || choices),
-    );
+  const scalars = scalarsOf(actions.propertiesOf());
   const prompt = { name: REPLACE, type: "string", rule: "words" };
   new Grid(section, actions, [...scalars, prompt]);
 }
@@ -260,11 +292,10 @@ class Grid {
     const base = { ...this.#actions.readInput() };
     delete base.num_images;
     delete base.upload_urls;
-    for (const axis of [x, y]) {
-      if (axis?.field.name === REPLACE && !(base.prompt ?? "").includes(axis.values[0])) {
-        this.#status.textContent = `The prompt does not have "${axis.values[0]}", which is to be replaced.`;
-        return;
-      }
+    const problem = [x, y].map((axis) => (axis ? problemOfAxis(axis, base) : "")).find(Boolean);
+    if (problem) {
+      this.#status.textContent = problem;
+      return;
     }
     if (count > MANY_CELLS && !(await confirmed(`Start ${count} jobs?`, "Start"))) return;
     const hasSeed = [x, y].some((axis) => axis?.field.name === "seed") || (base.seed ?? -1) !== -1;

@@ -21,7 +21,8 @@ from playwright.sync_api import Page, expect
 from local_endpoint import LocalEndpoint
 from sdxl_worker.outputs.files import encode
 from sdxl_worker.outputs.metadata import About, describe
-from sdxl_worker.request import OutputFormat, Request
+from sdxl_worker.request import OutputFormat, Request, parse_request
+from tests.outputs.samples import ABOUT
 from tests.page.conftest import OpenPage, page_of
 from tests.page.gallery_steps import (
     CHEAP,
@@ -420,6 +421,85 @@ def test_what_a_file_leaves_out_is_named_and_can_be_added_in_the_form(
     dialog = open_picture(page)
     expect(parameter(dialog, "image_url")).to_contain_text("not in the file")
     expect(dialog.get_by_role("button", name="Again", exact=True)).to_be_enabled()
+
+
+CONTROLLED = {
+    "prompt": PROMPT,
+    "controlnet": [
+        {"type": "canny", "image_url": "https://example.com/a.png"},
+        {"type": "depth", "image_url": data_uri(png_of((64, 64), "red")), "scale": 0.5},
+    ],
+    "ip_adapter": [{"image_url": data_uri(png_of((64, 64), "blue"))}],
+}
+
+
+def controlled_file() -> bytes:
+    """As a worker makes one: without the pictures that were sent."""
+    told = describe(parse_request({**CONTROLLED, "seed": 3}), 0, (64, 64), ABOUT)
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in told.items():
+        chunks.add_text(name, text)
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG", pnginfo=chunks)
+    return file.getvalue()
+
+
+def with_example(page: Page, watch: Watch) -> None:
+    """The address that the request has shows a picture."""
+    watch.origins.add("https://example.com")
+    page.context.route(
+        "https://example.com/**",
+        lambda route: route.fulfill(body=LINKED_FILE, content_type="image/png"),
+    )
+
+
+def test_control_pictures_that_a_file_leaves_out_are_named_and_their_places_kept(
+    page: Page, watch: Watch
+) -> None:
+    with_example(page, watch)
+    drop(page, ("controlled.png", "image/png", controlled_file()))
+    dialog = open_picture(page)
+    expect(dialog).to_contain_text(
+        "Not in the file: controlnet[1].image_url, ip_adapter[0].image_url."
+    )
+    expect(parameter(dialog, "controlnet")).to_contain_text('"type":"depth"')
+    expect(dialog.get_by_role("button", name="Again", exact=True)).to_be_disabled()
+    dialog.get_by_role("button", name="Load into form").click()
+    page.locator("#form details").evaluate_all("(all) => all.forEach((one) => (one.open = true))")
+    second = page.get_by_role("group", name="controlnet 2", exact=True)
+    expect(second.get_by_label("type", exact=True)).to_have_value('"depth"')
+    expect(second.get_by_label("scale", exact=True)).to_have_value("0.5")
+    expect(second.get_by_label("image_url", exact=True)).to_have_value("")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(second.get_by_label("image_url", exact=True)).to_be_focused()
+
+
+def test_control_pictures_of_a_job_are_kept_beside_its_picture(
+    clipboard_page: Page, watch: Watch
+) -> None:
+    page = clipboard_page
+    with_example(page, watch)
+    maps = [data_uri(png_of((64, 64), "white"))] * 2
+    images = [data_uri(controlled_file())]
+    add(page, Drawn(CONTROLLED, {"images": images, "maps": maps, "seed": 3}, "controlled"))
+    expect(tiles(page)).to_have_count(3)
+    expect(tiles(page).nth(1).get_by_role("button")).to_have_accessible_name(f"map 1 of {PROMPT}")
+    dialog = open_picture(page)
+    expect(dialog).not_to_contain_text("Not in the file")
+    expect(parameter(dialog, "controlnet")).to_contain_text("data:image/png;base64, 1 kB")
+    expect(parameter(dialog, "controlnet")).to_contain_text("not in the file")
+    expect(dialog.get_by_role("button", name="Again", exact=True)).to_be_enabled()
+    for way in ("curl", "Python"):
+        text = copied(page, f"Copy as {way}")
+        assert text.startswith(
+            "# Save the input pictures as controlnet_2_image_url.png and "
+            "ip_adapter_1_image_url.png first.\n"
+        )
+        assert "https://example.com/a.png" in text
+        assert len(text) < 3000
+    dialog.get_by_role("button", name="Use as input").click()
+    page.locator("#form details").evaluate_all("(all) => all.forEach((one) => (one.open = true))")
+    expect(page.locator("#fields [data-field=image_url] img").first).to_be_visible()
 
 
 def test_foreign_text_stays_text(page: Page) -> None:

@@ -193,6 +193,29 @@ def test_words_that_are_not_in_the_prompt_are_told_before_a_job_starts(
     assert inputs_since(endpoint, before) == []
 
 
+def test_settings_inside_of_others_are_compared_too(page: Page, endpoint: LocalEndpoint) -> None:
+    fill_cheaply(page)
+    section = grid(page)
+    choose(section, ("loras[0].scale", "0, 0.5"), ("upscale.factor", "2"))
+    section.get_by_role("button", name="Start").click()
+    expect(section).to_contain_text("Add one to loras in the form first.")
+
+    page.locator("#form summary", has_text="LoRAs").click()
+    page.get_by_role("button", name="Add to loras").click()
+    page.locator(":focus").fill("dot.safetensors")
+    before = job_ids(endpoint)
+    section.get_by_role("button", name="Start").click()
+    expect(section).to_contain_text("Finished: 2 of 2 drawn")
+    sent = sorted(inputs_since(endpoint, before), key=lambda one: one["loras"][0]["scale"])
+    assert [(one["loras"], one["upscale"]) for one in sent] == [
+        ([{"path": "dot.safetensors", "scale": 0}], {"factor": 2}),
+        ([{"path": "dot.safetensors", "scale": 0.5}], {"factor": 2}),
+    ]
+    assert page.evaluate("() => import('/form.js').then(({readInput}) => readInput().loras)") == [
+        {"path": "dot.safetensors"}
+    ], "the form's own stay as they are"
+
+
 def test_what_cannot_start_says_why(page: Page) -> None:
     section = grid(page)
     start = section.get_by_role("button", name="Start")
