@@ -24,9 +24,7 @@ from shapes.effect_training import SNR_NUMERATOR, WEIGHT_LIMIT, cosine
 from shapes.export import VARIANT
 from shapes.scene_maps import CANNY, DEPTH, SEGMENT, SOFT_EDGE, TILE
 
-STEPS = 3000
 BATCH = 32
-LEARNING_RATE = 1.5e-3
 AVERAGE_DECAY = 0.995
 WRITE_STEPS = 500
 """The file is written this often, to be looked at while the training goes on."""
@@ -59,8 +57,27 @@ MODES: dict[tuple[int, ...], float] = {
 }
 """Kinds of map that are shown together, and their shares of the training steps."""
 
-NOTHING_SHARE, WHOLE_SHARE, SHAPELESS_SHARE, PARTIAL_SHARE = 0.14, 0.31, 0.30, 0.10
-"""Of the captions; the rest names another shape than the map shows."""
+NOTHING_SHARE, SHAPELESS_SHARE, PARTIAL_SHARE = 0.14, 0.30, 0.10
+"""Of the captions; the rest names all, but in part of it another shape than the map shows."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training; the next one goes on from the file that it wrote."""
+
+    steps: int
+    learning_rate: float
+    toward_noise: float
+    """Noise levels are drawn as this power of an even draw: below 1, the higher ones more often,
+    at which place and shape are decided."""
+    other_shape_share: float
+    """Of the captions."""
+
+
+STAGES = (
+    Stage(steps=2200, learning_rate=1.5e-3, toward_noise=1.0, other_shape_share=0.15),
+    Stage(steps=1500, learning_rate=1.0e-3, toward_noise=0.6, other_shape_share=0.22),
+)
 
 
 def new_controlnet() -> ControlNetUnionModel:
@@ -118,7 +135,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     return Scene(scene.shape, scene.color, scene.background, float(x), float(y), float(radius))
 
 
-def draw_caption(scene: Scene, rng: np.random.Generator) -> str | None:
+def draw_caption(scene: Scene, rng: np.random.Generator, other_shape_share: float) -> str | None:
     """A caption that has the scene's colours and may lack its shape, or name another one."""
     draw = rng.random()
     shape: str | None = scene.shape
@@ -128,7 +145,7 @@ def draw_caption(scene: Scene, rng: np.random.Generator) -> str | None:
         return captions.caption(captions.partial_meaning(scene, rng), rng)
     if draw < NOTHING_SHARE + PARTIAL_SHARE + SHAPELESS_SHARE:
         shape = None
-    elif draw >= NOTHING_SHARE + PARTIAL_SHARE + SHAPELESS_SHARE + WHOLE_SHARE:
+    elif draw >= 1.0 - other_shape_share:
         shape = SHAPES[rng.integers(len(SHAPES))]
     return captions.caption(Meaning(shape, scene.color, scene.background), rng)
 
@@ -164,31 +181,49 @@ def prepare(
     return prepared
 
 
-def train(model: Path, out: Path, seed: int, steps: int = STEPS) -> None:
-    """Train it and write `out`/outline."""
+def train(model: Path, out: Path, seed: int, first_stage: int = 0) -> None:
+    """Train it and write `out`/outline; a later stage than the first begins with what is there."""
+    folder = out / "outline"
+    pipeline = embedded.load(model)
+    prepared = prepare(pipeline, np.random.default_rng(seed))
+    for number, stage in list(enumerate(STAGES))[first_stage:]:
+        controlnet = new_controlnet()
+        if number:
+            written = ControlNetUnionModel.from_pretrained(folder, variant=VARIANT)
+            controlnet.load_state_dict(written.state_dict())
+        else:
+            begin_with_base(controlnet, pipeline)
+        # Twice as fast where the pictures are large and the channels few.
+        controlnet.controlnet_cond_embedding.to(memory_format=torch.channels_last)
+        _train(stage, pipeline, prepared, controlnet.train(), folder, seed + number)
+
+
+def _train(
+    stage: Stage,
+    pipeline: StableDiffusionXLPipeline,
+    prepared: dict[tuple[int, int], Pictures],
+    controlnet: ControlNetUnionModel,
+    folder: Path,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    pipeline = embedded.load(model)
-    prepared = prepare(pipeline, rng)
-    others = [size for size in prepared if size != (architecture.NATIVE_PX,) * 2]
-    controlnet = new_controlnet().train()
-    begin_with_base(controlnet, pipeline)
-    # Twice as fast where the pictures are large and the channels few.
-    controlnet.controlnet_cond_embedding.to(memory_format=torch.channels_last)
+    native = (architecture.NATIVE_PX, architecture.NATIVE_PX)
+    others = [size for size in prepared if size != native]
+    modes = list(MODES)
     average = Average(controlnet, AVERAGE_DECAY)
     optimizer = torch.optim.AdamW(
-        controlnet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01
+        controlnet.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
-    progress = tqdm(range(steps), desc="outline", mininterval=5.0)
-    modes = list(MODES)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, stage.steps))
+    progress = tqdm(range(stage.steps), desc="outline", mininterval=5.0)
     mean_loss = 0.0
     for step in progress:
-        native = rng.random() < NATIVE_SHARE
-        size = (architecture.NATIVE_PX,) * 2 if native else others[rng.integers(len(others))]
+        is_native = rng.random() < NATIVE_SHARE
+        size = native if is_native else others[rng.integers(len(others))]
         shown = modes[rng.choice(len(modes), p=list(MODES.values()))]
         optimizer.zero_grad()
-        loss = _loss(pipeline, controlnet, prepared[size], shown, rng)
+        loss = _loss(stage, pipeline, controlnet, prepared[size], shown, rng)
         loss.backward()
         nn.utils.clip_grad_norm_(controlnet.parameters(), 1.0)
         optimizer.step()
@@ -196,9 +231,9 @@ def train(model: Path, out: Path, seed: int, steps: int = STEPS) -> None:
         average.update()
         mean_loss += (loss.item() - mean_loss) / min(step + 1, 200)
         progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-        if (step + 1) % WRITE_STEPS == 0 or step + 1 == steps:
+        if (step + 1) % WRITE_STEPS == 0 or step + 1 == stage.steps:
             with average.applied():
-                write(controlnet, out / "outline")
+                write(controlnet, folder)
 
 
 def write(controlnet: ControlNetUnionModel, folder: Path) -> None:
@@ -209,6 +244,7 @@ def write(controlnet: ControlNetUnionModel, folder: Path) -> None:
 
 
 def _loss(
+    stage: Stage,
     pipeline: StableDiffusionXLPipeline,
     controlnet: ControlNetUnionModel,
     prepared: Pictures,
@@ -217,7 +253,7 @@ def _loss(
 ) -> Tensor:
     """The base's own: predicted noise, weighted, at noise levels spread over all 1000."""
     picks = torch.from_numpy(rng.integers(len(prepared.scenes), size=BATCH))
-    prompts = [draw_caption(prepared.scenes[pick], rng) for pick in picks]
+    prompts = [draw_caption(prepared.scenes[pick], rng, stage.other_shape_share) for pick in picks]
     pictures = prepared.pictures[picks].float() / 255.0
     maps = [
         scene_maps.draw(mode, prepared.distances[picks], pictures).contiguous(
@@ -230,7 +266,8 @@ def _loss(
     sizes = torch.tensor([[height, width, 0, 0, height, width]]).repeat(BATCH, 1).float()
     conditions = {"text_embeds": pooled, "time_ids": sizes}
 
-    timesteps = ((torch.arange(BATCH) + torch.rand(BATCH)) / BATCH * 1000).long()
+    even = (torch.arange(BATCH) + torch.rand(BATCH)) / BATCH
+    timesteps = (even**stage.toward_noise * 1000).long().clamp(max=999)
     alpha = architecture.alphas_cumprod()[timesteps][:, None, None, None]
     latents = prepared.latents[picks]
     noise = torch.randn_like(latents)

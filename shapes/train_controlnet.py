@@ -29,16 +29,17 @@ def main() -> None:
         help="folder with base/ (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps",
+        "--first-stage",
         type=int,
-        default=controlnet_training.STEPS,
-        help="training steps (default: %(default)s)",
+        choices=range(len(controlnet_training.STAGES)),
+        default=0,
+        help="go on from the file that the stage before it wrote (default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     started = time.perf_counter()
-    controlnet_training.train(arguments.model, arguments.out, SEED, arguments.steps)
+    controlnet_training.train(arguments.model, arguments.out, SEED, arguments.first_stage)
     print(f"outline: {time.perf_counter() - started:.0f} s", flush=True)
 
 
