@@ -21,6 +21,7 @@ from sdxl_worker.loading.controlnets import find_controlnet
 from sdxl_worker.loading.ip_adapters import find_ip_adapter
 from sdxl_worker.loading.model_dir import PLATFORM_CACHE, ModelDir, find_model_dir
 from sdxl_worker.loading.models_by_name import find_by_name
+from sdxl_worker.loading.networks import NETWORKS
 from sdxl_worker.loading.preprocessors import find_depth, find_pose
 from sdxl_worker.loading.safety_checkers import SafetyCheckerFiles
 from sdxl_worker.loading.upscalers import find_upscaler
@@ -29,6 +30,7 @@ from sdxl_worker.request import parse_request
 from sdxl_worker.serving.start import _check_folders
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from tests.own_files import write_embedding
+from tests.random_ip_adapters import make_encoder, plain_adapter, plus_adapter
 from tests.support import REPOSITORY
 from tools import original_format
 
@@ -38,13 +40,7 @@ LINE = re.compile(r"(?P<indent>(│   |    )*)[├└]── (?P<name>[^\s/]+)(?
 BASE = EMBEDDED_MODEL_DIR / "base"
 
 
-# As little of one as is looked at before it is loaded.
-IP_ADAPTER = {
-    "image_proj.latents": torch.zeros(1, 4, 8),
-    "image_proj.proj_in.weight": torch.zeros(8, 16),
-    "ip_adapter.1.to_k_ip.weight": torch.zeros(48, 112),
-    "ip_adapter.1.to_v_ip.weight": torch.zeros(48, 112),
-}
+UNET = NETWORKS["unet"].build(BASE / "unet")
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,8 @@ def fill(path: Path, entry: Entry) -> None:
     elif "embeddings" in entry.job:
         write_embedding(path, seed=1)
     elif "ip_adapter" in entry.job:
-        save_file(IP_ADAPTER, path)
+        make = plus_adapter if "plus" in path.name else plain_adapter
+        save_file(make(UNET), path)
     elif "upscale" in entry.job:
         path.touch()
     else:
@@ -127,7 +124,7 @@ def fill_folder(path: Path, entry: Entry) -> None:
     elif path.name in ("depth", "safety-checker"):
         write_network(path, "model")
     elif path.name == "image_encoder":
-        write_network(path, "model", hidden_size=IP_ADAPTER["image_proj.proj_in.weight"].shape[1])
+        make_encoder(path)
     elif path.name == "pose":
         for name in ("yolox_m.onnx", "rtmw-l.onnx"):
             (path / name).touch()
@@ -256,7 +253,7 @@ def test_what_makes_maps_is_found(settings: Settings, volume: Path) -> None:
 
 def test_each_ip_adapter_is_found_by_its_type(settings: Settings, volume: Path) -> None:
     for path, [asked] in jobs_with("ip_adapter", volume):
-        found = find_ip_adapter(asked["type"], settings.ip_adapter_dir, "ip_adapter[0].type")
+        found = find_ip_adapter(asked["type"], settings.ip_adapter_dir, "ip_adapter[0].type", UNET)
         assert found.path == path
         assert found.encoder.folder == volume / "ip-adapters" / "models" / "image_encoder"
 

@@ -178,7 +178,7 @@ def test_what_cannot_be_fetched_or_decoded_is_told_by_its_place() -> None:
 def test_what_several_entries_name_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
-    async def picture(address: str, field: str) -> bytes:
+    async def picture(_: str, field: str) -> bytes:
         fetched.append(field)
         buffer = io.BytesIO()
         shape().save(buffer, "PNG")

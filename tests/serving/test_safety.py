@@ -47,7 +47,7 @@ def flagging(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def blanking(flagging: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def blanking(flagging: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     monkeypatch.setenv("SAFETY_BLANK", "true")
 
 
@@ -102,7 +102,7 @@ def test_only_those_that_are_flagged_become_black(plain: dict[str, Any]) -> None
 
 
 @pytest.fixture
-def _others_pictures(blanking: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def _others_pictures(blanking: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     def flags(_: Any, pictures: list[Any], *__: Any) -> list[bool]:
         return [i == 1 for i in range(len(pictures))]
 
