@@ -120,10 +120,7 @@ def test_no_step_waits_for_the_gpu(
 
 
 @pytest.mark.filterwarnings("ignore:`upcast_vae`")
-@pytest.mark.parametrize(
-    ("mode", "share"),
-    [("base", {"start": 0.5}), ("ensemble", {"end": 0.5}), ("inpainted", {"start": 0.5})],
-)
+@pytest.mark.parametrize(("mode", "share"), [("base", {"start": 0.5}), ("inpainted", {"end": 0.5})])
 def test_no_step_with_controlnets_waits_for_the_gpu(
     mode: str, share: dict[str, Any], without_memory: Models, pinned: list[torch.Tensor]
 ) -> None:
