@@ -12,7 +12,7 @@ from PIL import Image
 from sdxl_worker.drawing.control import Control
 from sdxl_worker.drawing.depth_maps import depth_map
 from sdxl_worker.drawing.enlarging import enlarger
-from sdxl_worker.drawing.image_prompts import ImagePrompt, encode_picture
+from sdxl_worker.drawing.image_prompts import ImagePrompt, tokens_of_picture
 from sdxl_worker.drawing.steering import NO_STEERING, Enlarge, Steering
 from sdxl_worker.errors import RequestError
 from sdxl_worker.inputs.control_maps import PoseFiles, check_installed
@@ -192,7 +192,7 @@ def _image_prompts(
     return tuple(
         ImagePrompt(
             adapter,
-            encode_picture(picture, encoder, adapter, models.placement),
+            tokens_of_picture(picture, encoder, adapter, models.placement),
             field.type,
             field.scale,
             mask,
