@@ -36,7 +36,7 @@ class ImagePrompt:
 
 
 @torch.no_grad()
-def encode_picture(
+def tokens_of_picture(
     picture: Image.Image, encoder: Any, adapter: IpAdapter, placement: Placement
 ) -> torch.Tensor:
     """`ImagePrompt.tokens` of an RGB picture. Its middle square is seen."""

@@ -12,7 +12,7 @@ from PIL import Image
 from sdxl_worker.drawing.control import Control
 from sdxl_worker.drawing.depth_maps import depth_map
 from sdxl_worker.drawing.enlarging import OnTile, enlarger
-from sdxl_worker.drawing.image_prompts import ImagePrompt, encode_picture
+from sdxl_worker.drawing.image_prompts import ImagePrompt, tokens_of_picture
 from sdxl_worker.drawing.stages import upscaled_size_px
 from sdxl_worker.drawing.steering import NO_STEERING, Steering
 from sdxl_worker.errors import RequestError
@@ -202,7 +202,7 @@ def _image_prompt(
     mask: Mask | None,
     models: Models,
 ) -> ImagePrompt:
-    tokens = encode_picture(picture, encoder, adapter, models.placement)
+    tokens = tokens_of_picture(picture, encoder, adapter, models.placement)
     return ImagePrompt(adapter, tokens, field.type, field.scale, mask)
 
 

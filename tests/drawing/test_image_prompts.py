@@ -24,7 +24,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from sdxl_worker.adapters.of_request import NO_ADAPTERS, Adapters
 from sdxl_worker.drawing import image_prompts
 from sdxl_worker.drawing.generate import generate
-from sdxl_worker.drawing.image_prompts import ImagePrompt, encode_picture
+from sdxl_worker.drawing.image_prompts import ImagePrompt, tokens_of_picture
 from sdxl_worker.drawing.prompts import Texts, encode_pair
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.drawing.steering import Steering
@@ -97,7 +97,7 @@ def prompt(models: Models, folder: Path) -> Make:
     def encoded(kind: str, seed: int) -> ImagePrompt:
         files = find_ip_adapter(kind, folder, FIELD, models.unet)
         adapter, encoder = files.load(models.placement), files.encoder.load(models.placement)
-        tokens = encode_picture(reference(seed), encoder, adapter, models.placement)
+        tokens = tokens_of_picture(reference(seed), encoder, adapter, models.placement)
         return ImagePrompt(adapter, tokens, kind, 1.0)
 
     def make(kind: str = "plain", seed: int = 0, **fields: Any) -> ImagePrompt:
@@ -336,6 +336,15 @@ def test_a_picture_counts_only_where_its_mask_is_white(
     assert not torch.isclose(everywhere, without).any(-1).all()
 
 
+def test_a_mask_goes_with_a_larger_second_pass(models: Models, prompt: Make) -> None:
+    """That is: with what is drawn in another size than the mask has."""
+    size: Any = {"height": 128, "width": 128, "num_inference_steps": 1}
+    small, large = (np.tile(np.arange(side) < side / 2, (side, 1)) for side in (64, 128))
+    one, other = (drawn(models, [prompt(mask=mask)], **size)[0] for mask in (small, large))
+    assert same(one, other)
+    assert difference(one, drawn(models, [prompt()], **size)[0]) > 0.2
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("size", [(64, 128), (72, 64), (104, 72)])
 def test_masks_of_any_size_give_no_warning(
@@ -550,6 +559,6 @@ def test_encoding_says_nothing_in_the_log(
 ) -> None:
     files = find_ip_adapter("plain", folder, FIELD, models.unet)
     adapter, encoder = files.load(models.placement), files.encoder.load(models.placement)
-    encode_picture(reference(0), encoder, adapter, models.placement)
+    tokens_of_picture(reference(0), encoder, adapter, models.placement)
     assert caplog.text == ""
     assert capfd.readouterr() == ("", "")
