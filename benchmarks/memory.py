@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ControlNetUnionModel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +28,14 @@ from benchmarks.sdxl_architecture import write_configs
 
 SIZE_PX = 1024
 BATCHES = (1, 8)
-NETWORKS = {"base UNet": "unet", "refiner UNet": "refiner_unet", "decoder": "vae", "encoder": "vae"}
+NETWORKS = {
+    "base UNet": "unet",
+    # A ControlNet's pass, and then the base's with what it adds.
+    "base UNet, controlled": "unet",
+    "refiner UNet": "refiner_unet",
+    "decoder": "vae",
+    "encoder": "vae",
+}
 
 
 class PeakBytes(TorchDispatchMode):
@@ -104,10 +112,43 @@ def count(networks: dict[str, Any], name: str, pictures: int, size_px: int = SIZ
     elif name == "encoder":
         picture = encoder_inputs(network, pictures, size_px, size_px)
         peak = peak_bytes(network, lambda: network.encode(*picture))
+    elif name == "base UNet, controlled":
+        inputs = unet_inputs(network, 2 * pictures, size_px, size_px)
+        controlnet = union_controlnet(network)
+        both = torch.nn.ModuleList([network, controlnet])
+        peak = peak_bytes(both, lambda: network(**inputs, **residuals(controlnet, inputs)))
     else:
         inputs = unet_inputs(network, 2 * pictures, size_px, size_px)
         peak = peak_bytes(network, lambda: network(**inputs))
     return Counted(name, pictures, peak / pictures / size_px**2, peak / 1e9)
+
+
+def union_controlnet(unet: Any) -> Any:
+    """Of xinsir's ProMax, on the meta device and in 16-bit numbers."""
+    with torch.device("meta"):
+        return ControlNetUnionModel.from_unet(unet, load_weights_from_unet=False).half().eval()
+
+
+def residuals(controlnet: Any, inputs: dict[str, Any], types: int = 1) -> dict[str, Any]:
+    """What the UNet is given beside its own inputs.
+
+    Args:
+        types: of control pictures that it is given, each one as large as what is drawn.
+    """
+    sample = inputs["sample"]
+    rows, _, height, width = sample.shape
+    picture = sample.new_empty(1, 3, 8 * height, 8 * width).expand(rows, -1, -1, -1)
+    shared = ("timestep", "encoder_hidden_states", "added_cond_kwargs")
+    down, mid = controlnet(
+        sample,
+        **{name: inputs[name] for name in shared},
+        controlnet_cond=[picture] * types,
+        control_type=sample.new_zeros(rows, controlnet.config.num_control_type),
+        control_type_idx=list(range(types)),
+        conditioning_scale=[1.0] * types,
+        return_dict=False,
+    )
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
 
 def weights_gb(networks: dict[str, Any]) -> float:

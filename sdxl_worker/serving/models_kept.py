@@ -57,7 +57,7 @@ class ModelsKept(Generic[Key, M]):
         Args:
             size_bytes: of a model that is not kept yet.
             load: from the disk, once there is room.
-            beside: those that stay where they are.
+            beside: those that stay where they are, on the card or on the host.
 
         Raises:
             Exception: what `load` raises. The other models are kept.
@@ -88,12 +88,14 @@ class ModelsKept(Generic[Key, M]):
             if self._memory.fits_card(size_bytes):
                 return
             if kept.on_card and key not in beside:
-                self._move_out(key, kept)
+                self._move_out(key, kept, beside)
 
-    def _move_out(self, key: Key, kept: _Kept[M]) -> None:
+    def _move_out(self, key: Key, kept: _Kept[M], beside: Collection[Key]) -> None:
         """From the card to the host, where older ones go for it; or from memory, where that would
         not do."""
-        on_host = [one for one, other in self._kept.items() if not other.on_card]
+        on_host = [
+            one for one, other in self._kept.items() if not other.on_card and one not in beside
+        ]
         freed = sum(self._kept[one].size_bytes for one in on_host)
         if not self._memory.fits_host(kept.size_bytes - freed):
             self._drop(key)

@@ -15,8 +15,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_worker.errors import ModelError, PictureError, RequestError
+from sdxl_worker.errors import ModelError, PictureError, RequestError, let_go
 from sdxl_worker.few_step import CHECKPOINT_BYTES, with_settings_of
+from sdxl_worker.gpu import free_memory, is_out_of_memory
 from sdxl_worker.loading.file_hash import hash_in_background
 from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
 from sdxl_worker.loading.models_by_name import find_by_name, reason
@@ -162,12 +163,22 @@ def _bring_beside(
         ModelError: the companion cannot be loaded.
     """
     from sdxl_worker.loading.companions import Companion
+    from sdxl_worker.speed.cuda_graphs import forget_recordings
 
     def load() -> Companion:
         with _timed(f"loaded {files.title}"):
             return Companion(files.title, models.placement, files.load(models.placement))
 
     size_bytes = 0 if _kept.get(files.key) else files.size_bytes(models.dtype)
+    try:
+        return _kept.bring(files.key, size_bytes, load, beside).network
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        let_go(error)
+    # What CUDA graphs keep is needed only by later jobs.
+    forget_recordings(models.unets())
+    free_memory()
     return _kept.bring(files.key, size_bytes, load, beside).network
 
 

@@ -16,6 +16,7 @@ from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
+from tests.control_networks import control, draw_controlled
 from tests.support import (
     REQUESTS,
     draw,
@@ -309,6 +310,67 @@ def test_a_unet_that_moves_in_takes_room_from_its_pictures_and_leaves_it_to_the_
 ) -> None:
     planned = plan_on_gpu(7.5e9, monkeypatch, num_images=8, pixels=MEGAPIXEL, moved_in_bytes=5.1e9)
     assert planned == Plan(3, slicing=False, tiling=False)
+
+
+def with_networks(*sizes_gb: float) -> list[Any]:
+    """Controls, each of a network of its own."""
+    return [
+        dataclasses.replace(control(), network=unet_of(int(size_gb * 1e9))) for size_gb in sizes_gb
+    ]
+
+
+def test_what_controlnets_add_takes_room_from_the_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models_there = models_on_gpu(11.5e9, monkeypatch)
+    options: dict[str, Any] = {"num_images": 8, "pixels": 4 * MEGAPIXEL}
+    assert batches.plan(models_there, **options).batch_size == 6
+    for controls in (with_networks(2.5), with_networks(2.5, 2.5, 2.5)):  # in memory already
+        assert batches.plan(models_there, **options, controls=controls).batch_size == 5
+
+
+def test_networks_that_take_turns_make_room_for_the_controlnets_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models_there = models_on_gpu(7.5e9, monkeypatch, moved_in_bytes=5.1e9)
+    request = parse_request({"prompt": "a red circle"})
+    [small] = with_networks(0.4)
+    options: dict[str, Any] = {"num_images": 8, "pixels": MEGAPIXEL}
+    assert batches.plan(models_there, **options).batch_size == 3
+    assert batches.plan(models_there, **options, controls=[small]).batch_size == 2
+    assert batches.plan(models_there, **options, controls=[small, small]).batch_size == 2
+    size: dict[str, Any] = {"width_px": 3072, "height_px": 3072}
+    batches.check_fits(models_there, request, **size, controls=[small])
+    with pytest.raises(RequestError, match="3072 x 3072 pixels do not fit"):
+        batches.check_fits(models_there, request, **size, controls=with_networks(1.2))
+
+
+def test_a_size_that_surely_does_not_fit_with_a_controlnet_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    request = parse_request({"prompt": "a red circle"})
+    models_there = models_on_gpu(5.4e9, monkeypatch)
+    size: dict[str, Any] = {"width_px": 4096, "height_px": 4096}
+    batches.check_fits(models_there, request, **size)
+    with pytest.raises(RequestError, match="largest square that does is 3168 x 3168"):
+        batches.check_fits(models_there, request, **size, controls=with_networks(2.5))
+
+
+def test_a_job_with_controls_is_planned_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+
+    def note(plan: Any) -> Any:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            given.append(len(options["controls"]))
+            return plan(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(batches, "plan", note(batches.plan))
+    monkeypatch.setattr(batches, "check_fits", note(batches.check_fits))
+    request = parse_request({**REQUESTS["base"], "height": 64, "width": 64})
+    draw_controlled(request, models(), [control()])
+    assert given == [1, 1]
 
 
 def test_tiles_are_smaller_than_a_native_picture(monkeypatch: pytest.MonkeyPatch) -> None:

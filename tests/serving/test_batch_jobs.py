@@ -311,6 +311,15 @@ def test_what_must_be_equal_and_what_is_drawn_alone() -> None:
     in_turn = replace(models().placement, resident=False)
     assert kinds.of(by=replace(models(), placement=in_turn)) is None
     assert kinds.of(check=True) is None
+    url = "https://example.com/a.png"
+    steered: dict[str, Any]
+    for steered in (
+        {"controlnet": [{"type": "canny", "image_url": url}]},
+        {"ip_adapter": [{"image_url": url}]},
+        {"hires": {}},
+        {"upscale": {}},
+    ):
+        assert kinds.of(**steered) is None
     assert _Kinds(step_cache=2).of() is None
     assert _Kinds(quantize="fp8").of() is None, "one scale for all rows of a pass"
     assert _Kinds(quantize="int8").of() is not None, "a scale for each row"

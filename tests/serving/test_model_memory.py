@@ -13,6 +13,7 @@ import torch
 
 from sdxl_worker.drawing import generate as generate_module
 from sdxl_worker.errors import RequestError
+from sdxl_worker.loading.controlnets import find_controlnet
 from sdxl_worker.loading.model_dir import find_model_dir
 from sdxl_worker.loading.models import Models, load_models
 from sdxl_worker.placement import WORKING_MEMORY_BYTES
@@ -21,9 +22,10 @@ from sdxl_worker.serving import model_memory
 from sdxl_worker.serving import start as start_module
 from sdxl_worker.serving.model_memory import ModelMemory, is_emptied, size_bytes_of
 from sdxl_worker.serving.models_kept import ModelsKept
-from sdxl_worker.serving.start import put_on_card, ready_models, start
+from sdxl_worker.serving.start import put_beside, put_on_card, ready_models, start
 from sdxl_worker.serving.threads import on_gpu_thread, start_on_gpu_thread
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
+from tests.control_networks import control, draw_controlled, union, write
 from tests.support import draw
 from tools import original_format
 
@@ -178,6 +180,36 @@ def test_a_job_whose_model_was_dropped_meanwhile_still_draws(folder: Path, room:
     assert loads == ["a"]
     assert drawn(again) == expected
     assert asyncio.run(ready_models(settings)) is again
+
+
+def test_a_controlnet_moves_and_is_dropped_as_models_are_and_draws_the_same(
+    folder: Path, room: Room, tmp_path: Path
+) -> None:
+    settings = Settings(model_dir=folder / "a.safetensors", models_dir=folder)
+    files = find_controlnet("canny", write(union(), tmp_path / "union"), "controlnet[0].type")
+    key: Any = files.key
+    told: list[str] = []
+
+    def controlled() -> bytes:
+        models = put_on_card(first, settings)
+        [network] = put_beside(models, [files], told.append)
+        assert room.kept.is_on_card(models.model_dir.root)
+        assert room.kept.is_on_card(key)
+        return draw_controlled(parse_request(JOB), models, [control(network)])[0].tobytes()
+
+    first = start(settings).result()
+    expected = start_on_gpu_thread(controlled).result()
+    assert expected == draw_controlled(parse_request(JOB), first, [control()])[0].tobytes()
+    assert expected != drawn(first)
+    for changes in ("b", "bc"):
+        for name in changes:
+            drawn_by(settings, name, [])
+        assert start_on_gpu_thread(controlled).result() == expected
+    assert told == ["the ControlNet union"] * 2, "from the disk, and back from the host"
+    kept: Any = room.kept.get(key)
+    room.kept._drop(key)
+    assert is_emptied(kept), "whoever still holds it holds no weights"
+    assert start_on_gpu_thread(controlled).result() == expected
 
 
 @pytest.mark.usefixtures("room")

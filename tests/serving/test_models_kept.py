@@ -1,6 +1,8 @@
 """Which models stay in memory, and where. What memory there is, is told by stand-ins."""
 
+import functools
 import random
+from collections.abc import Collection
 
 import pytest
 
@@ -17,10 +19,15 @@ class Machine:
         self.done: list[str] = []
         self.kept: ModelsKept[str, str] = ModelsKept(self)
 
-    def bring(self, name: str) -> list[str]:
-        """What had to be done for it."""
+    def bring(self, name: str, beside: Collection[str] = ()) -> list[str]:
+        """What had to be done for it.
+
+        Args:
+            beside: the names of those that stay.
+        """
         self.done = []
-        assert self.kept.bring(name, self.sizes[name], lambda: self.load(name)) == name
+        load = functools.partial(self.load, name)
+        assert self.kept.bring(name, self.sizes[name], load, beside) == name
         assert self.places[name] == "card"
         for place, room in self.room.items():
             alone = place == "card" and self.on(place) == [name]
@@ -155,6 +162,36 @@ def test_at_random_no_place_is_ever_too_full_and_none_is_lost() -> None:
     for _ in range(1000):
         machine.bring(choose.choice("abcdefg"))
         assert {name for name in sizes if machine.kept.get(name)} == set(machine.places)
+
+
+def test_what_is_drawn_with_stays_beside_what_comes_for_it() -> None:
+    """The model was used least recently, and its ControlNets are on their way to the card."""
+    machine = Machine(20, 10, model=10, other=5, control=5, union=5)
+    for name in ("model", "other", "control"):
+        machine.bring(name)
+    assert machine.bring("union", beside=["model", "union"]) == ["to host other", "load union"]
+    assert machine.bring("control", beside=["model", "union", "control"]) == []
+    assert machine.bring("other", beside=["model", "other"]) == ["to host union", "to card other"]
+
+
+def test_what_waits_on_the_host_for_the_same_job_is_not_dropped() -> None:
+    machine = Machine(20, 10, model=10, control=5, old=5, other=5, union=10)
+    for name in ("model", "control", "old"):
+        machine.bring(name)
+    machine.bring("other", beside=["model", "old"])
+    assert machine.places["control"] == "host"
+    beside = ["model", "union", "control"]
+    assert machine.bring("union", beside=beside) == [
+        *("to host old", "drop old", "to host other"),
+        "load union",
+    ]
+    assert machine.places["control"] == "host"
+
+
+def test_what_does_not_fit_beside_is_tried_all_the_same() -> None:
+    machine = Machine(20, 10, model=18, control=2)
+    machine.bring("model")
+    assert machine.bring("control", beside=["model", "control"]) == ["load control"]
 
 
 def test_what_is_forgotten_is_not_touched() -> None:

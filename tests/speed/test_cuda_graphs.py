@@ -16,6 +16,7 @@ from sdxl_worker.settings import Settings
 from sdxl_worker.speed import cuda_graphs
 from sdxl_worker.speed.optimize import optimize
 from tests import inpainting_model
+from tests.control_networks import control, control_picture, draw_controlled, single
 from tests.speed.conftest import Recording
 from tests.support import (
     PROMPT,
@@ -68,6 +69,53 @@ def test_a_unet_for_inpainting_is_replayed_with_each_job_s_mask(
         )
     assert len(recordings) == 1
     assert recordings[0].replayed == 6
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_what_controlnets_add_goes_into_the_recording(
+    guidance_scale: float, recordings: list[Recording]
+) -> None:
+    """Steps in which none counts have a recording of their own, which plain jobs share."""
+    graphed = fresh_models()
+    optimize_models(graphed, ["cuda_graphs"])
+    job = {**REQUESTS["base"], "num_inference_steps": 6, "guidance_scale": guidance_scale}
+    request = parse_request(job)
+    for controls in (
+        [control(end=0.5)],
+        [control(map=control_picture(seed=6)), control(single(), None, start=0.5)],
+        [],
+    ):
+        [got] = draw_controlled(request, graphed, controls)
+        [expected] = draw_controlled(request, models(), controls)
+        assert largest_difference(got, expected) == 0
+    assert len(recordings) == 2
+    assert [recording.replayed for recording in recordings] == [3 + 6, 3 + 6]
+
+
+def test_what_an_ip_adapter_adds_is_never_dropped(recordings: list[Recording]) -> None:
+    """It stands in the blocks as other code, so that no recording would have it."""
+    seen: list[Any] = []
+
+    def forward(sample: torch.Tensor, *_: Any, **options: Any) -> tuple[torch.Tensor]:
+        seen.append(options)
+        return (2 * sample,)
+
+    graphed = cuda_graphs.GraphedForward(forward, torch.device("cpu"))
+    added = {"text_embeds": torch.ones(1), "time_ids": torch.ones(1)}
+    residuals = {
+        "down_block_additional_residuals": [torch.ones(1)],
+        "mid_block_additional_residual": torch.ones(1),
+    }
+    for options in (
+        {"added_cond_kwargs": {**added, "image_embeds": [torch.ones(1)]}, **residuals},
+        {"added_cond_kwargs": added, "cross_attention_kwargs": {"ip_adapter_masks": []}},
+    ):
+        seen.clear()
+        call: Any = graphed
+        call(torch.ones(1), torch.ones(()), torch.ones(1), **options)
+        assert len(seen) == 1
+        assert {name: seen[0][name] for name in options} == options
+    assert recordings == []
 
 
 def test_each_shape_is_recorded_once_and_the_least_used_is_forgotten(

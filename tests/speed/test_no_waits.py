@@ -1,5 +1,6 @@
 """Nothing within a picture waits for the GPU, and the host does not run away from it."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -15,6 +16,7 @@ from sdxl_worker.loading.models import Models
 from sdxl_worker.request import parse_request
 from sdxl_worker.samplers import SAMPLERS
 from sdxl_worker.speed.no_waits import StepsAhead
+from tests.control_networks import control, draw_controlled, single, union
 from tests.support import (
     JOB,
     REQUESTS,
@@ -79,6 +81,19 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What is pinned."""
+    pinned: list[torch.Tensor] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    return pinned
+
+
 @pytest.mark.filterwarnings("ignore:`upcast_vae`")
 @pytest.mark.parametrize(
     ("mode", "scheduler"),
@@ -89,23 +104,36 @@ MODES: dict[str, dict[str, Any]] = {
     ],
 )
 def test_no_step_waits_for_the_gpu(
-    mode: str, scheduler: str, without_memory: Models, monkeypatch: pytest.MonkeyPatch
+    mode: str, scheduler: str, without_memory: Models, pinned: list[torch.Tensor]
 ) -> None:
     """What reads from the device or copies to it makes the host wait for all steps so far."""
     request = parse_request({**MODES[mode], "scheduler": scheduler})
     canvas = canvas_of(noise_picture(128, 128), np.eye(128, dtype=bool)) if request.mode else None
-    pinned: list[torch.Tensor] = []
-
-    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
-        pinned.append(tensor)
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     copies = []
     with CopiesFromHost(pinned) as from_host:
         [picture] = draw(
             request, without_memory, canvas, on_step=lambda _: copies.append(from_host.count)
         )
+    assert picture.size == (128, 128)
+    increases = [after - before for before, after in itertools.pairwise(copies)]
+    assert sum(increase > 0 for increase in increases) <= (mode != "base")
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae`")
+@pytest.mark.parametrize(("mode", "share"), [("base", {"start": 0.5}), ("inpainted", {"end": 0.5})])
+def test_no_step_with_controlnets_waits_for_the_gpu(
+    mode: str, share: dict[str, Any], without_memory: Models, pinned: list[torch.Tensor]
+) -> None:
+    request = parse_request({**MODES[mode], "scheduler": "K_EULER"})
+    canvas = canvas_of(noise_picture(128, 128), np.eye(128, dtype=bool)) if request.mode else None
+    on_meta = [copy.deepcopy(network).half().to("meta") for network in (union(), single())]
+    controls = [control(on_meta[0], 1), control(on_meta[0], 3), control(on_meta[1], None, **share)]
+    copies = []
+    with CopiesFromHost(pinned) as from_host:
+        [picture] = draw_controlled(
+            request, without_memory, controls, canvas, lambda _: copies.append(from_host.count)
+        )
+    assert sum(tensor.shape == (1, 3, 128, 128) for tensor in pinned) == len(controls)
     assert picture.size == (128, 128)
     increases = [after - before for before, after in itertools.pairwise(copies)]
     assert sum(increase > 0 for increase in increases) <= (mode != "base")
