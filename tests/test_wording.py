@@ -25,6 +25,12 @@ def test_the_bounds_are_told_in_words() -> None:
     assert rule(fields["seed"]) == "an integer from -1 to 18446744073709551615"
 
 
+def test_a_field_s_own_description_is_told_not_that_of_its_kind_of_object() -> None:
+    fields = field_schemas(Request)
+    assert fields["hires"]["description"] == Request.model_fields["hires"].description
+    assert fields["hires"]["default"] is None
+
+
 @pytest.mark.parametrize(
     ("url", "told"),
     [

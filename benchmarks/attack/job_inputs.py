@@ -25,6 +25,7 @@ CHEAP_MAX = {
     "num_inference_steps": 3,
     "refiner_inference_steps": 6,
     "mask_padding": 64,
+    "steps": 6,
 }
 # How often valid jobs have a field. Many others go with these alone.
 OFTEN = {"image_url": 0.5, "mode": 0.4, "mask_url": 0.4}
@@ -47,6 +48,23 @@ UNICODE = (
     "e\u0301" * 9,
     "\U0001f468\u200d\U0001f469",
     "\uff11",
+)
+# What addresses and names of files may not be, or not lead to.
+STRANGE_ADDRESSES = (
+    *("file:///etc/passwd", "/etc/passwd", "../../etc/passwd", "..", "a\x00.pth", "C:\\x", "~/x"),
+    *(
+        "http://127.0.0.1/",
+        "http://169.254.169.254/latest/meta-data",
+        "http://[::1]/",
+        "gopher://x",
+    ),
+    *(
+        "data:image/png;base64,",
+        "data:image/png;base64,AAAA",
+        "data:image/svg+xml,<svg/>",
+        "data:,",
+    ),
+    *("https://user:hunter2@example.com/?key=hunter2", "%2e%2e%2fx", "lanczos/../x", "x" * 100_000),
 )
 STRANGE_NUMBERS = (
     *(0, -1, 1, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**53, 2**63, 2**64, -(2**63)),
@@ -130,12 +148,7 @@ def valid_value(random_: random.Random, schema: Schema, highest: int | None = No
             count = random_.randint(fewest, min(schema.get("maxItems", 3), fewest + 2))
             return [valid_value(random_, schema.get("items", {})) for _ in range(count)]
         case "object":
-            needed = schema.get("required", ())
-            return {
-                name: valid_value(random_, one)
-                for name, one in schema.get("properties", {}).items()
-                if name in needed or random_.random() < 0.5
-            }
+            return _valid_object(random_, schema)
         case "string":
             if "data:image" in schema.get("pattern", ""):
                 return picture_uri()
@@ -148,12 +161,29 @@ def valid_value(random_: random.Random, schema: Schema, highest: int | None = No
     return None
 
 
+def _valid_object(random_: random.Random, schema: Schema) -> Fields:
+    needed = schema.get("required", ())
+    ties_inside = [jsonschema.Draft202012Validator(tie) for tie in schema.get("anyOf", ())]
+    while True:
+        fields = {
+            name: valid_value(random_, one, CHEAP_MAX.get(name))
+            for name, one in schema.get("properties", {}).items()
+            if name in needed or random_.random() < 0.5
+        }
+        keeps_ties = not ties_inside or any(tie.is_valid(fields) for tie in ties_inside)
+        # JSON Schema cannot say the last of it.
+        if keeps_ties and fields.get("start", 0) < fields.get("end", 1):
+            return fields
+
+
 def valid(random_: random.Random) -> Fields:
     """A quick job with some of the fields, which `parse_request` takes."""
     job_input = {"prompt": valid_value(random_, {"type": "string"}), **CHEAP}
     for name, schema in schemas().items():
         if name not in job_input and random_.random() < OFTEN.get(name, SELDOM):
             job_input[name] = valid_value(random_, schema, CHEAP_MAX.get(name))
+    # An empty list is a field that is not given: nothing goes with it.
+    job_input = {name: value for name, value in job_input.items() if value != []}
     while broken := [
         name for name, rule in ties().items() if name in job_input and not rule.is_valid(job_input)
     ]:
@@ -176,7 +206,7 @@ def junk(random_: random.Random, depth: int = 0) -> Any:
         lambda: "".join(random_.choices(string.printable, k=random_.randint(1, 30))),
         lambda: "".join(random_.choices(UNICODE, k=random_.randint(1, 5))),
         lambda: random_.choice("ab\u00e9") * random_.choice((100, 20_000, 20_001, 300_000)),
-        lambda: random_.choice(("http://[", "https://", "data:image/png;base64,", "file:///x")),
+        lambda: random_.choice(("http://[", "https://", *STRANGE_ADDRESSES)),
     ]
     if depth < 4:
         makers += [
@@ -204,6 +234,28 @@ def edge(random_: random.Random, schema: Schema) -> Any:
     return random_.choice(near)
 
 
+def wrong_inside(random_: random.Random, schema: Schema) -> Any:
+    """Of an object, or of a list of objects: one that is right but for what is inside it."""
+    if schema.get("type") == "array" and "items" in schema:
+        entries = [wrong_inside(random_, schema["items"]) for _ in range(random_.randint(1, 3))]
+        return entries * random_.choice((1, 1, 1, 4, 400))
+    fields = schema.get("properties")
+    if not fields:
+        return junk(random_)
+    value = _valid_object(random_, schema)
+    name = random_.choice(list(fields))
+    value[name] = random_.choice(
+        (
+            lambda: edge(random_, fields[name]),
+            lambda: random_.choice(STRANGE_ADDRESSES),
+            lambda: junk(random_, 2),
+        )
+    )()
+    if random_.random() < 0.1:
+        del value[random_.choice(list(value))]
+    return value
+
+
 def fuzzed(random_: random.Random) -> Any:
     """An input that may be wrong in any way, or in none."""
     if random_.random() < 0.05:
@@ -214,6 +266,7 @@ def fuzzed(random_: random.Random) -> Any:
         makers = (
             lambda schema=schema: valid_value(random_, schema),
             lambda schema=schema: edge(random_, schema),
+            lambda schema=schema: wrong_inside(random_, schema),
             lambda: junk(random_),
         )
         value = random_.choice(makers)()

@@ -417,6 +417,23 @@ class TestInputs:
             seen |= set(job_input)
         assert seen == set(Request.model_fields), "each field is tried"
 
+    def test_objects_are_wrong_in_what_is_inside_them_too(self) -> None:
+        random_ = random.Random(1)  # noqa: S311  not for secrets
+        told: set[str] = set()
+        for name in ("controlnet", "ip_adapter", "hires", "upscale", "loras"):
+            for _ in range(100):
+                value = job_inputs.wrong_inside(random_, job_inputs.schemas()[name])
+                try:
+                    parse_request({"prompt": "a", name: value})
+                except RequestError as error:
+                    told |= {line.partition(":")[0] for line in str(error).splitlines()}
+        assert told >= {
+            *("controlnet[0].type", "controlnet[0].image_url", "controlnet[2].scale"),
+            *("controlnet[0].start", "controlnet[0].preprocess", "ip_adapter[0].mask_url"),
+            *("hires.scale", "hires.strength", "hires.steps", "hires.upscaler"),
+            *("upscale.factor", "upscale.upscaler", "loras[0].path", "input"),
+        }
+
     def test_fuzzed_ones_are_of_every_field_and_mostly_wrong(self) -> None:
         random_ = random.Random(1)  # noqa: S311  not for secrets
         inputs = [job_inputs.fuzzed(random_) for _ in range(500)]
