@@ -76,7 +76,7 @@ class Stage:
 
 STAGES = (
     Stage(steps=2200, learning_rate=1.5e-3, toward_noise=1.0, other_shape_share=0.15),
-    Stage(steps=1500, learning_rate=1.0e-3, toward_noise=0.6, other_shape_share=0.22),
+    Stage(steps=700, learning_rate=1.0e-3, toward_noise=0.6, other_shape_share=0.22),
 )
 
 
