@@ -205,7 +205,7 @@ def test_a_controlnet_moves_and_is_dropped_as_models_are_and_draws_the_same(
         for name in changes:
             drawn_by(settings, name, [])
         assert start_on_gpu_thread(controlled).result() == expected
-    assert told == ["the ControlNet union"] * 2, "from the disk, and back from the host"
+    assert told == ["the ControlNet union"] * 3, "from the disk, then back from the host"
     kept: Any = room.kept.get(key)
     room.kept._drop(key)
     assert is_emptied(kept), "whoever still holds it holds no weights"
