@@ -63,7 +63,7 @@ def check_space(partial: Path, downloads: list[Download], made_bytes: int = 0) -
     wide = [
         (file.size_bytes or 0) // 2
         for file in downloads
-        if file.path.endswith(".safetensors") and ".fp16" not in file.path and not file.as_published
+        if file.path.endswith(".safetensors") and ".fp16" not in file.path
     ]
     archives = [file.size_bytes or 0 for file in downloads if file.path.endswith(".zip")]
     needed = missing + max(wide, default=0) + max(archives, default=0) + made_bytes

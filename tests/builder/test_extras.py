@@ -5,10 +5,12 @@ import inspect
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -394,6 +396,26 @@ def test_wrong_bytes_are_removed_and_said_to_be(hub: Hub, tmp_path: Path) -> Non
     assert not [name for name in files(folder) if "model" in name]
     assert not (folder / "depth").exists()
     fetch(tmp_path, preprocessor="depth")
+
+
+def test_the_digest_that_the_hub_publishes_is_checked(hub: Hub, tmp_path: Path) -> None:
+    content = bytearray(hub.repos["org/canny-sdxl"][WEIGHTS])
+    content[-1] ^= 1
+    hub.faults[f"canny-sdxl/{WEIGHTS}"] = [Fault(content=bytes(content))]
+    assert "its SHA-256 is" in failure(tmp_path, controlnet="org/canny-sdxl")
+
+
+def test_a_full_disk_is_found_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an archive is unpacked, both it and its file are there."""
+    sizes = [len(content) for content in hub.repos[POSE["repo"]].values()]
+    usage = SimpleNamespace(free=sum(sizes) + max(sizes) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert "free: make room" in failure(tmp_path, preprocessor="pose")
+    assert not resolved(hub)
+    usage.free += 1
+    fetch(tmp_path, preprocessor="pose")
 
 
 def test_a_small_file_of_another_content_is_refused(hub: Hub, tmp_path: Path) -> None:
