@@ -218,7 +218,26 @@ def _draw_caption(scene: Scene, rng: np.random.Generator) -> str | None:
     draw = rng.random()
     if draw < NO_TEXT_SHARE:
         return None if draw < NO_TEXT_SHARE / 2 else ""
-    return captions.caption(captions.partial_meaning(scene, rng), rng)
+    return captions.plain_caption(captions.partial_meaning(scene, rng), rng)
+
+
+class _Texts:
+    """The base's conditioning, which is kept: plain captions are not many."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline) -> None:
+        self.models = embedded.text_models(pipeline)
+        self.known: dict[str | None, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def conditioning(self, prompts: list[str | None]) -> tuple[Tensor, Tensor]:
+        """States (n, 77, 112) and pooled (n, 64); zeros where the prompt is None."""
+        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.known))
+        if new:
+            self.known.update(
+                zip(new, zip(*embedded.conditioning(self.models, new), strict=True), strict=True)
+            )
+        states, pooled = zip(*(self.known[prompt] for prompt in prompts), strict=True)
+        return torch.stack(states), torch.stack(pooled)
 
 
 @dataclass
@@ -277,6 +296,7 @@ def train(name: str, model: Path, out: Path, seed: int) -> None:
     teacher = embedded.load(model).unet
     references = _References(recipe, image_encoder_training.load(out), rng)
     sampler = _Sampler(pipeline, references, rng)
+    texts = _Texts(pipeline)
     trained = install(pipeline.unet, recipe)
     average = Average(nn.ParameterList(trained), AVERAGE_DECAY)
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01)
@@ -287,7 +307,7 @@ def train(name: str, model: Path, out: Path, seed: int) -> None:
     mean_loss = 0.0
     for step in progress:
         optimizer.zero_grad()
-        loss = _loss(pipeline, teacher, sampler.draw())
+        loss = _loss(pipeline.unet, teacher, texts, sampler.draw())
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -302,7 +322,7 @@ def train(name: str, model: Path, out: Path, seed: int) -> None:
 
 
 def _loss(
-    pipeline: StableDiffusionXLPipeline, teacher: UNet2DConditionModel, batch: _Batch
+    student: UNet2DConditionModel, teacher: UNet2DConditionModel, texts: _Texts, batch: _Batch
 ) -> Tensor:
     """How far the prediction is from the base's, at noise levels spread over all 1000."""
     count, side = len(batch.latents), batch.latents.shape[-1] * architecture.LATENT_FACTOR
@@ -310,14 +330,13 @@ def _loss(
     alpha = architecture.alphas_cumprod()[timesteps][:, None, None, None]
     noisy = alpha.sqrt() * batch.latents + (1.0 - alpha).sqrt() * torch.randn_like(batch.latents)
     sizes = {"time_ids": embedded.time_ids(count, side)}
-    texts = embedded.text_models(pipeline)
     with torch.no_grad():
-        states, pooled = embedded.conditioning(texts, batch.whole)
+        states, pooled = texts.conditioning(batch.whole)
         conditions = {"text_embeds": pooled, **sizes}
         expected = teacher(noisy, timesteps, states, added_cond_kwargs=conditions).sample
-        states, pooled = embedded.conditioning(texts, batch.prompts)
+    states, pooled = texts.conditioning(batch.prompts)
     conditions = {"text_embeds": pooled, **sizes, "image_embeds": [batch.images[:, None]]}
-    predicted = pipeline.unet(noisy, timesteps, states, added_cond_kwargs=conditions).sample
+    predicted = student(noisy, timesteps, states, added_cond_kwargs=conditions).sample
     ratio = (alpha / (1.0 - alpha)).flatten()
     weight = (SNR_NUMERATOR / ratio).clamp(max=WEIGHT_LIMIT)
     return (weight * (predicted - expected).square().mean(dim=(1, 2, 3))).mean()
