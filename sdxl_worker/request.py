@@ -486,7 +486,7 @@ class ImagePromptField(InputModel):
 class HiresField(InputModel):
     """The larger second pass of `hires`."""
 
-    scale: Annotated[float, Field(gt=1, le=2)] = Field(
+    scale: Annotated[float, Field(ge=1, le=2)] = Field(
         default=1.5, json_schema_extra={ALIASES: ["hr_scale", "factor"]}
     )
     strength: Annotated[float, Field(gt=0, le=1)] = Field(

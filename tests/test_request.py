@@ -163,7 +163,7 @@ BOUNDS_INSIDE = [
     ("controlnet", "start", 0, -0.001, 0.999, 1.001),
     ("controlnet", "end", 0.001, -0.001, 1, 1.001),
     ("ip_adapter", "scale", 0, -0.001, 2, 2.001),
-    ("hires", "scale", 1.001, 1, 2, 2.001),
+    ("hires", "scale", 1, 0.999, 2, 2.001),
     ("hires", "strength", 0.001, 0, 1, 1.001),
     ("hires", "steps", 1, 0, 1000, 1001),
     ("upscale", "factor", 1.001, 1, 4, 4.001),

@@ -316,7 +316,7 @@ def _denoise(batch: range, plan: batches.Plan, work: _Work) -> torch.Tensor | No
         if canvas.repainted is not None:
             keeper = Keeper(latents, canvas.repainted)
     for stage in work.stages:
-        if stage.is_larger:
+        if stage.is_second_pass:
             pictures = _decode(latents, plan, work)
             if pictures is None:
                 return None

@@ -33,18 +33,19 @@ class Stage:
     call it twice in a step, or repeat one."""
     options: Mapping[str, Any]
     """Arguments of the pipeline, beside those that every stage takes from the request."""
-    scale: float = 1.0
-    """By how much the pictures of the previous stage are enlarged before: that of `hires`."""
+    scale: float | None = None
+    """By how much the pictures of the previous stage are enlarged before: that of `hires`. None:
+    it is not the second pass."""
 
     @property
     def label(self) -> Literal["base", "hires", "refiner"]:
         """Its name in progress updates."""
-        return "hires" if self.is_larger else self.name
+        return "hires" if self.is_second_pass else self.name
 
     @property
-    def is_larger(self) -> bool:
+    def is_second_pass(self) -> bool:
         """Whether it is the second pass of `hires`."""
-        return self.scale > 1
+        return self.scale is not None
 
     @property
     def begins_in_mid_schedule(self) -> bool:
@@ -82,7 +83,7 @@ def _counted(stage: Stage, request: Request, models: Models) -> Stage:
     if not steps and "strength" in stage.options:
         raise RequestError(
             f"{_strength_of(stage)}: {stage.options['strength']:g} leaves "
-            f"{'the second pass' if stage.is_larger else f'the {stage.name}'} no step of this "
+            f"{'the second pass' if stage.is_second_pass else f'the {stage.name}'} no step of this "
             "schedule; raise it"
         )
     return replace(stage, steps=steps)
@@ -90,7 +91,7 @@ def _counted(stage: Stage, request: Request, models: Models) -> Stage:
 
 def _strength_of(stage: Stage) -> str:
     """The field."""
-    return "hires.strength" if stage.is_larger else "strength"
+    return "hires.strength" if stage.is_second_pass else "strength"
 
 
 def scheduler_of(
@@ -241,22 +242,25 @@ def total_steps(stages: Sequence[Stage]) -> int:
 
 def drawn_sizes_px(stages: Sequence[Stage], canvas: Canvas | None) -> list[tuple[int, int]]:
     """Width and height as the networks see them: first, and in the second pass of `hires`."""
+    scales = _scales(stages)
     if canvas is not None:
         first = canvas.working.size
-        return [
-            first,
-            *(canvas.larger_sizes(stage.scale)[1] for stage in stages if stage.is_larger),
-        ]
+        return [first, *(canvas.larger_sizes(scale)[1] for scale in scales)]
     first = stages[0].options["width"], stages[0].options["height"]
-    return [first, *(larger_size(first, stage.scale) for stage in stages if stage.is_larger)]
+    return [first, *(larger_size(first, scale) for scale in scales)]
 
 
 def output_size_px(stages: Sequence[Stage], canvas: Canvas | None) -> tuple[int, int]:
     """Width and height of the pictures that are drawn, before they are enlarged by `upscale`."""
     if canvas is None:
         return drawn_sizes_px(stages, None)[-1]
-    scale = max((stage.scale for stage in stages), default=1.0)
-    return canvas.larger_sizes(scale)[0] if scale > 1 else canvas.picture.size
+    sizes = [canvas.larger_sizes(scale)[0] for scale in _scales(stages)]
+    return sizes[0] if sizes else canvas.picture.size
+
+
+def _scales(stages: Sequence[Stage]) -> list[float]:
+    """Of the second pass, if there is one."""
+    return [stage.scale for stage in stages if stage.scale is not None]
 
 
 def upscaled_size_px(size_px: tuple[int, int], factor: float) -> tuple[int, int]:

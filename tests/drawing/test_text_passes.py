@@ -148,7 +148,7 @@ def test_what_is_kept_is_bounded_and_the_least_recently_used_goes(
     assert "text_encoder_2" in passes
 
 
-def test_one_that_is_larger_than_all_room_is_encoded_all_the_same(
+def test_one_that_is_second_pass_than_all_room_is_encoded_all_the_same(
     fresh: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = encode_pair(Texts("a", "b"), fresh_models())
