@@ -11,7 +11,13 @@ from PIL import Image
 from sdxl_worker.errors import RequestError
 from sdxl_worker.outputs import size_guard
 from sdxl_worker.outputs.answer import build_output, data_uri, encode_pictures
-from sdxl_worker.outputs.size_guard import Fitted, check_expected_size, fit, result_bytes
+from sdxl_worker.outputs.size_guard import (
+    LEAST_PNG_BYTES_PER_PIXEL,
+    Fitted,
+    check_expected_size,
+    fit,
+    result_bytes,
+)
 from sdxl_worker.request import OutputFormat, Request, parse_request
 from tests.outputs.samples import ABOUT, sample
 from tests.support import PROMPT, error, replace_generate, run
@@ -335,3 +341,15 @@ def test_a_job_s_answer_tells_that_its_pictures_are_jpeg(monkeypatch: pytest.Mon
     assert output["images"][0].startswith("data:image/jpeg;base64,")
     assert list(output) == ["images", "image_url", "seed", "warning"]
     assert "JPEG of quality" in output["warning"]
+
+
+def test_maps_count_before_any_work_with_the_least_that_they_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://127.0.0.1:9/job-take/$ID?gpu=TEST")
+    pixels = 64 * 64
+    twice = int(2 * pixels * LEAST_PNG_BYTES_PER_PIXEL * 4 / 3)
+    monkeypatch.setattr(size_guard, "RUN_LIMIT_BYTES", twice + 10)
+    check_expected_size(request_of(), pixels, "png", "job")
+    with pytest.raises(RequestError, match="would be at least"):
+        check_expected_size(request_of(), pixels, "png", "job", map_pixels=3 * pixels)
