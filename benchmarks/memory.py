@@ -124,7 +124,7 @@ def count(networks: dict[str, Any], name: str, pictures: int, size_px: int = SIZ
 
 
 def union_controlnet(unet: Any) -> Any:
-    """Of xinsir's ProMax, on the meta device and in 16-bit numbers."""
+    """As large as xinsir's, on the meta device and in 16-bit numbers."""
     with torch.device("meta"):
         return ControlNetUnionModel.from_unet(unet, load_weights_from_unet=False).half().eval()
 
