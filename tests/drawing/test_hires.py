@@ -2,7 +2,6 @@
 image to image; each picture of a batch as alone; and around a mask nothing but the enlargement."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from sdxl_worker.drawing.decoding import decode
 from sdxl_worker.drawing.encoding import encode_picture
 from sdxl_worker.drawing.enlarging import enlarger
 from sdxl_worker.drawing.generate import generate
-from sdxl_worker.drawing.schedulers import build_scheduler
 from sdxl_worker.drawing.stages import (
     as_drawn,
     drawn_sizes_px,
@@ -516,9 +514,9 @@ def test_the_memory_is_planned_for_the_larger_pass(monkeypatch: pytest.MonkeyPat
 class TestWhatGoesWrong:
     @pytest.fixture
     @staticmethod
-    def counted() -> Iterator[Any]:
+    def counted() -> Any:
         before = dict(second_tries.COUNTS)
-        yield lambda what: second_tries.COUNTS[what] - before.get(what, 0)
+        return lambda what: second_tries.COUNTS[what] - before.get(what, 0)
 
     def test_a_first_pass_without_a_picture_is_drawn_again(
         self, monkeypatch: pytest.MonkeyPatch, counted: Any
