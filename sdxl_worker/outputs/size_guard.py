@@ -23,9 +23,9 @@ RUNSYNC_LIMIT_BYTES = 20_000_000
 # Of a load-balancing endpoint: https://docs.runpod.io/serverless/load-balancing/overview
 HTTP_LIMIT_BYTES = 30_000_000
 # A picture of SDXL takes 1.5 to 2.8 bytes a pixel as PNG. A result that would be over the limit
-# even with this is refused before it is made. Enlarged by Lanczos to four times its sides, a picture
-# takes half as many bytes a pixel, to twice its sides 0.7 times as many (measured on noise with the
-# spectra of photographs).
+# even with this is refused before it is made. Enlarged by Lanczos to twice its sides, a picture
+# takes 0.7 times as many bytes a pixel, to four times its sides half as many (measured on noise with
+# the spectra of photographs).
 LEAST_PNG_BYTES_PER_PIXEL = 0.5
 # Below, JPEG shows little but its blocks.
 LEAST_JPEG_QUALITY = 10
