@@ -69,6 +69,7 @@ CASES = [
     Case("end 0.5, no shape said", "no shape", end=0.5),
     Case("end 0.3, no shape said", "no shape", end=0.3),
     Case("start 0.5, no shape said", "no shape", start=0.5),
+    Case("start 0.8, no shape said", "no shape", start=0.8),
     Case("soft edge, no shape said", "no shape", (SOFT_EDGE,)),
     Case("depth, no shape said", "no shape", (DEPTH,)),
     Case("segment, no shape said", "no shape", (SEGMENT,)),
