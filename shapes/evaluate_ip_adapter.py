@@ -8,6 +8,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -76,8 +77,9 @@ def draw(
 ) -> list[Image.Image]:
     """One picture of each prompt and reference; picture i has seed `seed` + i.
 
-    `ip_adapter_image` would give every picture of a batch all references, so that each is encoded
-    alone, as the pipeline does it.
+    Each reference is encoded alone, by the pipeline. Left to itself, it gives every picture of a
+    batch all references; and encoded ones it repeats as often as there are pictures, which are
+    then mixed without an error.
     """
     pipeline.set_ip_adapter_scale(scale)
     [projection] = pipeline.unet.encoder_hid_proj.image_projection_layers
@@ -90,15 +92,17 @@ def draw(
         ]
         positive, negative = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(positive))]
-        drawn += pipeline(
-            list(prompts[start : start + BATCH]),
-            ip_adapter_image_embeds=[torch.cat([negative, positive]) if guidance > 1 else positive],
-            guidance_scale=guidance,
-            num_inference_steps=steps,
-            height=side,
-            width=side,
-            generator=generators,
-        ).images
+        encoded = [torch.cat([negative, positive]) if guidance > 1 else positive]
+        with mock.patch.object(pipeline, "prepare_ip_adapter_image_embeds", return_value=encoded):
+            drawn += pipeline(
+                list(prompts[start : start + BATCH]),
+                ip_adapter_image=list(references[start : start + BATCH]),
+                guidance_scale=guidance,
+                num_inference_steps=steps,
+                height=side,
+                width=side,
+                generator=generators,
+            ).images
     return drawn
 
 
