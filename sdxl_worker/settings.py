@@ -169,7 +169,7 @@ class Settings(BaseSettings):
         Path | None,
         Field(
             description="Folder of IP-Adapters and their image encoders, as `h94/IP-Adapter` on "
-            "the hub. Not set: none."
+            "the hub. Not set: that of the image, if it has one."
         ),
     ] = None
     upscaler_dir: Annotated[

@@ -10,7 +10,14 @@ const MAX_FINISHED = 20;
 const MAX_DONE = 3; // their pictures are in the gallery
 export const NOT_WATCHED = "no longer watched";
 const ENDED = ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"];
-const STAGES = { base: "base", refiner: "refiner", download: "downloading", loading: "loading" };
+const STAGES = {
+  base: "base",
+  hires: "second pass",
+  refiner: "refiner",
+  upscale: "upscaling",
+  download: "downloading",
+  loading: "loading",
+};
 
 let jobsElement;
 let listElement;

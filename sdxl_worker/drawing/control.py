@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from sdxl_worker.drawing.schedulers import timesteps_cut_off
+from sdxl_worker.drawing.stages import Stage
 from sdxl_worker.loading.companions import at_work
 from sdxl_worker.placement import Placement
+from sdxl_worker.request import Request
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,39 @@ def controlled(pipeline: Any, controls: Sequence[Control], placement: Placement)
             yield
         finally:
             hook.remove()
+
+
+def warnings_of_controls(request: Request, stages: Sequence[Stage]) -> list[str]:
+    """What the caller may not expect: in a short schedule, a share may hold no whole step."""
+    told = []
+    for i, one in enumerate(request.controlnet or ()):
+        counts = [
+            _counts(step, count, one.start, one.end)
+            for stage in stages
+            if stage.name == "base"
+            for step in range(stage.steps)
+            for count in [_steps_with_those_left(stage)]
+        ]
+        if not any(counts):
+            told.append(
+                f"controlnet[{i}]: has no effect, for none of the base's steps lies between start "
+                f"({one.start:g}) and end ({one.end:g})"
+            )
+    return told
+
+
+def _steps_with_those_left(stage: Stage) -> int:
+    """Of a stage of the base, with those that it leaves to the refiner."""
+    of_schedule = stage.options["num_inference_steps"]
+    left = of_schedule - round(of_schedule * stage.options.get("denoising_end", 1))
+    own = int(of_schedule * stage.options.get("strength", 1)) - left
+    return round(stage.steps * (own + left) / own)
+
+
+def _counts(step: int, count: int, start: float, end: float) -> bool:
+    """Whether a control counts in a step of so many, as in diffusers: a step that is only partly
+    between start and end is none."""
+    return step / count >= start and (step + 1) / count <= end
 
 
 class _Steps:
@@ -109,7 +144,7 @@ class _Steps:
             [
                 number
                 for number, control in enumerate(self._controls)
-                if i / count >= control.start and (i + 1) / count <= control.end
+                if _counts(i, count, control.start, control.end)
             ]
             for i in range(count)
         ]

@@ -20,6 +20,7 @@ from sdxl_worker.placement import Placement
 from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
 
 _SETTING = "IP_ADAPTER_DIR"
+BAKED_IP_ADAPTER_DIR = Path("/models/ip-adapters")
 
 _PLAIN = ("ip-adapter_sdxl_vit-h", "ip-adapter_sdxl")
 _PLUS = ("ip-adapter-plus_sdxl_vit-h",)
@@ -206,7 +207,7 @@ def find_ip_adapter(kind: str, folder: Path | None, field: str, unet: Any) -> Ip
     """
     Args:
         kind: as `ImagePromptField.type`.
-        folder: `IP_ADAPTER_DIR`.
+        folder: `IP_ADAPTER_DIR`. None: that of the image, if it has one.
         field: of the request, for messages.
         unet: that is drawn with. Its weights may be elsewhere.
 
@@ -214,6 +215,7 @@ def find_ip_adapter(kind: str, folder: Path | None, field: str, unet: Any) -> Ip
         RequestError: there is none of this kind, and the message tells which there are; or it
             cannot be served, or not with this UNet.
     """
+    folder = folder or (BAKED_IP_ADAPTER_DIR if BAKED_IP_ADAPTER_DIR.is_dir() else None)
     if folder is None:
         raise RequestError(
             f"{field}: this worker has no IP-Adapters; its owner can set IP_ADAPTER_DIR"

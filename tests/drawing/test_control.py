@@ -24,6 +24,8 @@ from sdxl_worker.adapters.of_request import read_adapters
 from sdxl_worker.drawing import batches
 from sdxl_worker.drawing import control as control_module
 from sdxl_worker.drawing.batches import Plan
+from sdxl_worker.drawing.control import warnings_of_controls
+from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.drawing.steps import Step
 from sdxl_worker.inputs.references import References
 from sdxl_worker.loading.model_dir import find_model_dir
@@ -299,6 +301,30 @@ def test_its_share_is_of_the_steps_that_strength_leaves() -> None:
     with calls_of(union()) as calls:
         draw_controlled(request, models(), [control(map=SMALL_MAP, end=0.5)], canvas_of(PICTURE))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("share", "fields", "has_effect"),
+    [
+        ({"end": 0.1}, {}, False),
+        ({"start": 0.5, "end": 0.65}, {}, False),
+        ({"end": 0.2}, {}, True),
+        ({"start": 0.4, "end": 0.6}, {"high_noise_frac": 0.6}, True),
+        ({"start": 0.6, "end": 0.8}, {"high_noise_frac": 0.6}, False),
+        ({"start": 0.3, "end": 0.7}, {"hires": {"scale": 1, "steps": 9}}, True),
+    ],
+)
+def test_one_that_counts_in_no_step_is_told(
+    share: dict[str, Any], fields: dict[str, Any], has_effect: bool
+) -> None:
+    given = {"type": "canny", "image_url": "data:image/png;base64,", **share}
+    request = parse_request({**JOB, "refiner_inference_steps": 5, "controlnet": [given], **fields})
+    told = warnings_of_controls(request, plan_stages(request, models()))
+    if has_effect:
+        assert told == []
+    else:
+        [line] = told
+        assert line.startswith("controlnet[0]: has no effect, for none of the base's steps lies")
 
 
 def test_only_the_base_is_steered() -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_worker.errors import ModelError, RequestError
+from sdxl_worker.loading import ip_adapters
 from sdxl_worker.loading.ip_adapters import IpAdapterFiles, find_ip_adapter
 from sdxl_worker.placement import Placement
 from tests.random_ip_adapters import (
@@ -44,7 +45,7 @@ def folder(unet: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def found(kind: str, folder: Path) -> IpAdapterFiles:
+def found(kind: str, folder: Path | None) -> IpAdapterFiles:
     return find_ip_adapter(kind, folder, FIELD, MODELS.unet)
 
 
@@ -104,6 +105,12 @@ class TestWhatIsRefused:
         assert refusal("plus", None) == (
             f"{FIELD}: this worker has no IP-Adapters; its owner can set IP_ADAPTER_DIR"
         )
+
+    def test_without_the_setting_those_of_the_image_are_found(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ip_adapters, "BAKED_IP_ADAPTER_DIR", folder)
+        assert found("plus", None).path == folder / PLUS
 
     def test_of_a_type_that_is_not_there_the_others_are_named(self, folder: Path) -> None:
         (folder / FACE).unlink()
