@@ -335,8 +335,9 @@ def _loss(
         conditions = {"text_embeds": pooled, **sizes}
         expected = teacher(noisy, timesteps, states, added_cond_kwargs=conditions).sample
     states, pooled = texts.conditioning(batch.prompts)
-    conditions = {"text_embeds": pooled, **sizes, "image_embeds": [batch.images[:, None]]}
-    predicted = student(noisy, timesteps, states, added_cond_kwargs=conditions).sample
+    pictures = [batch.images[:, None]]
+    pictured = {"text_embeds": pooled, **sizes, "image_embeds": pictures}
+    predicted = student(noisy, timesteps, states, added_cond_kwargs=pictured).sample
     ratio = (alpha / (1.0 - alpha)).flatten()
     weight = (SNR_NUMERATOR / ratio).clamp(max=WEIGHT_LIMIT)
     return (weight * (predicted - expected).square().mean(dim=(1, 2, 3))).mean()

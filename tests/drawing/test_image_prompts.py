@@ -572,7 +572,7 @@ def test_of_a_strip_no_more_is_scaled_than_lies_around_what_is_seen(
     adapter, encoder = files.load(models.placement), files.encoder.load(models.placement)
     scaled: list[tuple[int, int]] = []
 
-    class Processor(CLIPImageProcessorPil):  # type: ignore[misc]
+    class Processor(CLIPImageProcessorPil):
         def __call__(self, picture: Image.Image, **options: Any) -> Any:
             scaled.append(picture.size)
             return super().__call__(picture, **options)

@@ -371,7 +371,7 @@ class TestBesideTheModel:
         def no_room(_: Any) -> None:
             raise torch.OutOfMemoryError
 
-        kept._memory.to_card = no_room  # type: ignore[method-assign]
+        monkeypatch.setattr(kept._memory, "to_card", no_room)
         fits_card = kept._memory.fits_card
 
         def noted(size_bytes: int) -> bool:
