@@ -701,7 +701,7 @@ class Request(InputModel):
         json_schema_extra={ALIASES: ["controlnets", "control"]},
         description="Pictures that say where things are, for the base: each a `type`, an "
         "`image_url`, `preprocess` (by default true; false: it is a finished map), `scale` (by "
-        "default 1), and `start` and `end`, the share of the base's steps in which it counts. "
+        "default 1), and `start` and `end`, the share of the schedule in which it counts. "
         "[docs/control.md](docs/control.md) has the types.",
     )
     return_maps: bool = Field(
