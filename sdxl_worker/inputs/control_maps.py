@@ -78,11 +78,15 @@ def _is_installed(name: str) -> bool:
 
 
 def canny_map(picture: Image.Image) -> Image.Image:
-    """Its edges, white on black, RGB."""
+    """Its edges, white on black, RGB.
+
+    OpenCV takes each pixel's steepest channel. In grey, the edge between two colours of one
+    brightness would be lost.
+    """
     import cv2
 
-    grey = cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2GRAY)
-    return Image.fromarray(cv2.Canny(grey, *CANNY_THRESHOLDS)).convert("RGB")
+    edges = cv2.Canny(np.asarray(picture), *CANNY_THRESHOLDS)
+    return Image.fromarray(edges).convert("RGB")
 
 
 def repaint_map(picture: Image.Image, mask: Mask) -> Image.Image:

@@ -69,6 +69,14 @@ def test_edges_are_found_at_the_thresholds_100_and_200() -> None:
         assert np.asarray(canny_map(picture)).any() == has_edge
 
 
+def test_edges_between_colours_of_one_brightness_are_found() -> None:
+    picture = Image.new("RGB", (64, 64), (30, 150, 60))
+    picture.paste((215, 55, 200), (32, 0, 64, 64))
+    grey = np.asarray(picture.convert("L"))
+    assert int(grey.max()) - int(grey.min()) < 20
+    assert np.asarray(canny_map(picture))[:, 30:34].any(axis=(1, 2)).all()
+
+
 def test_what_is_repainted_is_black_and_the_rest_is_the_picture() -> None:
     picture = Image.effect_noise((16, 8), 60).convert("RGB")
     mask = np.zeros((8, 16), bool)
