@@ -190,7 +190,11 @@ class ImagesInput(InputModel):
         description="Not used, which `warning` tells: a lower `strength` keeps more of `image`.",
     )
     complexity: Unused = Field(default=None, description="Not used, which `warning` tells.")
-    moderation: Unused = Field(default=None, description="Not used: there is no moderation.")
+    moderation: Unused = Field(
+        default=None,
+        description="Not used: whether pictures are judged is [the owner's "
+        "choice](control.md#safety-checker).",
+    )
     user: Unused = Field(default=None, description="Not used, and not logged.")
     safety_identifier: Unused = Field(default=None, description="Not used, and not logged.")
     markup: None = _left_out("send a mask")
