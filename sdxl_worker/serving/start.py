@@ -143,7 +143,10 @@ def put_beside(
             networks.append(_bring_beside(models, files, beside))
         except ModelError as error:
             log.warning("%s cannot be loaded: %s", files.title, error)
-            raise RequestError(str(error)) from None
+            # The caller is not told where on the worker it lies.
+            place = Path(str(files.key))
+            told = " ".join(str(error).replace(str(place), place.name).split())
+            raise RequestError(told) from None
     return networks
 
 

@@ -13,6 +13,7 @@ from sdxl_worker.errors import ModelError, RequestError
 from sdxl_worker.loading import ip_adapters
 from sdxl_worker.loading.ip_adapters import IpAdapterFiles, find_ip_adapter
 from sdxl_worker.placement import Placement
+from sdxl_worker.serving.start import put_beside
 from tests.random_ip_adapters import (
     ENCODER,
     FACE,
@@ -253,6 +254,23 @@ class TestLoading:
         message = load_refusal(found("plus", folder))
         assert message.startswith(f"IP_ADAPTER_DIR: {folder / PLUS} cannot be loaded: ")
         assert "layers.1.attn.to_out.0.weight" in message
+
+    def test_a_job_is_not_told_where_on_the_worker_it_lies(self, unet: Any, folder: Path) -> None:
+        files = found("plus", folder)
+        tensors = plus_adapter(unet)
+        del tensors["image_proj.layers.1.0.to_out.weight"]
+        save(tensors, folder / PLUS)
+        config = folder / ENCODER / "config.json"
+        config.write_text(
+            json.dumps(json.loads(config.read_text("utf-8")) | {"num_hidden_layers": 4})
+        )
+        for one, name in ((files, PLUS), (files.encoder, ENCODER)):
+            with pytest.raises(RequestError) as caught:
+                put_beside(MODELS, [one])
+            message = str(caught.value)
+            assert message.startswith(f"IP_ADAPTER_DIR: {Path(name).name} cannot be loaded: ")
+            assert str(folder.parent) not in message
+            assert "\n" not in message
 
     def test_so_is_an_encoder_that_is_not_as_its_configuration_says(self, folder: Path) -> None:
         path = folder / ENCODER / "config.json"
