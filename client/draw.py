@@ -248,15 +248,19 @@ async def save_pictures(
     seed = first_seed if isinstance(first_seed, int) else 0
     first = files[0] if files else delivery.place(0, len(images), MAP_SUFFIX, seed)
     maps: list[Path] = []
-    for i, uri in enumerate(output.get("maps") or (), 1):
+    for i, uri in enumerate(_list(output.get("maps")), 1):
         try:
             content = _decoded(str(uri))
             picture_files.suffix_of(content)
         except PictureError as error:
             raise refused(f"map {i}", error) from None
         maps.append(save(content, first.with_name(f"{first.stem}.map-{i}{MAP_SUFFIX}")))
-    nsfw = dict(zip(names, map(bool, output.get("nsfw") or ()), strict=False))
+    nsfw = dict(zip(names, map(bool, _list(output.get("nsfw"))), strict=False))
     return Delivered(files=files, links=links, maps=maps, nsfw=nsfw)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _decoded(data_uri: str) -> bytes:

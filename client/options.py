@@ -323,32 +323,44 @@ def given(arguments: argparse.Namespace, fields: Mapping[str, Field]) -> dict[st
     """The input that the options make.
 
     Raises:
-        UsageError: a list's value is not in one of its forms.
+        UsageError: an object's value is not in one of its forms.
     """
-    values = {name: value for name, value in vars(arguments).items() if name in fields}
-    made: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            items: list[Any] = []
-            for text in value:
-                items += fields[name].parse(text, f"{name}[{len(items)}]")
-            made[name] = items
-        else:
-            made[name] = fields[name].parse(value) if isinstance(value, str) else value
-    return made
+    return _parsed({name: one for name, one in vars(arguments).items() if name in fields}, fields)
 
 
 def from_row(row: Mapping[str, str], fields: Mapping[str, Field]) -> dict[str, Any]:
     """The input that a line of a table makes; an empty cell is a field that is not given.
 
     Raises:
-        UsageError: a list's value is not in one of its forms.
+        UsageError: an object's value is not in one of its forms.
     """
-    return {
-        name: fields[name].parse(text) if name in fields else text
-        for name, text in row.items()
-        if text
-    }
+    return _parsed({name: text for name, text in row.items() if text}, fields)
+
+
+def _parsed(values: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Each text, or list of texts, as the value of its field; the rest as it is."""
+    made: dict[str, Any] = {}
+    mistakes: list[str] = []
+    for name, value in values.items():
+        if name not in fields or not isinstance(value, str | list):
+            made[name] = value
+            continue
+        one, items = fields[name], 0
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                if one.kind != "array":
+                    made[name] = one.parse(text)
+                    continue
+                part = one.parse(text, f"{name}[{items}]")
+            except UsageError as error:
+                mistakes.append(str(error))
+                items += 1
+                continue
+            made.setdefault(name, []).extend(part)
+            items += len(part)
+    if mistakes:
+        raise UsageError("\n".join(mistakes))
+    return made
 
 
 def own_names(job_input: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
