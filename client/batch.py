@@ -174,6 +174,9 @@ class Outcome:
     there_before: int = 0
     files: list[Path] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
+    maps: list[Path] = field(default_factory=list)
+    nsfw: dict[str, bool] = field(default_factory=dict)
+    """As of `Delivered`."""
     failed: dict[str, str] = field(default_factory=dict)
     """Errors by the jobs' names."""
 
@@ -254,7 +257,7 @@ class Batch:
                 links=self._links,
                 as_sent=self._as_sent,
             )
-            files, links = await save_pictures(self._endpoint, output, job_input, delivery)
+            delivered = await save_pictures(self._endpoint, output, job_input, delivery)
         except WrongEndpointError:
             raise
         except (EndpointError, JobFailedError, UsageError) as error:
@@ -263,9 +266,13 @@ class Batch:
             self.outcome.failed[item.name] = told
             self._display.say(f"{item.name}: {told}")
             return
-        self._journal.note(item.name, "done", files=[path.name for path in files])
-        self.outcome.files.extend(files)
-        self.outcome.links.extend(links)
+        self._journal.note(item.name, "done", files=[path.name for path in delivered.files])
+        self.outcome.files.extend(delivered.files)
+        self.outcome.links.extend(delivered.links)
+        self.outcome.maps.extend(delivered.maps)
+        self.outcome.nsfw.update(delivered.nsfw)
+        for line in delivered.flagged:
+            self._display.say(line)
         if output.get("warning"):
             self._display.say(f"{item.name}: {output['warning']}")
 

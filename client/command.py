@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from client import picture_files
 from client.batch import Batch, Outcome, alone_in, read_items
-from client.draw import Delivery, JobFailedError, output_of, run_job, save_pictures
+from client.draw import Delivered, Delivery, JobFailedError, output_of, run_job, save_pictures
 from client.endpoint import Endpoint, EndpointError, WrongEndpointError, find_address
 from client.options import (
     Field,
@@ -287,7 +287,7 @@ def _drawn(
         if "images" not in output and "image_url" not in output:  # a report
             return {**told, "output": output}
         try:
-            files, links = await save_pictures(endpoint, output, sent, delivery)
+            delivered = await save_pictures(endpoint, output, sent, delivery)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -298,7 +298,9 @@ def _drawn(
         beside: dict[str, Any] = {
             name: output[name] for name in ("seed", "warning") if name in output
         }
-        return {**told, **beside, "files": [str(path) for path in files], "links": links}
+        for line in delivered.flagged:
+            display.say(line)
+        return {**told, **beside, **_told_of(delivered)}
 
     result = _at_endpoint(parsed, display, work)
     if result.get("warning"):
@@ -308,7 +310,7 @@ def _drawn(
     elif "output" in result:
         print(json.dumps(result["output"], indent=2))
     else:
-        _print_lines([*result["files"], *result["links"]])
+        _print_lines([*result["files"], *result["links"], *result["maps"]])
     return 0
 
 
@@ -352,15 +354,14 @@ def _batch(parsed: argparse.Namespace, fields: Mapping[str, Field]) -> int:
         print(
             json.dumps(
                 {
-                    "files": [str(path) for path in outcome.files],
-                    "links": outcome.links,
+                    **_told_of(outcome),
                     "there_before": outcome.there_before,
                     "failed": outcome.failed,
                 }
             )
         )
     else:
-        _print_lines([*map(str, outcome.files), *outcome.links])
+        _print_lines([*map(str, outcome.files), *outcome.links, *map(str, outcome.maps)])
     if outcome.failed:
         display.say(
             f"{len(outcome.failed)} of {len(items)} failed; the same command tries them again:"
@@ -368,6 +369,15 @@ def _batch(parsed: argparse.Namespace, fields: Mapping[str, Field]) -> int:
         for name, error in outcome.failed.items():
             display.say(f"  {name}: {error}")
     return FAILED if outcome.failed else 0
+
+
+def _told_of(made: Delivered | Outcome) -> dict[str, Any]:
+    return {
+        "files": [str(path) for path in made.files],
+        "links": made.links,
+        "maps": [str(path) for path in made.maps],
+        **({"nsfw": made.nsfw} if made.nsfw else {}),
+    }
 
 
 def _show(parsed: argparse.Namespace, _: Mapping[str, Field]) -> int:

@@ -25,6 +25,7 @@ from client.progress_bar import Display, JobProgress
 FIRST_POLL_SECONDS = 0.2
 LONGEST_POLL_SECONDS = 1.0
 NOT_FOUND = "NOT_FOUND"
+MAP_SUFFIX = ".png"
 
 
 class JobFailedError(Exception):
@@ -46,6 +47,28 @@ class Delivery:
     """Links stay links, and are not downloaded."""
     as_sent: bool = False
     """Files are not completed with the prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivered:
+    """What was saved of a job."""
+
+    files: list[Path]
+    links: list[str]
+    """Those that stayed links."""
+    maps: list[Path]
+    """Of `controlnet`, where they were asked for."""
+    nsfw: dict[str, bool]
+    """By file or link, whether the worker's safety checker flagged it; empty where it has none."""
+
+    @property
+    def flagged(self) -> list[str]:
+        """What to tell of those that were flagged."""
+        return [
+            f"{name}: flagged by the worker's safety checker (nsfw)"
+            for name, is_flagged in self.nsfw.items()
+            if is_flagged
+        ]
 
 
 async def run_job(
@@ -181,14 +204,11 @@ async def save_pictures(
     output: Mapping[str, Any],
     job_input: Mapping[str, Any],
     delivery: Delivery,
-) -> tuple[list[Path], list[str]]:
-    """Save what a job made.
-
-    Returns:
-        The files, and the links that stayed links.
+) -> Delivered:
+    """Save what a job made. Maps go beside the first picture: of "a.png", to "a.map-1.png".
 
     Raises:
-        JobFailedError: there is a picture that is none, or a link's cannot be had.
+        JobFailedError: there is a picture or a map that is none, or a link's cannot be had.
         OSError: a file cannot be written.
     """
     images = output.get("images") or [output.get("image_url")]
@@ -197,10 +217,23 @@ async def save_pictures(
     first_seed = output.get("seed")
     files: list[Path] = []
     links: list[str] = []
+    names: list[str] = []
+
+    def save(content: bytes, path: Path) -> Path:
+        if not delivery.overwrite:
+            return picture_files.write_new(content, path)
+        picture_files.write(content, path)
+        return path
+
+    def refused(what: str, error: Exception) -> JobFailedError:
+        saved = "".join(f"\nsaved: {path}" for path in files)
+        return JobFailedError(f"what came as {what}: {error}{saved}", "COMPLETED")
+
     for i, image in enumerate(images):
         is_link = not image.startswith("data:")
         if is_link and delivery.links:
             links.append(image)
+            names.append(image)
             continue
         seed = (first_seed + i) % (MAX_SEED + 1) if isinstance(first_seed, int) else i
         try:
@@ -209,16 +242,25 @@ async def save_pictures(
             if not delivery.as_sent:
                 content = picture_files.completed(content, job_input, seed)
         except (EndpointError, PictureError) as error:
-            saved = "".join(f"\nsaved: {path}" for path in files)
-            told = f"what came as picture {i + 1}: {error}{saved}"
-            raise JobFailedError(told, "COMPLETED") from None
-        path = delivery.place(i, len(images), suffix, seed)
-        if delivery.overwrite:
-            picture_files.write(content, path)
-        else:
-            path = picture_files.write_new(content, path)
-        files.append(path)
-    return files, links
+            raise refused(f"picture {i + 1}", error) from None
+        files.append(save(content, delivery.place(i, len(images), suffix, seed)))
+        names.append(str(files[-1]))
+    seed = first_seed if isinstance(first_seed, int) else 0
+    first = files[0] if files else delivery.place(0, len(images), MAP_SUFFIX, seed)
+    maps: list[Path] = []
+    for i, uri in enumerate(_list(output.get("maps")), 1):
+        try:
+            content = _decoded(str(uri))
+            picture_files.suffix_of(content)
+        except PictureError as error:
+            raise refused(f"map {i}", error) from None
+        maps.append(save(content, first.with_name(f"{first.stem}.map-{i}{MAP_SUFFIX}")))
+    nsfw = dict(zip(names, map(bool, _list(output.get("nsfw"))), strict=False))
+    return Delivered(files=files, links=links, maps=maps, nsfw=nsfw)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _decoded(data_uri: str) -> bytes:

@@ -6,6 +6,7 @@ here names one.
 
 import argparse
 import base64
+import contextlib
 import difflib
 import io
 import json
@@ -80,6 +81,29 @@ class Field:
     def is_picture(self) -> bool:
         return PICTURE_PATTERN in self.schema.get("pattern", "")
 
+    @property
+    def is_free_text(self) -> bool:
+        return self.kind == "string" and "enum" not in self.schema
+
+    @property
+    def short_form(self) -> str:
+        """How an object is typed without the names of its fields: "TYPE:FILE[:SCALE]"."""
+        first, *others = self.properties.values()
+        form = _placeholder(first)
+        if others:
+            second = f":{_placeholder(others[0])}"
+            form += second if others[0].is_picture else f"[{second}]"
+        last = self._number_behind_picture
+        return f"{form}[:{_placeholder(last)}]" if last else form
+
+    @property
+    def _number_behind_picture(self) -> "Field | None":
+        """The number that may end the short form of an object that begins with a picture."""
+        first_two, rest = list(self.properties.values())[:2], list(self.properties.values())[2:]
+        if not any(one.is_picture for one in first_two):
+            return None
+        return next((one for one in rest if one.kind in ("integer", "number")), None)
+
     @cached_property
     def items(self) -> "Field":
         """What a list holds."""
@@ -116,11 +140,14 @@ class Field:
         step = self.schema.get("multipleOf")
         return noun + (f", a multiple of {step}" if step else "")
 
-    def parse(self, text: str) -> Any:
+    def parse(self, text: str, place: str = "") -> Any:
         """A value from what was typed; one that is none is refused later, by `problems`.
 
+        Args:
+            place: of an object, for messages: "loras[1]".
+
         Raises:
-            UsageError: it is neither JSON nor one of the short forms of a list.
+            UsageError: it is neither JSON nor one of the short forms of an object.
         """
         match self.kind:
             case "string":
@@ -132,17 +159,16 @@ class Field:
             case "array":
                 if text.lstrip().startswith("["):
                     return _json(text, self.option)
-                return [self.items.parse(text)]
+                return [self.items.parse(text, place or f"{self.name}[0]")]
             case "object":
-                return self._parse_object(text)
+                return self._parse_object(text, place or self.name)
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
             return text
 
-    def _parse_object(self, text: str) -> Any:
-        """JSON, or key=value,key=value, or the first two fields with a colon: path:scale, or
-        type:picture."""
+    def _parse_object(self, text: str, place: str) -> Any:
+        """JSON, or key=value,key=value, or the short form."""
         if text.lstrip().startswith("{") or not self.properties:
             return _json(text, self.option)
         names = {
@@ -151,26 +177,109 @@ class Field:
         pairs: list[tuple[Field, str]] = []
         for part in text.split(","):
             name, equals, value = part.partition("=")
-            if equals and name.strip() in names:
-                pairs.append((names[name.strip()], value))
+            name = name.strip()
+            if equals and name in names:
+                pairs.append((names[name], value))
+            elif equals and name.isidentifier() and not self._is_of_value(text, pairs):
+                near = difflib.get_close_matches(name, self.properties, 1)
+                raise UsageError(
+                    f"{named(place)}.{name}: no such field"
+                    + (f" (did you mean {near[0]}?)" if near else "")
+                    + f"; the fields are {', '.join(self.properties)}"
+                )
             elif pairs:  # a comma in a value
                 pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]},{part}")
             else:
                 break
         if pairs:
             return {one.name: one.parse(value) for one, value in pairs}
+        made = self._parse_short_form(text)
+        self._check_short_form(made, place)
+        return made
+
+    def _is_of_value(self, text: str, pairs: "list[tuple[Field, str]]") -> bool:
+        """Whether a value may have key=value in it, as an address or a file's name may.
+
+        Args:
+            text: all that was typed.
+            pairs: what comes before.
+        """
+        one, before = pairs[-1] if pairs else (next(iter(self.properties.values())), "")
+        if not one.is_free_text or not one.is_picture:
+            return one.is_free_text
+        return not _is_file(before) if pairs else _is_file(text)
+
+    def _parse_short_form(self, text: str) -> dict[str, Any]:
         first, *others = self.properties.values()
-        if others and others[0].is_picture:  # which may have colons in it
+        if not others:
+            return {first.name: first.parse(text)}
+        second = others[0]
+        if second.is_picture:
             head, colon, tail = text.partition(":")
-            second = {others[0].name: others[0].parse(tail)} if colon else {}
-            return {first.name: first.parse(head), **second}
+            picture, number = self._split_number(tail)
+            return {
+                first.name: first.parse(head),
+                **({second.name: picture} if colon else {}),
+                **number,
+            }
+        if not first.is_free_text:  # no colon is in it
+            head, colon, tail = text.partition(":")
+            return {
+                first.name: first.parse(head),
+                **({second.name: second.parse(tail)} if colon else {}),
+            }
+        number = {}
+        if first.is_picture:
+            text, number = self._split_number(text)
         head, colon, tail = text.rpartition(":")
-        if colon and others and not tail.startswith("//"):
-            second = others[0].parse(tail)
-            is_number = isinstance(second, int | float)
-            if is_number or not problems({others[0].name: second}, {others[0].name: others[0]}):
-                return {first.name: first.parse(head), others[0].name: second}
-        return {first.name: first.parse(text)}
+        if not colon or tail.startswith("//") or (first.is_picture and _is_file(text)):
+            return {first.name: text, **number}
+        value = second.parse(tail)
+        if (
+            isinstance(value, int | float)
+            or not problems({second.name: value}, {second.name: second})
+            or (first.is_picture and _is_file(head))
+        ):
+            return {first.name: head, second.name: value, **number}
+        return {first.name: text, **number}
+
+    def _split_number(self, text: str) -> tuple[str, dict[str, Any]]:
+        """A picture, and the number behind it, if there is one: it is neither a part of a file's
+        name nor of an address.
+        """
+        one = self._number_behind_picture
+        head, colon, tail = text.rpartition(":")
+        number = _number(tail)
+        if one is None or not colon or isinstance(number, str) or _is_file(text):
+            return text, {}
+        value = {one.name: number}
+        if re.match("https?://", text, re.IGNORECASE):
+            is_port = "/" not in head.partition("//")[2]
+            if is_port or problems(value, {one.name: one}):
+                return text, {}
+        return head, value
+
+    def _check_short_form(self, made: Mapping[str, Any], place: str) -> None:
+        """
+        Raises:
+            UsageError: there are mistakes in it; the last line tells the form, too.
+        """
+        plain = {name: made[name] for name in made if not self.properties[name].is_picture}
+        found = [
+            *problems(plain, self.properties, f"{place}."),
+            *(
+                f"{named(place)}.{name}: is missing"
+                for name in self.schema.get("required", ())
+                if name not in made
+            ),
+        ]
+        try:
+            _with_files(made, self, place)
+        except UsageError as error:
+            found.append(str(error))
+        if found:
+            told = "\n".join(found)
+            raise UsageError(f"{told}; the form is {self.short_form}, or key=value,key=value")
 
 
 def fields_of(schema: Schema, root: Schema | None = None) -> dict[str, Field]:
@@ -214,29 +323,44 @@ def given(arguments: argparse.Namespace, fields: Mapping[str, Field]) -> dict[st
     """The input that the options make.
 
     Raises:
-        UsageError: a list's value is not in one of its forms.
+        UsageError: an object's value is not in one of its forms.
     """
-    values = {name: value for name, value in vars(arguments).items() if name in fields}
-    made: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            made[name] = [item for text in value for item in fields[name].parse(text)]
-        else:
-            made[name] = fields[name].parse(value) if isinstance(value, str) else value
-    return made
+    return _parsed({name: one for name, one in vars(arguments).items() if name in fields}, fields)
 
 
 def from_row(row: Mapping[str, str], fields: Mapping[str, Field]) -> dict[str, Any]:
     """The input that a line of a table makes; an empty cell is a field that is not given.
 
     Raises:
-        UsageError: a list's value is not in one of its forms.
+        UsageError: an object's value is not in one of its forms.
     """
-    return {
-        name: fields[name].parse(text) if name in fields else text
-        for name, text in row.items()
-        if text
-    }
+    return _parsed({name: text for name, text in row.items() if text}, fields)
+
+
+def _parsed(values: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Each text, or list of texts, as the value of its field; the rest as it is."""
+    made: dict[str, Any] = {}
+    mistakes: list[str] = []
+    for name, value in values.items():
+        if name not in fields or not isinstance(value, str | list):
+            made[name] = value
+            continue
+        one, items = fields[name], 0
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                if one.kind != "array":
+                    made[name] = one.parse(text)
+                    continue
+                part = one.parse(text, f"{name}[{items}]")
+            except UsageError as error:
+                mistakes.append(str(error))
+                items += 1
+                continue
+            made.setdefault(name, []).extend(part)
+            items += len(part)
+    if mistakes:
+        raise UsageError("\n".join(mistakes))
+    return made
 
 
 def own_names(job_input: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
@@ -491,15 +615,23 @@ def _shown(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if isinstance(value, str) else text
 
 
+def _is_file(text: str) -> bool:
+    # Too long a name, or the home of somebody who is not there.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        return Path(text).expanduser().is_file()
+    return False
+
+
+def _placeholder(one: Field) -> str:
+    return "FILE" if one.is_picture else one.name.upper()
+
+
 def _metavar(one: Field) -> str:
     if one.is_picture:
         return "FILE|URL"
-    fields = one.items.properties if one.kind == "array" else one.properties
-    if fields:
-        first, *others = fields
-        rest = f":{others[0].upper()}" if others else ""
-        is_needed = others and fields[others[0]].is_picture
-        return first.upper() + (rest if is_needed or not rest else f"[{rest}]")
+    whole = one.items if one.kind == "array" else one
+    if whole.properties:
+        return whole.short_form
     if one.kind == "array":
         return "TEXT"
     return {"integer": "N", "number": "X", "string": "TEXT"}.get(one.kind, "JSON")

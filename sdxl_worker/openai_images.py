@@ -53,6 +53,9 @@ IN_OPENAI_WORDS = {
     "image_url": "image",
     "mask_url": "mask",
 }
+# In messages, names that are those of objects in a call: anywhere, and in a line on one of them.
+OF_OBJECTS = r"an object with \w+(?:, \w+)*"
+OF_AN_OBJECT = r"\(did you mean \w+\?\)|; the fields are .*"
 # What the body has beside the pictures that our own output has not.
 BESIDE_BYTES = 1000
 # Of a form's text that may be a number, or a list with LoRAs.
@@ -434,15 +437,35 @@ def _no_number(text: str) -> NoReturn:
 
 
 def _reworded(message: str, words: Mapping[str, str]) -> str:
-    """A value of the caller's, in quotes, stays as it is."""
+    """What is OpenAI's are the fields of the call alone: of the objects in it, the fields keep
+    their names, and a value of the caller's, in quotes, stays as it is.
+    """
     if not words:
         return message
     ours = "|".join(map(re.escape, words))
-    return re.sub(rf'(?<!["\w.])({ours})(?!["\w])', lambda found: words[found[1]], message)
+
+    def reworded(line: str) -> str:
+        kept = f"{OF_OBJECTS}|{OF_AN_OBJECT}" if _is_in_object(line) else OF_OBJECTS
+        return re.sub(
+            rf'{kept}|(?<!["\w.])(?P<ours>{ours})(?!["\w])',
+            lambda found: words[found["ours"]] if found["ours"] else found[0],
+            line,
+        )
+
+    return "\n".join(map(reworded, message.split("\n")))
+
+
+def _is_in_object(line: str) -> bool:
+    """Whether the line begins with the path of something inside a field. Of the call's own unknown
+    fields, the names are in quotes.
+    """
+    return re.match(r"\w+[.\[]", line) is not None
 
 
 def _with_openai_fields(line: str) -> str:
-    """Of a line on an unknown field: there are OpenAI's, too."""
+    """Of a line on an unknown field of the call: there are OpenAI's, too."""
+    if _is_in_object(line):
+        return line
     start, fields, rest = line.partition("; the fields are ")
     used = [name for name, kind in _kinds().items() if kind not in (None, "null")]
     return f"{start}{fields}{', '.join(used)}" if rest else line

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types import image_edit_params, image_generate_params, image_model
 
-from sdxl_worker.errors import OpenAIRequestError
+from sdxl_worker.errors import OpenAIRequestError, RequestError
 from sdxl_worker.few_step import LIGHTNING, with_settings_of
 from sdxl_worker.openai_images import (
     EDITS,
@@ -236,6 +236,41 @@ def test_an_unknown_parameter_is_answered_with_those_that_there_are() -> None:
 
 def test_a_value_of_the_caller_s_is_told_as_it_was_sent() -> None:
     assert refusal(EDITS, **EDIT, scheduler="image_url").count('"image_url"') == 1
+
+
+@pytest.mark.parametrize(("route", "given"), [(EDITS, EDIT), (GENERATIONS, {"prompt": "a"})])
+def test_objects_in_a_call_have_fields_of_their_own(route: str, given: dict[str, Any]) -> None:
+    """Only those of the call itself are called as OpenAI calls them."""
+    control = {"type": "canny", "image_url": PICTURE}
+
+    def told(**fields: Any) -> str:
+        return refusal(route, **given, **fields)
+
+    with_fields = "an object with type, image_url, preprocess, scale, start, end; got"
+    assert told(controlnet=["a"]) == f'controlnet[0]: must be {with_fields} "a"'
+    assert told(controlnet=3) == f"controlnet: must be a list of at most 3, each {with_fields} 3"
+    assert told(controlnet=[{**control, "image": PICTURE}]) == (
+        "controlnet[0].image: no such field (did you mean image_url?); the fields are type, "
+        "image_url, preprocess, scale, start, end"
+    )
+    assert told(ip_adapter=[{"image_url": PICTURE, "mask": PICTURE}]) == (
+        "ip_adapter[0].mask: no such field (did you mean mask_url?); the fields are image_url, "
+        "type, scale, mask_url"
+    )
+    assert told(hires={"foo": 1}) == (
+        "hires.foo: no such field; the fields are scale, strength, steps, upscaler"
+    )
+    first, second = told(foo=1, hires={"foo": 1}).splitlines()
+    assert "negative_prompt" in second
+    assert ", size, " in second
+    assert ", size, " not in first
+
+
+def test_in_a_line_on_such_an_object_the_call_s_fields_are_still_openai_s() -> None:
+    parsed = call(EDITS, **EDIT)
+    with pytest.raises(OpenAIRequestError) as caught, parsed.in_its_words():
+        raise RequestError("controlnet[0].type: repaint needs a mask: mask_url")
+    assert str(caught.value) == "controlnet[0].type: repaint needs a mask: mask"
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "", None, 3, ["/v1/models"], {}])

@@ -92,7 +92,7 @@ def saving(handler: Handler) -> Handler:
         with job_shown():
             output = await handler(job)
         try:
-            paths = _save(output)
+            paths, maps = _save(output)
         except OSError as error:
             if "error" in output:
                 return output
@@ -103,34 +103,42 @@ def saving(handler: Handler) -> Handler:
             }
         if "images" not in output:
             return output
-        for path in paths:
+        for path in (*paths, *maps):
             print(f"Saved {path}")
         first = {"image_url": paths[0]} if "image_url" in output else {}
-        return {**output, "images": paths, **first}
+        return {**output, "images": paths, **first, **({"maps": maps} if maps else {})}
 
     return handle_and_save
 
 
-def _save(output: dict[str, Any]) -> list[str]:
+def _save(output: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Write the answer and its pictures, if there are any: all of it or nothing.
 
     Returns:
-        The paths of the pictures. Those that were uploaded stay links.
+        The paths of the pictures and of the control maps. What was uploaded stays a link.
 
     Raises:
         OSError: the folder cannot be written to, or is full.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    places, pictures = [], {}
-    for i, image in enumerate(output.get("images", ())):
+    pictures: dict[str, bytes] = {}
+
+    def place_of(image: str, stem: str) -> str:
         header, _, payload = image.partition(",")
         if not header.startswith("data:image/"):
-            places.append(image)
-            continue
-        extension = header.removeprefix("data:image/").removesuffix(";base64")
-        name = f"{stamp}-seed{(output['seed'] + i) % (MAX_SEED + 1)}.{extension}"
+            return image
+        name = f"{stem}.{header.removeprefix('data:image/').removesuffix(';base64')}"
         pictures[name] = base64.b64decode(payload)
-        places.append(str(OUTPUT_DIR / name))
+        return str(OUTPUT_DIR / name)
+
+    stems = [
+        f"{stamp}-seed{(output['seed'] + i) % (MAX_SEED + 1)}"
+        for i in range(len(output.get("images", ())))
+    ]
+    places = [
+        place_of(one, stem) for one, stem in zip(output.get("images", ()), stems, strict=True)
+    ]
+    maps = [place_of(one, f"{stems[0]}.map-{i}") for i, one in enumerate(output.get("maps", ()), 1)]
     # The whole answer, as the platform's status route gives it.
     answer = json.dumps(output if "error" in output else {"output": output}).encode()
     files = {**pictures, "output.json": answer}
@@ -140,7 +148,7 @@ def _save(output: dict[str, Any]) -> list[str]:
             Path(folder, name).write_bytes(content)
         for name in files:
             Path(folder, name).replace(OUTPUT_DIR / name)
-    return places
+    return places, maps
 
 
 def _job_of(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -169,6 +169,131 @@ def test_control_pictures_and_their_like_have_short_forms(address: str) -> None:
     assert typed(SCHEMA, "--hires", "{}") == {"hires": {}}
 
 
+@pytest.mark.parametrize(
+    ("text", "address", "scale"),
+    [
+        ("https://example.com/a.png:0.5", "https://example.com/a.png", 0.5),
+        ("https://example.com:8000/a.png:1", "https://example.com:8000/a.png", 1),
+        ("data:image/png;base64,A=:2", "data:image/png;base64,A=", 2),
+        ("https://example.com:8000", "https://example.com:8000", None),
+        ("https://example.com/a:443", "https://example.com/a:443", None),
+        ("https://example.com/a:b", "https://example.com/a:b", None),
+    ],
+)
+def test_a_picture_s_short_form_ends_with_its_scale(
+    text: str, address: str, scale: float | None
+) -> None:
+    given = {} if scale is None else {"scale": scale}
+    assert typed(SCHEMA, "--controlnet", f"canny:{text}") == {
+        "controlnet": [{"type": "canny", "image_url": address, **given}]
+    }
+    assert typed(SCHEMA, "--ip-adapter", text) == {"ip_adapter": [{"image_url": address, **given}]}
+
+
+def test_a_file_with_colons_in_its_name_is_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.png:0.5", "a.png:face"):
+        Image.new("RGB", (8, 8), "red" if name == "a.png" else "blue").save(name, "PNG")
+    red, blue = (options.data_uri(name, "") for name in ("a.png", "a.png:face"))
+    made = typed(
+        SCHEMA,
+        *("--controlnet", "canny:a.png:0.5", "--controlnet", "canny:a.png:0.5:0.5"),
+        *("--controlnet", "canny:a.png:1"),
+        *("--ip-adapter", "a.png:face", "--ip-adapter", "a.png:style:0.7"),
+    )
+    assert made["controlnet"] == [
+        {"type": "canny", "image_url": blue},
+        {"type": "canny", "image_url": blue, "scale": 0.5},
+        {"type": "canny", "image_url": red, "scale": 1},
+    ]
+    assert made["ip_adapter"] == [
+        {"image_url": blue},
+        {"image_url": red, "type": "style", "scale": 0.7},
+    ]
+
+
+CONTROL, PROMPT_PICTURE = "TYPE:FILE[:SCALE]", "FILE[:TYPE][:SCALE]"
+HIRES, UPSCALE = "SCALE[:STRENGTH]", "FACTOR[:UPSCALER]"
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "told", "form"),
+    [
+        ("--controlnet", "canny", "[0].image_url: is missing", CONTROL),
+        ("--controlnet", "cany:a.png", '[0].type: must be one of canny, depth, pose, ', CONTROL),
+        ("--controlnet", "a.png:canny", '[0].type: must be one of canny, depth, pose, ', CONTROL),
+        ("--controlnet", "canny:a.png:9", "[0].scale: must be a number from 0 to 4; ", CONTROL),
+        ("--controlnet", "canny:no.png:1", '[0].image_url: "no.png" is neither an ', CONTROL),
+        ("--controlnet", "canny:a.png:x", '[0].image_url: "a.png:x" is neither an ', CONTROL),
+        ("--ip-adapter", "a.png:faceid", '[0].type: must be one of plus, face, ', PROMPT_PICTURE),
+        ("--ip-adapter", "a.png:plus:3", "[0].scale: must be a number from 0 to 2", PROMPT_PICTURE),
+        ("--ip-adapter", "no.png:plus:1", '[0].image_url: "no.png" is neither an', PROMPT_PICTURE),
+        ("--hires", "1.5:much", '.strength: must be a number above 0 and of at most 1', HIRES),
+        ("--hires", "big", '.scale: must be a number from 1 to 2; got "big"', HIRES),
+        ("--upscale", "lanczos", ".factor: must be a number above 1 and of at most 4", UPSCALE),
+        ("--upscale", "2:a/b", ".upscaler: must be lanczos, or a file name", UPSCALE),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_short_form_is_told_with_the_form(
+    option: str, text: str, told: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    with pytest.raises(UsageError) as caught:
+        typed(SCHEMA, option, text)
+    assert str(caught.value).startswith(f"{option}{told}")
+    assert str(caught.value).endswith(f"; the form is {form}, or key=value,key=value")
+
+
+def test_each_of_several_is_told_by_its_place() -> None:
+    with pytest.raises(UsageError) as caught:
+        typed(SCHEMA, *("--lora", "a", "--lora", "b:9", "--lora", "c:8", "--upscale", "1"))
+    places = [line.partition(":")[0] for line in str(caught.value).splitlines()]
+    assert places == ["--loras[1].scale", "--loras[2].scale", "--upscale.factor"]
+    with pytest.raises(UsageError) as caught:
+        options.from_row({"loras": "b:9", "upscale": "1"}, FIELDS)
+    places = [line.partition(":")[0] for line in str(caught.value).splitlines()]
+    assert places == ["--loras[0].scale", "--upscale.factor"]
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "told"),
+    [
+        ("--hires", "scale=1.5,foo=2", "--hires.foo: no such field; the fields are scale, streng"),
+        ("--hires", "foo=2", "--hires.foo: no such field; the fields are scale, strength, steps"),
+        ("--upscale", "factr=2", "--upscale.factr: no such field (did you mean factor?); the f"),
+        ("--controlnet", "typ=canny", "--controlnet[0].typ: no such field (did you mean type?)"),
+        ("--controlnet", "type=canny,foo=1", "--controlnet[0].foo: no such field"),
+        ("--controlnet", "image_url=a.png,foo=1", "--controlnet[0].foo: no such field"),
+        ("--ip-adapter", "foo=a.png", "--ip-adapter[0].foo: no such field"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_no_field_is_told(
+    option: str, text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    with pytest.raises(UsageError) as caught:
+        typed(SCHEMA, option, text)
+    assert str(caught.value).startswith(told)
+
+
+def test_what_looks_like_a_key_may_belong_to_a_name_or_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=b.png", "a,b=c.png"):
+        Image.new("RGB", (8, 8)).save(name)
+    uri = options.data_uri("a=b.png", "")
+    made = typed(SCHEMA, "--ip-adapter", "a=b.png", "--ip-adapter", "image_url=a,b=c.png,scale=1")
+    assert made["ip_adapter"] == [{"image_url": uri}, {"image_url": uri, "scale": 1}]
+    address = "https://example.com/a,b=c"
+    made = typed(SCHEMA, "--controlnet", f"type=canny,image_url={address},scale=1")
+    assert made["controlnet"] == [{"type": "canny", "image_url": address, "scale": 1}]
+
+
 def test_files_in_lists_are_sent_as_pictures(tmp_path: Path) -> None:
     file, odd = tmp_path / "edges.png", tmp_path / "a:b=c,d.png"
     for path in (file, odd):
@@ -187,7 +312,7 @@ def test_files_in_lists_are_sent_as_pictures(tmp_path: Path) -> None:
 
 def test_bounds_that_are_out_themselves_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        typed(SCHEMA, "--hires", "strength=0", "--upscale", "1")
+        typed(SCHEMA, "--hires", "strength=0", "--upscale", "factor=1")
     assert str(caught.value).splitlines() == [
         "--hires.strength: must be a number above 0 and of at most 1; got 0",
         "--upscale.factor: must be a number above 1 and of at most 4; got 1",
@@ -197,7 +322,7 @@ def test_bounds_that_are_out_themselves_are_told(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     told = " ".join(capsys.readouterr().out.split())
-    for one in ("TYPE:IMAGE_URL", "IMAGE_URL[:TYPE]", "SCALE[:STRENGTH]", "PATH[:SCALE]"):
+    for one in ("TYPE:FILE[:SCALE]", "FILE[:TYPE][:SCALE]", "SCALE[:STRENGTH]", "PATH[:SCALE]"):
         assert one in told
 
 

@@ -1,6 +1,7 @@
 """`python handler.py` as a process: what a developer types, sees and gets back."""
 
 import asyncio
+import base64
 import json
 import os
 import re
@@ -19,7 +20,8 @@ from PIL import Image
 
 from sdxl_worker.serving import command_line
 from sdxl_worker.serving.command_line import Place
-from tests.support import REPOSITORY, decoded
+from tests.control_networks import single
+from tests.support import REPOSITORY, data_uri, decoded, noise_picture
 
 QUICK = {
     "prompt": "a red circle",
@@ -121,6 +123,25 @@ def test_a_job_that_fails_exits_with_its_reason(tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
     answer = json.loads((tmp_path / "output" / "output.json").read_text())
     assert answer["error"].startswith("height: "), "not the one of an earlier job"
+
+
+def test_control_maps_are_saved_as_pictures_are(tmp_path: Path) -> None:
+    single().save_pretrained(tmp_path / "controlnets" / "own-canny")
+    write_job(
+        tmp_path / "test_input.json",
+        controlnet=[{"type": "canny", "image_url": data_uri(noise_picture(64, 64))}],
+        return_maps=True,
+        num_images=2,
+    )
+    done = handler_process(folder=tmp_path, CONTROLNET_DIR=str(tmp_path / "controlnets"))
+    assert done.returncode == 0, done.stdout
+    first, _, saved = re.findall(r"^Saved (.+)$", done.stdout, re.MULTILINE)
+    assert saved == f"{first.removesuffix('.png')}.map-1.png"
+    output = json.loads((tmp_path / "output" / "output.json").read_text())["output"]
+    assert (tmp_path / saved).read_bytes() == base64.b64decode(output["maps"][0].partition(",")[2])
+    [result] = [line for line in done.stdout.splitlines() if "Job result" in line]
+    assert f"'maps': ['{saved}']" in result
+    assert "base64" not in done.stdout + done.stderr
 
 
 def test_a_check_s_report_is_saved(tmp_path: Path) -> None:
