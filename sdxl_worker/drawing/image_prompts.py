@@ -20,6 +20,10 @@ from sdxl_worker.loading.companions import at_work
 from sdxl_worker.loading.ip_adapters import IpAdapter
 from sdxl_worker.placement import Placement
 
+# The processor scales the whole picture before it cuts: 4096 x 1 pixels took 2 GB and 6 s. What is
+# cut off before is more than a square away from what is seen.
+_MOST_ASPECT_RATIO = 4
+
 
 @dataclass(frozen=True)
 class ImagePrompt:
@@ -42,7 +46,7 @@ def tokens_of_picture(
     """`ImagePrompt.tokens` of an RGB picture. Its middle square is seen."""
     side = encoder.config.image_size
     processor = CLIPImageProcessorPil(size=side, crop_size=side)
-    pixels = processor(picture, return_tensors="pt").pixel_values
+    pixels = processor(_middle(picture), return_tensors="pt").pixel_values
     pixels = pixels.to(placement.device, placement.dtype)
     with at_work(encoder, placement):
         if adapter.form.sees_patches:
@@ -56,6 +60,15 @@ def tokens_of_picture(
             negative = torch.zeros_like(positive)
     with at_work(adapter, placement):
         return adapter.projection(torch.cat([negative, positive]))[:, None]
+
+
+def _middle(picture: Image.Image) -> Image.Image:
+    """Of a strip, the part around its middle square."""
+    most = _MOST_ASPECT_RATIO * min(picture.size)
+    if max(picture.size) <= most:
+        return picture
+    left, top = (max(0, side - most) // 2 for side in picture.size)
+    return picture.crop((left, top, picture.width - left, picture.height - top))
 
 
 @contextlib.contextmanager

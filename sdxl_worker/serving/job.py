@@ -155,7 +155,8 @@ async def _answered(
     from sdxl_worker.serving.report import build_report
 
     plan_stages(request, models)  # refuses before anything is fetched
-    beside = find_beside(request, settings, models)
+    # It reads folders and headers of files, which may be on a network volume.
+    beside = await in_thread(find_beside, request, settings, models)
     adapter_files = await _adapter_files(request, settings, progress, job_id)
     adapters = await in_thread(read_adapters, request, adapter_files, models)
     request = with_settings_of(request, adapters.few_step, models.scheduler_config)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 
+from sdxl_worker import gpu
 from sdxl_worker.errors import PictureError
-from sdxl_worker.gpu import is_out_of_memory
 from sdxl_worker.serving.progress import JobStopped, Progress
 from sdxl_worker.serving.start import is_beside, put_beside
 from sdxl_worker.serving.threads import draw_on_gpu_thread, on_gpu_thread
@@ -59,7 +59,7 @@ def _flags(
     except JobStopped:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if gpu.is_out_of_memory(error) or gpu.is_broken():
             raise
         log.exception("the safety checker failed")
         raise PictureError(

@@ -169,9 +169,12 @@ def _bring_beside(
         with _timed(f"loaded {files.title}"):
             return Companion(files.title, models.placement, files.load(models.placement))
 
-    size_bytes = 0 if _kept.get(files.key) else files.size_bytes(models.dtype)
-    try:
+    def bring() -> "torch.nn.Module":
+        size_bytes = 0 if _kept.get(files.key) else files.size_bytes(models.dtype)
         return _kept.bring(files.key, size_bytes, load, beside).network
+
+    try:
+        return bring()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -179,7 +182,7 @@ def _bring_beside(
     # What CUDA graphs keep is needed only by later jobs.
     forget_recordings(models.unets())
     free_memory()
-    return _kept.bring(files.key, size_bytes, load, beside).network
+    return bring()  # one that could not go to the card is kept no more
 
 
 def _bring(model_dir: ModelDir, settings: Settings, on_loading: Callable[[str], None]) -> "Models":

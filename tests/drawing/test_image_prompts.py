@@ -562,3 +562,28 @@ def test_encoding_says_nothing_in_the_log(
     tokens_of_picture(reference(0), encoder, adapter, models.placement)
     assert caplog.text == ""
     assert capfd.readouterr() == ("", "")
+
+
+def test_of_a_strip_no_more_is_scaled_than_lies_around_what_is_seen(
+    models: Models, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of 4096 x 1 pixels would take gigabytes, on the thread that all jobs share."""
+    files = find_ip_adapter("plain", folder, FIELD, models.unet)
+    adapter, encoder = files.load(models.placement), files.encoder.load(models.placement)
+    scaled: list[tuple[int, int]] = []
+
+    class Processor(CLIPImageProcessorPil):
+        def __call__(self, picture: Image.Image, **options: Any) -> Any:
+            scaled.append(picture.size)
+            return super().__call__(picture, **options)
+
+    monkeypatch.setattr(image_prompts, "CLIPImageProcessorPil", Processor)
+    strip = Image.new("RGB", (4096, 2), "navy")
+    strip.paste("yellow", (2048 - 4, 0, 2048 + 4, 2))
+    middle = Image.new("RGB", (8, 2), "yellow")
+    turn = Image.Transpose.ROTATE_90
+    for seen, other in ((strip, middle), (strip.transpose(turn), middle.transpose(turn))):
+        tokens = tokens_of_picture(seen, encoder, adapter, models.placement)
+        expected = tokens_of_picture(other, encoder, adapter, models.placement)
+        assert torch.equal(tokens, expected)
+    assert [max(size) for size in scaled] == [8] * 4

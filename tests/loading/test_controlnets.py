@@ -359,6 +359,32 @@ class TestBesideTheModel:
         put_beside(models(), [files])
         assert done == ["load", "forget", "load"]
 
+    def test_one_that_does_not_come_from_the_host_to_the_card_has_room_made_anew(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        files = find_controlnet("canny", write(single(), tmp_path / "canny"), FIELD)
+        put_beside(models(), [files])
+        kept = start_module._kept
+        kept._kept[files.key].on_card = False
+        asked: list[int] = []
+
+        def no_room(_: Any) -> None:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(kept._memory, "to_card", no_room)
+        fits_card = kept._memory.fits_card
+
+        def noted(size_bytes: int) -> bool:
+            asked.append(size_bytes)
+            return fits_card(size_bytes)
+
+        monkeypatch.setattr(kept._memory, "fits_card", noted)
+        kept._kept["other"] = kept._kept[files.key]  # there is something that might have to go
+        put_beside(models(), [files])
+        size_bytes = files.size_bytes(models().dtype)
+        assert kept._kept[files.key].size_bytes == size_bytes
+        assert asked[-1] == size_bytes
+
 
 class _Moved(torch.nn.Module):
     """Notes where it is sent, and goes nowhere."""

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw
 import handler
 from sdxl_worker.inputs.control_maps import canny_map
 from sdxl_worker.outputs import size_guard
-from sdxl_worker.serving import job
+from sdxl_worker.serving import beside, job
 from tests.inputs.onnx_files import SIDE_PX, write_detector, write_pose_network
 from tests.loading.transformers_networks import save_depth_network
 from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
@@ -162,6 +163,23 @@ def test_what_is_not_set_up_is_refused_before_anything_is_fetched(
         message = error({**QUICK, "controlnet": [entry(), entry(kind)]})
     assert message.startswith(f"controlnet[1].type: preprocessing for {kind} is not set up")
     assert "images" in run({**QUICK, "controlnet": [entry(kind, preprocess=False)]})
+
+
+def test_the_folders_are_looked_into_beside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They may be on a network volume, which may take its time."""
+    found: list[threading.Thread] = []
+    find_controlnet = beside.find_controlnet
+
+    def noted(*of: Any) -> Any:
+        found.append(threading.current_thread())
+        return find_controlnet(*of)
+
+    monkeypatch.setattr(beside, "find_controlnet", noted)
+    maps_of(entry())
+    assert found
+    assert threading.main_thread() not in found
 
 
 def test_what_cannot_be_fetched_or_decoded_is_told_by_its_place() -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import handler
+from sdxl_worker import gpu
 from sdxl_worker.errors import ModelError
 from sdxl_worker.loading.safety_checkers import SafetyChecker, SafetyCheckerFiles
 from sdxl_worker.serving import start as start_module
@@ -151,6 +152,18 @@ def test_what_cannot_be_judged_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(SafetyChecker, "flags", fail)
     assert error(QUICK).startswith("the worker's safety checker failed at the pictures, so they")
+
+
+@pytest.mark.usefixtures("flagging")
+def test_a_gpu_that_breaks_while_it_judges_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(SafetyChecker, "flags", fail)
+    monkeypatch.setattr(gpu, "is_broken", lambda: True)
+    answered = asyncio.run(answer({"id": "test", "input": QUICK}))
+    assert answered.outcome == Outcome.GPU_BROKEN
+    assert answered.output["refresh_worker"] is True
 
 
 @pytest.mark.usefixtures("flagging")

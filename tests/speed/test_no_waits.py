@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdxl_worker.drawing import decoding
+from sdxl_worker.drawing.generate import generate
+from sdxl_worker.drawing.image_prompts import ImagePrompt
+from sdxl_worker.drawing.stages import plan_stages
+from sdxl_worker.drawing.steering import Steering
 from sdxl_worker.drawing.steps import Step
 from sdxl_worker.loading import models as models_module
+from sdxl_worker.loading.ip_adapters import find_ip_adapter
 from sdxl_worker.loading.models import Models
+from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.samplers import SAMPLERS
 from sdxl_worker.speed.no_waits import StepsAhead
 from tests.control_networks import control, draw_controlled, single, union
+from tests.random_ip_adapters import make_ip_adapters
 from tests.support import (
     JOB,
     REQUESTS,
@@ -26,6 +34,8 @@ from tests.support import (
     fresh_models,
     noise_picture,
 )
+
+CPU = Placement(torch.device("cpu"), torch.float32, resident=True)
 
 
 class CopiesFromHost(TorchDispatchMode):
@@ -134,6 +144,38 @@ def test_no_step_with_controlnets_waits_for_the_gpu(
             request, without_memory, controls, canvas, lambda _: copies.append(from_host.count)
         )
     assert sum(tensor.shape == (1, 3, 128, 128) for tensor in pinned) == len(controls)
+    assert picture.size == (128, 128)
+    increases = [after - before for before, after in itertools.pairwise(copies)]
+    assert sum(increase > 0 for increase in increases) <= (mode != "base")
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae`")
+@pytest.mark.parametrize("mode", ["base", "inpainted"])
+def test_no_step_with_image_prompts_waits_for_the_gpu(
+    mode: str, without_memory: Models, pinned: list[torch.Tensor], tmp_path: Path
+) -> None:
+    request = parse_request({**MODES[mode], "scheduler": "K_EULER"})
+    half = np.eye(128, dtype=bool)
+    canvas = canvas_of(noise_picture(128, 128), half) if request.mode else None
+    make_ip_adapters(tmp_path, without_memory.unet)
+    prompts = []
+    for kind, mask in (("plus", None), ("style", half)):
+        files = find_ip_adapter(kind, tmp_path, "ip_adapter[0].type", without_memory.unet)
+        adapter = files.load(CPU).half().to("meta")
+        tokens = torch.empty(
+            2, 1, files.form.tokens, files.form.attentions[0][1], dtype=torch.half, device="meta"
+        )
+        prompts.append(ImagePrompt(adapter, tokens, kind, 0.7, mask))
+    copies = []
+    with CopiesFromHost(pinned) as from_host:
+        [picture] = generate(
+            request,
+            plan_stages(request, without_memory),
+            without_memory,
+            canvas,
+            lambda _: copies.append(from_host.count),
+            steering=Steering(image_prompts=tuple(prompts)),
+        )
     assert picture.size == (128, 128)
     increases = [after - before for before, after in itertools.pairwise(copies)]
     assert sum(increase > 0 for increase in increases) <= (mode != "base")
