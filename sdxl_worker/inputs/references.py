@@ -20,10 +20,16 @@ REPAINT_NEEDS_A_MASK = (
 
 # Of a map that is of one colour.
 _OF_ONE_COLOUR = {
-    "canny": "no edges were found in the picture",
-    "repaint": "all of the picture is masked, so its map tells nothing",
+    "canny": (
+        "no edges were found in the picture; send one with clearer outlines, or a finished map with "
+        "preprocess false"
+    ),
+    "repaint": "all of the picture is masked, so nothing of it steers the drawing",
 }
-_NOTHING_TO_SEE = "the map that was made of the picture is of one colour, and tells nothing"
+_NOTHING_TO_SEE = (
+    "the map that was made of the picture is of one colour; send another picture, or a finished "
+    "map with preprocess false"
+)
 
 
 @dataclass(frozen=True)
@@ -137,15 +143,10 @@ def warnings_of_maps(request: Request, maps: Sequence[Image.Image]) -> list[str]
         maps: of `controlnet`, those that are made on the GPU included.
     """
     return [
-        f"controlnet[{i}]: {_OF_ONE_COLOUR.get(one.type, _NOTHING_TO_SEE)}; send another picture, "
-        "or a finished map with preprocess false"
+        f"controlnet[{i}]: {_OF_ONE_COLOUR.get(one.type, _NOTHING_TO_SEE)}"
         for i, (one, made) in enumerate(zip(request.controlnet or (), maps, strict=True))
-        if one.preprocess and one.scale > 0 and _is_of_one_colour(made)
+        if one.preprocess and one.scale > 0 and made.getcolors(1)
     ]
-
-
-def _is_of_one_colour(picture: Image.Image) -> bool:
-    return all(low == high for low, high in picture.getextrema())
 
 
 def _control(
