@@ -21,8 +21,8 @@ REPAINT_NEEDS_A_MASK = (
 # Of a map that is of one colour.
 _OF_ONE_COLOUR = {
     "canny": (
-        "no edges were found in the picture; send one with clearer outlines, or a finished map with "
-        "preprocess false"
+        "no edges were found in the picture; send one with clearer outlines, or a finished map "
+        "with preprocess false"
     ),
     "repaint": "all of the picture is masked, so nothing of it steers the drawing",
 }
