@@ -20,6 +20,11 @@ class ModelError(Exception):
     """The models cannot be loaded as configured. The worker must stop: no job can succeed."""
 
 
+class BrokenFilesError(ModelError):
+    """Files of the owner are not what they should be. The message has paths and the words of
+    libraries in it, which are for the owner alone."""
+
+
 class PictureError(Exception):
     """The models gave no picture, twice. The message is for the caller; the worker is unharmed."""
 

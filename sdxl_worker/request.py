@@ -451,9 +451,11 @@ class ControlField(InputModel):
     def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
         kind = cls.with_implied(dict(given)).get("type")
         if kind in FINISHED_MAPS and given.get("preprocess", True) is True:
+            word = given["type"]
+            name = kind if word == kind else f"{word} ({kind})"
             yield (
                 "preprocess",
-                f"there is no preprocessing for {kind}: send a finished map, with preprocess false",
+                f"there is no preprocessing for {name}: send a finished map, with preprocess false",
             )
         start, end = given.get("start", 0.0), given.get("end", 1.0)
         if _is_share(start) and _is_share(end) and start >= end:

@@ -290,7 +290,8 @@ def test_a_type_without_a_preprocessing_needs_a_finished_map(
     kind: str, preprocess: bool | None
 ) -> None:
     told = refusal(controlnet=[CONTROL, {**CONTROL, "type": kind, "preprocess": preprocess}])
-    assert told.startswith("controlnet[1].preprocess: there is no preprocessing for ")
+    word = {"hed": "hed (softedge)", "segmentation": "segmentation (segment)"}.get(kind, kind)
+    assert told.startswith(f"controlnet[1].preprocess: there is no preprocessing for {word}: ")
     assert told.endswith(": send a finished map, with preprocess false")
     assert "\n" not in told
 

@@ -23,7 +23,7 @@ from sdxl_worker.loading.model_dir import PLATFORM_CACHE, ModelDir, find_model_d
 from sdxl_worker.loading.models_by_name import find_by_name
 from sdxl_worker.loading.networks import NETWORKS
 from sdxl_worker.loading.preprocessors import find_depth, find_pose
-from sdxl_worker.loading.safety_checkers import SafetyCheckerFiles
+from sdxl_worker.loading.safety_labels import check_safety_checker
 from sdxl_worker.loading.upscalers import find_upscaler
 from sdxl_worker.outputs.bucket import bucket_of_owner
 from sdxl_worker.request import parse_request
@@ -121,8 +121,10 @@ def fill_folder(path: Path, entry: Entry) -> None:
         is_union = path.name == "union"
         kind = {"num_control_type": 8} if is_union else {"_class_name": "ControlNetModel"}
         write_network(path, "diffusion_pytorch_model", **kind)
-    elif path.name in ("depth", "safety-checker"):
+    elif path.name == "depth":
         write_network(path, "model")
+    elif path.name == "safety-checker":
+        write_network(path, "model", id2label={"0": "normal", "1": "nsfw"})
     elif path.name == "image_encoder":
         make_encoder(path)
     elif path.name == "pose":
@@ -267,7 +269,7 @@ def test_each_upscaler_is_found_by_its_name(settings: Settings, volume: Path) ->
 
 def test_the_safety_checker_is_one(settings: Settings) -> None:
     assert settings.safety_checker is not None
-    SafetyCheckerFiles(settings.safety_checker).check()
+    check_safety_checker(settings.safety_checker)
 
 
 def test_the_weights_program_makes_these_folders() -> None:

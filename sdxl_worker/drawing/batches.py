@@ -94,8 +94,10 @@ def check_fits(
     if side >= MIN_SIDE_PX:  # or the size is not what is wrong
         keeps_its_size = request.image_url is not None and request.mode is None
         field = "image_url" if keeps_its_size else "height, width"
+        if request.hires and request.hires.scale > 1:
+            field = "hires.scale"
         raise RequestError(
-            f"{'hires.scale' if request.hires else field}: {width_px} x {height_px} "
+            f"{field}: {width_px} x {height_px} "
             "pixels do not fit the memory of this worker's GPU; the largest square that does is "
             f"{side} x {side}"
         )

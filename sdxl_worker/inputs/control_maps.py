@@ -107,12 +107,10 @@ def pose_map(picture: Image.Image, files: PoseFiles, field: str) -> Image.Image:
         field: the place of the picture in the request, for messages.
 
     Raises:
-        RequestError: there is nobody, or a file is no such network.
+        RequestError: there is nobody.
+        ModelError: a file is no such network.
     """
-    try:
-        people = _PoseFinder.of(files).joints_of(np.asarray(picture))
-    except ModelError as error:
-        raise RequestError(str(error)) from None
+    people = _PoseFinder.of(files).joints_of(np.asarray(picture))
     if not any((sureness >= _LEAST_SURE).any() for _, sureness in people):
         raise RequestError(
             f"{field}: nobody is found in the picture, so pose has nothing to go by; send a "

@@ -1,11 +1,11 @@
 """Pictures that steer a drawing: control pictures, and pictures as prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
-from sdxl_worker.errors import RequestError
+from sdxl_worker.errors import ModelError, RequestError
 from sdxl_worker.inputs.canvas import Canvas
 from sdxl_worker.inputs.control_maps import PoseFiles, canny_map, pose_map, repaint_map
 from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
@@ -16,6 +16,19 @@ from sdxl_worker.request import ControlField, Request
 REPAINT_NEEDS_A_MASK = (
     "repaint needs a mask: mask_url, or mask_from_alpha; or send a finished map, black where it is "
     "to be repainted, with preprocess false"
+)
+
+# Of a map that is of one colour.
+_OF_ONE_COLOUR = {
+    "canny": (
+        "no edges were found in the picture; send one with clearer outlines, or a finished map "
+        "with preprocess false"
+    ),
+    "repaint": "all of the picture is masked, so nothing of it steers the drawing",
+}
+_NOTHING_TO_SEE = (
+    "the map that was made of the picture is of one colour; send another picture, or a finished "
+    "map with preprocess false"
 )
 
 
@@ -123,6 +136,19 @@ def prepare_references(
     return References(controls, references.image_prompts, tuple(masks))
 
 
+def warnings_of_maps(request: Request, maps: Sequence[Image.Image]) -> list[str]:
+    """What the caller may not expect: a picture of which nothing is left.
+
+    Args:
+        maps: of `controlnet`, those that are made on the GPU included.
+    """
+    return [
+        f"controlnet[{i}]: {_OF_ONE_COLOUR.get(one.type, _NOTHING_TO_SEE)}"
+        for i, (one, made) in enumerate(zip(request.controlnet or (), maps, strict=True))
+        if one.preprocess and one.scale > 0 and made.getcolors(1)
+    ]
+
+
 def _control(
     control: ControlField,
     picture: Image.Image,
@@ -135,7 +161,10 @@ def _control(
     if control.type == "canny":
         return canny_map(picture)
     if control.type == "pose" and pose is not None:
-        return pose_map(picture, pose, f"{field}.image_url")
+        try:
+            return pose_map(picture, pose, f"{field}.image_url")
+        except ModelError as error:
+            raise RequestError(str(error).replace("CONTROLNET_DIR", f"{field}.type", 1)) from None
     if control.type == "repaint":
         if mask is None:
             raise RequestError(f"{field}.type: {REPAINT_NEEDS_A_MASK}")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdxl_worker.errors import ModelError
+from sdxl_worker.errors import BrokenFilesError
 from sdxl_worker.placement import Placement
 
 # Of one file each reads a run of tensors, as they lie there.
@@ -68,7 +68,7 @@ def read_tensors(
         setting: whose folder they are in, for messages.
 
     Raises:
-        ModelError: a file cannot be read.
+        BrokenFilesError: a file cannot be read.
     """
     device = placement.device if placement.resident else torch.device("cpu")
 
@@ -92,7 +92,7 @@ def read_tensors(
                     tensors |= part
     except (OSError, SafetensorError) as error:
         name = path.name if path else ""
-        raise ModelError(f"{setting}: {name} cannot be read: {error}") from error
+        raise BrokenFilesError(f"{setting}: {name} cannot be read: {error}") from error
     return tensors
 
 

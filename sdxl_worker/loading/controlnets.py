@@ -8,14 +8,14 @@ its folder has in it.
 import json
 import logging
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sdxl_worker.errors import ModelError, RequestError
+from sdxl_worker.errors import BrokenFilesError, ModelError, RequestError
 from sdxl_worker.gpu import is_out_of_memory
 from sdxl_worker.loading.companions import read_tensors
 from sdxl_worker.placement import Placement
@@ -79,7 +79,7 @@ class ControlNetFiles:
         try:
             shapes = [read_header(path).shapes for path in self._weight_files(dtype)]
         except (NotSafetensorsError, OSError) as error:
-            raise ModelError(f"CONTROLNET_DIR: {self.folder.name}: {error}") from error
+            raise BrokenFilesError(f"CONTROLNET_DIR: {self.folder.name}: {error}") from error
         numbers = sum(torch.Size(shape).numel() for one in shapes for shape in one.values())
         return numbers * dtype.itemsize
 
@@ -101,7 +101,7 @@ class ControlNetFiles:
             what = " ".join(str(error).split())
             what = what if len(what) < 300 else f"{what[:300]}..."
             name = self.folder.name
-            raise ModelError(f"CONTROLNET_DIR: {name} cannot be loaded: {what}") from error
+            raise BrokenFilesError(f"CONTROLNET_DIR: {name} cannot be loaded: {what}") from error
         if placement.device.type != "cpu":  # as the UNets
             network.to(memory_format=torch.channels_last)
         return network
@@ -169,7 +169,7 @@ def find_controlnet(
     )
     remarks = [remark for _, remark in of_others] + remarks
     log.warning("no ControlNet for %s in %s: %s", kind, folder, "; ".join(remarks) or "none fits")
-    there = [name for name in CONTROL_TYPES if any(name in one.modes for one in fitting)]
+    there = _types_of(fitting)
     raise RequestError(
         "; ".join(
             [
@@ -181,6 +181,20 @@ def find_controlnet(
             ]
         )
     )
+
+
+def types_of_controlnets(folder: Path | None, unet_config: Mapping[str, Any]) -> list[ControlName]:
+    """Those that `find_controlnet` finds a ControlNet for.
+
+    Args:
+        folder: as for it, and so is `unet_config`.
+    """
+    found, _ = _look_into(folder or BAKED_CONTROLNET_DIR)
+    return _types_of([one for one in found if _misfit(one.config, unet_config) is None])
+
+
+def _types_of(found: Sequence[_Found]) -> list[ControlName]:
+    return [name for name in CONTROL_TYPES if any(name in one.modes for one in found)]
 
 
 def _look_into(folder: Path) -> tuple[list[_Found], list[str]]:
@@ -211,7 +225,8 @@ def _modes(folder: Path, config: Mapping[str, Any]) -> dict[str, int | None]:
         known = config.get("num_control_type", 6)
         return {name: mode for name, mode in UNION_MODES.items() if mode < known}
     if (class_name := config.get("_class_name")) != "ControlNetModel":
-        raise ModelError(f"CONTROLNET_DIR: {folder.name} is no ControlNet for SDXL: {class_name}")
+        what = class_name or "its config.json has no _class_name"
+        raise ModelError(f"CONTROLNET_DIR: {folder.name} is no ControlNet for SDXL: {what}")
     words = _words(folder.name) + _words(CAMEL_CASE.sub("-", folder.name))
     kinds = {kind for name, kind in CONTROL_SPELLINGS.items() if _words(name) in words}
     if not kinds:

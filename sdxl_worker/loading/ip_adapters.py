@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
 
-from sdxl_worker.errors import ModelError, RequestError
+from sdxl_worker.errors import BrokenFilesError, RequestError
 from sdxl_worker.loading.companions import read_tensors
 from sdxl_worker.loading.networks import Network
 from sdxl_worker.placement import Placement
@@ -147,7 +147,7 @@ class ImageEncoderFiles:
 
     def _path(self) -> Path:
         if self.path is None:
-            raise ModelError(f"{_SETTING}: {self.folder} has no {ENCODER_FILES[0]}")
+            raise BrokenFilesError(f"{_SETTING}: {self.folder} has no {ENCODER_FILES[0]}")
         return self.path
 
 
@@ -381,5 +381,5 @@ def _numbers(path: Path) -> int:
         raise _cannot_be_loaded(path, error) from error
 
 
-def _cannot_be_loaded(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"{_SETTING}: {path} cannot be loaded: {error}")
+def _cannot_be_loaded(path: Path, error: Exception) -> BrokenFilesError:
+    return BrokenFilesError(f"{_SETTING}: {path} cannot be loaded: {error}")

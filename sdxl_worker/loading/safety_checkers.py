@@ -1,6 +1,5 @@
 """The image classifier of `SAFETY_CHECKER`. Its judgement is a guess."""
 
-import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,10 @@ import torch
 from PIL import Image
 
 from sdxl_worker.errors import ModelError
-from sdxl_worker.loading.transformers_folders import check_folder, load_folder, numbers_in
+from sdxl_worker.loading.safety_labels import SETTING, flags
+from sdxl_worker.loading.transformers_folders import load_folder, numbers_in
 from sdxl_worker.placement import Placement
 
-SETTING = "SAFETY_CHECKER"
-# A label with one of these in it is one that is flagged, but not "not nsfw".
-FLAGGED = ("nsfw", "unsafe", "porn", "hentai", "explicit", "sexual", "sexy")
-_NOT = {"no", "non", "not"}
 # At once: a batch of 16 pictures would take memory that drawing did not need.
 _BATCH = 4
 # Half precision might overflow in a classifier that was trained without it, and what is not judged
@@ -38,14 +34,6 @@ class SafetyCheckerFiles:
     def title(self) -> str:
         return "the safety checker"
 
-    def check(self) -> None:
-        """As far as that takes no time.
-
-        Raises:
-            ModelError: the folder has no such network.
-        """
-        check_folder(self.folder, SETTING)
-
     def size_bytes(self, dtype: torch.dtype) -> int:  # noqa: ARG002
         return numbers_in(self.folder, SETTING) * _DTYPE.itemsize
 
@@ -55,13 +43,7 @@ class SafetyCheckerFiles:
 
         network = load_folder(AutoModelForImageClassification, self.folder, SETTING, _DTYPE)
         labels = {int(i): str(label) for i, label in network.config.id2label.items()}
-        flagged = [is_flagged(labels[i]) for i in sorted(labels)]
-        if not any(flagged) or all(flagged):
-            raise ModelError(
-                f"{SETTING}: the classifier in {self.folder} must have labels that say "
-                f"{', '.join(FLAGGED[:-1])} or {FLAGGED[-1]}, and others that do not; it has "
-                f"{', '.join(labels.values())}"
-            )
+        flagged = flags([labels[i] for i in sorted(labels)], self.folder)
         try:
             processor = AutoImageProcessor.from_pretrained(
                 self.folder, backend="pil", local_files_only=True, trust_remote_code=False
@@ -73,11 +55,6 @@ class SafetyCheckerFiles:
             ) from None
         checker = SafetyChecker(network, processor, flagged)
         return checker.to(placement.device) if placement.resident else checker
-
-
-def is_flagged(label: str) -> bool:
-    words = re.split(r"[^a-z]+", label.lower())
-    return any(one in label.lower() for one in FLAGGED) and _NOT.isdisjoint(words)
 
 
 class SafetyChecker(torch.nn.Module):

@@ -2,21 +2,22 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from sdxl_worker.errors import ModelError
+from sdxl_worker.errors import BrokenFilesError
 from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_folder(folder: Path, setting: str) -> None:
     """
     Raises:
-        ModelError: it is no such folder.
+        BrokenFilesError: it is no such folder.
     """
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise ModelError(
+        raise BrokenFilesError(
             f"{setting}: {folder} must be a folder in transformers layout, with config.json and "
             "*.safetensors in it"
         )
@@ -26,7 +27,7 @@ def numbers_in(folder: Path, setting: str) -> int:
     """How many numbers the weights have.
 
     Raises:
-        ModelError: a file cannot be read.
+        BrokenFilesError: a file cannot be read.
     """
     check_folder(folder, setting)
     count = 0
@@ -34,11 +35,11 @@ def numbers_in(folder: Path, setting: str) -> int:
         try:
             count += sum(map(math.prod, read_header(path).shapes.values()))
         except (OSError, NotSafetensorsError) as error:
-            raise ModelError(f"{setting}: {path} cannot be read: {error}") from None
+            raise BrokenFilesError(f"{setting}: {path} cannot be read: {error}") from None
     return count
 
 
-def load_folder(kind: Any, folder: Path, setting: str, dtype: torch.dtype) -> Any:
+def load_folder(kind: Any, folder: Path, setting: str, dtype: "torch.dtype") -> Any:
     """The network on the host, ready for inference. Nothing is downloaded, and no code that comes
     with the weights is run.
 
@@ -47,7 +48,7 @@ def load_folder(kind: Any, folder: Path, setting: str, dtype: torch.dtype) -> An
         setting: whose folder it is, for messages.
 
     Raises:
-        ModelError: it cannot be loaded, or a part of its weights is missing.
+        BrokenFilesError: it cannot be loaded, or a part of its weights is missing.
     """
     check_folder(folder, setting)
     try:
@@ -61,11 +62,11 @@ def load_folder(kind: Any, folder: Path, setting: str, dtype: torch.dtype) -> An
         )
     except Exception as error:  # of many kinds, about a file that may be anything
         told = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{setting}: {folder} cannot be loaded: {told}") from None
+        raise BrokenFilesError(f"{setting}: {folder} cannot be loaded: {told}") from None
     # transformers would go on with random numbers in their place.
     wrong = sorted(found["missing_keys"]) + sorted(str(one) for one in found["mismatched_keys"])
     if wrong:
-        raise ModelError(
+        raise BrokenFilesError(
             f"{setting}: the weights in {folder} lack {len(wrong)} of what config.json tells of, "
             f"{wrong[0]} among them"
         )

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sdxl_worker.errors import ModelError, RequestError
+from sdxl_worker.errors import BrokenFilesError, ModelError, RequestError
 from sdxl_worker.placement import Placement
+from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
+
+log = logging.getLogger(__name__)
 
 LANCZOS = "lanczos"
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -86,7 +90,7 @@ class UpscalerFiles:
         try:
             return self.path.stat().st_size
         except OSError as error:
-            raise self._error(f"cannot be read: {error.strerror}") from None
+            raise self._broken(f"cannot be read: {error.strerror}") from None
 
     def load(self, placement: Placement) -> torch.nn.Module:
         spandrel = _spandrel()
@@ -96,7 +100,7 @@ class UpscalerFiles:
         except spandrel.UnsupportedModelError:
             raise self._error("is no network of a kind that spandrel knows") from None
         except Exception as error:  # an architecture that is not what it looks like
-            raise self._error(f"cannot be loaded: {type(error).__name__}: {error}") from None
+            raise self._broken(f"cannot be loaded: {type(error).__name__}: {error}") from None
         if not isinstance(descriptor, spandrel.ImageModelDescriptor) or descriptor.purpose != "SR":
             raise self._error(
                 f"is a network for something else ({descriptor.purpose}), not an upscaler"
@@ -123,11 +127,11 @@ class UpscalerFiles:
             # could run anything.
             tensors = torch.load(self.path, map_location="cpu", weights_only=True)
         except OSError as error:
-            raise self._error(f"cannot be read: {error.strerror or error}") from None
+            raise self._broken(f"cannot be read: {error.strerror or error}") from None
         except SafetensorError as error:
-            raise self._error(f"is broken: {error}") from None
+            raise self._broken(f"is broken: {error}") from None
         except Exception as error:  # torch raises all kinds of them
-            raise self._error(
+            raise self._broken(
                 "is refused: it holds more than tensors, or is broken "
                 f"({type(error).__name__}); convert it to safetensors"
             ) from None
@@ -137,6 +141,9 @@ class UpscalerFiles:
 
     def _error(self, what: str) -> ModelError:
         return ModelError(f"UPSCALER_DIR: {self.path.name} {what}")
+
+    def _broken(self, what: str) -> BrokenFilesError:
+        return BrokenFilesError(f"UPSCALER_DIR: {self.path.name} {what}")
 
 
 def find_upscaler(name: str, folder: Path | None, field: str) -> UpscalerFiles | None:
@@ -150,14 +157,15 @@ def find_upscaler(name: str, folder: Path | None, field: str) -> UpscalerFiles |
         None for "lanczos", which needs no file.
 
     Raises:
-        RequestError: there is no such upscaler; the message tells which there are.
+        RequestError: there is no such upscaler, and the message tells which there are; or its
+            file is broken.
     """
     if name == LANCZOS:
         return None
     if folder is None:
         raise RequestError(f"{field}: this worker has no upscaler but lanczos; got {name}")
     try:
-        files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+        files = _files_in(folder)
     except OSError as error:
         raise RequestError(
             f"{field}: the worker's upscalers cannot be read: {error.strerror}"
@@ -173,11 +181,40 @@ def find_upscaler(name: str, folder: Path | None, field: str) -> UpscalerFiles |
             f"{field}: this worker lacks the package spandrel, which {found.name} needs: its owner "
             "installs requirements-control.txt; send lanczos"
         )
+    if found.suffix == ".safetensors":
+        try:
+            read_header(found)
+        except (NotSafetensorsError, OSError) as error:
+            log.warning("UPSCALER_DIR: %s is %s", found.name, error)
+            raise RequestError(
+                f"{field}: {found.name} cannot be read as an upscaler; the worker's owner should "
+                "fetch it again"
+            ) from None
     return UpscalerFiles(found)
 
 
+def names_of_upscalers(folder: Path | None) -> list[str]:
+    """As requests name them, "lanczos" first.
+
+    Args:
+        folder: `UPSCALER_DIR`. One that cannot be read has none.
+    """
+    try:
+        return _names(_files_in(folder)) if folder else [LANCZOS]
+    except OSError:
+        return [LANCZOS]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+
+
+def _names(files: list[Path]) -> list[str]:
+    return [LANCZOS, *dict.fromkeys(path.stem for path in files)]
+
+
 def _told(files: list[Path]) -> str:
-    names = [LANCZOS, *dict.fromkeys(path.stem for path in files)]
+    names = _names(files)
     more = len(names) - MAX_TOLD
     return ", ".join(names[:MAX_TOLD]) + (f" and {more} more" if more > 0 else "")
 

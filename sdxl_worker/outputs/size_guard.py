@@ -216,7 +216,7 @@ def _too_large(
         "links in place of pictures, by upload_urls or the worker's BUCKET_ENDPOINT_URL",
         *(["fewer pictures (num_images)"] if request.num_images > 1 else []),
         *(["a smaller upscale.factor"] if request.upscale else []),
-        *(["a smaller hires.scale"] if request.hires else []),
+        *(["a smaller hires.scale"] if request.hires and request.hires.scale > 1 else []),
         # Without a mode, a picture keeps its size.
         *(["smaller ones (height, width)"] if request.mode or not request.image_url else []),
     ]

@@ -3,6 +3,7 @@
 It is found before anything is fetched, and loaded on the GPU thread when the job's turn comes.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,17 +21,29 @@ from sdxl_worker.inputs.control_maps import PoseFiles, check_installed
 from sdxl_worker.inputs.masks import Mask
 from sdxl_worker.inputs.references import REPAINT_NEEDS_A_MASK, References
 from sdxl_worker.loading.companions import CompanionFiles
-from sdxl_worker.loading.controlnets import ControlNetFiles, find_controlnet
+from sdxl_worker.loading.controlnets import ControlNetFiles, find_controlnet, types_of_controlnets
+from sdxl_worker.loading.ip_adapters import FILES as IP_ADAPTER_TYPES
 from sdxl_worker.loading.ip_adapters import IpAdapterFiles, find_ip_adapter
 from sdxl_worker.loading.models import Models
 from sdxl_worker.loading.offload import send_home
 from sdxl_worker.loading.preprocessors import DepthFiles, find_depth, find_pose
-from sdxl_worker.loading.upscalers import UpscalerFiles, find_upscaler
-from sdxl_worker.request import ControlField, ImagePromptField, Request
+from sdxl_worker.loading.upscalers import UpscalerFiles, find_upscaler, names_of_upscalers
+from sdxl_worker.request import (
+    FINISHED_MAPS,
+    ControlField,
+    ControlName,
+    ImagePromptField,
+    Request,
+)
 from sdxl_worker.serving.start import put_beside
 from sdxl_worker.settings import Settings
 
 OnLoading = Callable[[str], None]
+
+# Fields, for messages.
+HIRES_UPSCALER, UPSCALER = "hires.upscaler", "upscale.upscaler"
+# Of the upscalers' names in a report.
+MAX_NAMES_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -65,12 +78,10 @@ def find_beside(request: Request, settings: Settings, models: Models) -> Beside:
             find_ip_adapter(one.type, settings.ip_adapter_dir, f"ip_adapter[{i}].type", models.unet)
             for i, one in enumerate(request.ip_adapter or ())
         ),
-        hires_upscaler=find_upscaler(
-            request.hires.upscaler, settings.upscaler_dir, "hires.upscaler"
-        )
+        hires_upscaler=find_upscaler(request.hires.upscaler, settings.upscaler_dir, HIRES_UPSCALER)
         if request.hires
         else None,
-        upscaler=find_upscaler(request.upscale.upscaler, settings.upscaler_dir, "upscale.upscaler")
+        upscaler=find_upscaler(request.upscale.upscaler, settings.upscaler_dir, UPSCALER)
         if request.upscale
         else None,
         **_preprocessors(request, settings),
@@ -93,6 +104,47 @@ def _preprocessors(request: Request, settings: Settings) -> dict[str, Any]:
     return found
 
 
+def what_is_there(settings: Settings, models: Models) -> dict[str, list[str]]:
+    """For the report of `check`: what requests with these models may name. It reads folders and
+    headers of files."""
+    controls = types_of_controlnets(settings.controlnet_dir, models.unet.config)
+    return {
+        "controlnets": list(controls),
+        "preprocessors": [kind for kind in controls if _makes_maps(kind, settings)],
+        "ip_adapters": [kind for kind in IP_ADAPTER_TYPES if _has_adapter(kind, settings, models)],
+        "upscalers": _in_short(names_of_upscalers(settings.upscaler_dir)),
+    }
+
+
+def _makes_maps(kind: ControlName, settings: Settings) -> bool:
+    try:
+        check_installed(kind, "")
+        if kind == "depth":
+            find_depth(settings.controlnet_dir, "")
+        if kind == "pose":
+            find_pose(settings.controlnet_dir, "")
+    except RequestError:
+        return False
+    return kind not in FINISHED_MAPS
+
+
+def _has_adapter(kind: str, settings: Settings, models: Models) -> bool:
+    try:
+        find_ip_adapter(kind, settings.ip_adapter_dir, "", models.unet)
+    except RequestError:
+        return False
+    return True
+
+
+def _in_short(names: list[str]) -> list[str]:
+    """As many of the names as the report has room for."""
+    count = len(names)
+    while len(json.dumps(names[:count])) > MAX_NAMES_BYTES:
+        count -= 1
+    more = [f"and {len(names) - count} more"] if count < len(names) else []
+    return names[:count] + more
+
+
 def with_depth_maps(
     request: Request, beside: Beside, references: References, models: Models, on_loading: OnLoading
 ) -> References:
@@ -108,7 +160,8 @@ def with_depth_maps(
     ]
     if not wanted or beside.depth is None:
         return references
-    [network] = put_beside(models, [beside.depth], on_loading)
+    fields = [f"controlnet[{wanted[0]}].type"]
+    [network] = put_beside(models, [beside.depth], on_loading, fields)
     controls = list(references.controls)
     for i in wanted:
         controls[i] = depth_map(controls[i], network, models.placement)
@@ -123,19 +176,21 @@ def steering_of(
     on_loading: OnLoading,
     check: Callable[[], None],
 ) -> Steering:
-    """On the GPU thread.
+    """On the GPU thread. What will enlarge the finished pictures is loaded too: where that fails,
+    nothing has been drawn for nothing.
 
     Raises:
         RequestError: something cannot be loaded.
     """
     asked = _asked(request, beside, references)
-    if not asked.files:
+    if not asked.fields:
         enlarge = enlarger(None, models.placement, check) if request.hires else None
         return Steering(enlarge=enlarge) if enlarge else NO_STEERING
     if asked.image_prompts and not models.placement.resident:
         send_home(models.networks().values())  # an encoder has the card for itself
     # All in one call: none of them may have to go for another.
-    networks = dict(zip(asked.files, put_beside(models, asked.files, on_loading), strict=True))
+    files, fields = list(asked.fields), list(asked.fields.values())
+    networks = dict(zip(files, put_beside(models, files, on_loading, fields), strict=True))
     upscaler = networks[beside.hires_upscaler] if beside.hires_upscaler else None
     return Steering(
         controls=tuple(
@@ -157,41 +212,39 @@ class _Asked:
 
     controls: list[tuple[ControlField, ControlNetFiles, Image.Image]]
     image_prompts: list[tuple[ImagePromptField, IpAdapterFiles, Image.Image, Mask | None]]
-    upscaler: UpscalerFiles | None
-
-    @property
-    def files(self) -> list[CompanionFiles]:
-        adapters = [files for _, files, *_ in self.image_prompts]
-        return [
-            *(files for _, files, _ in self.controls),
-            *adapters,
-            *(files.encoder for files in adapters),
-            *([self.upscaler] if self.upscaler else []),
-        ]
+    fields: dict[CompanionFiles, str]
+    """By what is to be loaded: of the request, that which asks for it first."""
 
 
 def _asked(request: Request, beside: Beside, references: References) -> _Asked:
-    return _Asked(
-        controls=[
-            one
-            for one in zip(
-                request.controlnet or (), beside.controlnets, references.controls, strict=True
-            )
-            if one[0].scale > 0
-        ],
-        image_prompts=[
-            one
-            for one in zip(
-                request.ip_adapter or (),
-                beside.ip_adapters,
-                references.image_prompts,
-                references.image_prompt_masks,
-                strict=True,
-            )
-            if one[0].scale > 0
-        ],
-        upscaler=beside.hires_upscaler,
-    )
+    controls, image_prompts = [], []
+    asked: list[tuple[CompanionFiles | None, str]] = []
+    for i, control in enumerate(
+        zip(request.controlnet or (), beside.controlnets, references.controls, strict=True)
+    ):
+        if control[0].scale > 0:
+            controls.append(control)
+            asked.append((control[1], f"controlnet[{i}].type"))
+    for i, prompt in enumerate(
+        zip(
+            request.ip_adapter or (),
+            beside.ip_adapters,
+            references.image_prompts,
+            references.image_prompt_masks,
+            strict=True,
+        )
+    ):
+        if prompt[0].scale > 0:
+            image_prompts.append(prompt)
+            field = f"ip_adapter[{i}].type"
+            asked += [(prompt[1], field), (prompt[1].encoder, field)]
+    asked.append((beside.hires_upscaler, HIRES_UPSCALER))
+    asked.append((beside.upscaler, UPSCALER))
+    fields: dict[CompanionFiles, str] = {}
+    for files, field in asked:
+        if files is not None:
+            fields.setdefault(files, field)
+    return _Asked(controls, image_prompts, fields)
 
 
 def _image_prompt(
@@ -227,7 +280,9 @@ def upscaled(
     """
     if request.upscale is None:
         return pictures
-    network = put_beside(models, [beside.upscaler], on_loading)[0] if beside.upscaler else None
+    network = None
+    if beside.upscaler is not None:
+        [network] = put_beside(models, [beside.upscaler], on_loading, [UPSCALER])
     result: list[Image.Image] = []
 
     def of_all(done: int, tiles: int) -> None:

@@ -26,6 +26,7 @@ from sdxl_worker.inputs.references import (
     addresses_of,
     decode_references,
     prepare_references,
+    warnings_of_maps,
 )
 from sdxl_worker.limits import check_limits
 from sdxl_worker.loading.models_by_name import names_of_models
@@ -151,7 +152,7 @@ async def _answered(
         total_steps,
     )
     from sdxl_worker.drawing.together import kind_of
-    from sdxl_worker.serving.beside import find_beside
+    from sdxl_worker.serving.beside import find_beside, what_is_there
     from sdxl_worker.serving.report import build_report
 
     plan_stages(request, models)  # refuses before anything is fetched
@@ -208,6 +209,7 @@ async def _answered(
     )
     drawn = await draw_on_gpu_thread(draw, kind, settings.batch_jobs)
     pictures, canvas = drawn.pictures, drawn.canvas
+    told += await in_thread(warnings_of_maps, request, drawn.maps)
     if models.dtype == torch.bfloat16 and drawn.lost > LOST_WORTH_TELLING:
         told.append(
             f"loras: rounding to bfloat16 lost {drawn.lost:.0%} of what they change; with "
@@ -220,7 +222,8 @@ async def _answered(
             pictures = await _upscaled(request, beside, pictures, models, progress)
     if request.check:
         steps = total_steps(stages)
-        report = build_report(request, models, settings, pictures, drawn.ms, steps)
+        there = await in_thread(what_is_there, settings, models)
+        report = build_report(request, models, settings, pictures, drawn.ms, steps, there)
         return report if storage is None else {**report, "storage": await _checked(storage)}
     nsfw = None
     if settings.safety_checker is not None:

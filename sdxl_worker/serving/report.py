@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -26,11 +27,13 @@ def build_report(
     pictures: list[Image.Image],
     generate_ms: float,
     steps: int,
+    there: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """What monitoring wants to know, in under 2 kB: no pictures, but a digest of each.
 
     Args:
         generate_ms: of all pictures, decoding included; divided by `steps` for `ms_per_step`.
+        there: what requests may name, by kind.
     """
     gpu = models.device.type == "cuda"
     patches = patches_of(models)
@@ -46,6 +49,7 @@ def build_report(
         "dtype": str(models.dtype).removeprefix("torch."),
         "step_cache": settings.step_cache,
         "quantization": settings.quantize,
+        **there,
         "safety_checker": settings.safety_checker is not None,
         "second_tries": dict(COUNTS),
         "peak_memory_mb": round(peak_memory_bytes() / 1e6),

@@ -7,6 +7,7 @@ torch is imported where it is first needed, because that takes seconds.
 import asyncio
 import contextlib
 import gc
+import itertools
 import logging
 import threading
 import time
@@ -15,13 +16,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_worker.errors import ModelError, PictureError, RequestError, let_go
+from sdxl_worker.errors import BrokenFilesError, ModelError, PictureError, RequestError, let_go
 from sdxl_worker.few_step import CHECKPOINT_BYTES, with_settings_of
 from sdxl_worker.gpu import free_memory, is_out_of_memory
 from sdxl_worker.loading.file_hash import hash_in_background
 from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
 from sdxl_worker.loading.models_by_name import find_by_name, reason
 from sdxl_worker.loading.read_ahead import read_ahead
+from sdxl_worker.loading.safety_labels import check_safety_checker
 from sdxl_worker.loading.sparing_imports import sparing_imports
 from sdxl_worker.request import CHECK_INPUT, parse_request
 from sdxl_worker.serving.model_memory import ModelMemory, is_emptied, size_bytes_of
@@ -125,29 +127,38 @@ def put_beside(
     models: "Models",
     companions: "Sequence[CompanionFiles]",
     on_loading: Callable[[str], None] = lambda _: None,
+    fields: Sequence[str] = (),
 ) -> "list[torch.nn.Module]":
     """Companions, ready to be used beside a model that is on the card. On the GPU thread.
 
     Args:
         on_loading: called with the title of each that is not on the card.
+        fields: of the request, of each companion that which asks for it. None: it is the owner who
+            asks for them.
 
     Raises:
         RequestError: one cannot be loaded.
     """
     beside = [models.model_dir.root, *(files.key for files in companions)]
     networks = []
-    for files in companions:
+    for files, field in itertools.zip_longest(companions, fields):
         try:
             if not is_beside(files):
                 on_loading(files.title)
             networks.append(_bring_beside(models, files, beside))
         except ModelError as error:
             log.warning("%s cannot be loaded: %s", files.title, error)
-            # The caller is not told where on the worker it lies.
-            place = Path(str(files.key))
-            told = " ".join(str(error).replace(str(place), place.name).split())
-            raise RequestError(told) from None
+            raise RequestError(_told(error, files.title, field)) from None
     return networks
+
+
+def _told(error: ModelError, title: str, field: str | None) -> str:
+    """Of a companion that cannot be loaded, for a caller."""
+    if isinstance(error, BrokenFilesError):
+        what = f"{title} cannot be loaded; the worker's owner should fetch it again"
+        return f"{field}: {what}" if field else what
+    setting, _, what = str(error).partition(": ")
+    return f"{field or setting}: {what}"
 
 
 def is_beside(files: "CompanionFiles") -> bool:
@@ -241,6 +252,8 @@ def _check_folders(settings: Settings) -> None:
         folder = getattr(settings, name)
         if folder is not None and not folder.is_dir():
             raise ModelError(f"{name.upper()}: {folder} must be a folder; is its volume attached?")
+    if settings.safety_checker is not None:
+        check_safety_checker(settings.safety_checker)
 
 
 def _load_and_draw(

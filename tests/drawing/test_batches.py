@@ -269,6 +269,13 @@ def test_a_picture_that_keeps_its_size_is_told_by_its_own_field(
         check_fits_on_gpu(4, 4096, monkeypatch, picture | {"mode": "img2img"})
 
 
+def test_what_makes_it_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="^hires.scale: 4096 x 4096 pixels do not fit"):
+        check_fits_on_gpu(4, 4096, monkeypatch, {"hires": {"scale": 1.1}})
+    with pytest.raises(RequestError, match="^height, width: 4096 x 4096 pixels do not fit"):
+        check_fits_on_gpu(4, 4096, monkeypatch, {"hires": {"scale": 1}})
+
+
 def test_where_no_size_fits_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The size is not what is wrong: drawing says what is."""
     check_fits_on_gpu(0, 64, monkeypatch)

@@ -10,7 +10,7 @@ import pytest
 import rtmlib
 from PIL import Image, ImageDraw
 
-from sdxl_worker.errors import RequestError
+from sdxl_worker.errors import ModelError, RequestError
 from sdxl_worker.inputs.control_maps import (
     PoseFiles,
     canny_map,
@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_loaded_is_the_owner_s_and_nothing_is_downloaded(
     monkeypatch.setattr(
         "rtmlib.tools.base.download_checkpoint", lambda *_: pytest.fail("downloaded")
     )
-    with pytest.raises(RequestError, match=rf"^CONTROLNET_DIR: {name} of preprocessors/pose is "):
+    with pytest.raises(ModelError, match=rf"^CONTROLNET_DIR: {name} of preprocessors/pose is "):
         pose_map(Image.new("RGB", (128, 128)), pose_files, FIELD)
 
 

@@ -1,6 +1,7 @@
 """Which ControlNet of CONTROLNET_DIR serves a type, and how it is loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,7 @@ def test_of_stable_diffusion_1_5_the_configuration_s_defaults_tell_it(tmp_path: 
     [
         ("{", "canny/config.json cannot be read: "),
         ("[]", "canny/config.json is no JSON object"),
+        ("{}", "canny is no ControlNet for SDXL: its config.json has no _class_name"),
         ('{"_class_name": "FluxControlNetModel"}', "canny is no ControlNet for SDXL: FluxControl"),
     ],
 )
@@ -329,15 +331,29 @@ class TestBesideTheModel:
         assert put_beside(models(), files, told.append) == [one, one]
         assert told == ["the ControlNet union"]
 
-    def test_one_that_cannot_be_loaded_fails_its_job_alone(self, tmp_path: Path) -> None:
+    def test_one_that_cannot_be_loaded_fails_its_job_alone(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         folder = damaged(write(single(), tmp_path / "canny"), "cut")
         files = find_controlnet("canny", folder, FIELD)
-        with pytest.raises(RequestError, match=r"^CONTROLNET_DIR: "):
-            put_beside(models(), [files])
+        with pytest.raises(RequestError) as caught:
+            put_beside(models(), [files], fields=[FIELD])
+        assert str(caught.value) == (
+            f"{FIELD}: the ControlNet canny cannot be loaded; the worker's owner should fetch it "
+            "again"
+        )
+        assert "incomplete" in caplog.text or "cut off" in caplog.text, "the owner is told why"
         shutil.rmtree(folder)
         write(single(), folder)
         [network] = put_beside(models(), [files])
         assert equal(network, single())
+
+    def test_what_its_owner_has_to_know_of_one_is_told_in_full(self, tmp_path: Path) -> None:
+        files = find_controlnet(
+            "canny", damaged(write(single(), tmp_path / "canny"), "no file"), FIELD
+        )
+        with pytest.raises(RequestError, match=rf"^{re.escape(FIELD)}: canny holds no file"):
+            put_beside(models(), [files], fields=[FIELD])
 
     def test_too_little_memory_is_tried_again_without_recordings(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdxl_worker.errors import ModelError
-from sdxl_worker.loading.safety_checkers import SafetyChecker, SafetyCheckerFiles, is_flagged
+from sdxl_worker.loading.safety_checkers import SafetyChecker, SafetyCheckerFiles
+from sdxl_worker.loading.safety_labels import check_safety_checker, is_flagged
 from sdxl_worker.placement import Placement
 from tests.loading.transformers_networks import save_classifier
 from tests.support import REPOSITORY
@@ -29,6 +30,13 @@ def loaded(folder: Path) -> SafetyChecker:
 def refusal(folder: Path) -> str:
     with pytest.raises(ModelError, match=r"^SAFETY_CHECKER: ") as caught:
         loaded(folder)
+    return str(caught.value)
+
+
+def early_refusal(folder: Path) -> str:
+    """What is told before anything is loaded."""
+    with pytest.raises(ModelError, match=r"^SAFETY_CHECKER: ") as caught:
+        check_safety_checker(folder)
     return str(caught.value)
 
 
@@ -73,11 +81,40 @@ def test_labels_are_understood_however_they_are_written(label: str, expected: bo
 def test_a_classifier_of_something_else_is_refused_with_its_labels(tmp_path: Path) -> None:
     save_classifier(tmp_path, ["cat", "dog"], likeliest="cat")
     assert refusal(tmp_path).endswith("it has cat, dog")
+    assert early_refusal(tmp_path) == refusal(tmp_path)
 
 
 def test_a_classifier_that_would_flag_everything_is_refused(tmp_path: Path) -> None:
     save_classifier(tmp_path, ["nsfw", "porn"], likeliest="nsfw")
     assert "and others that do not" in refusal(tmp_path)
+    assert early_refusal(tmp_path) == refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "cannot be read: "),
+        ("[]", "is no JSON object"),
+        ("{}", "it has none (id2label in its config.json)"),
+        ('{"id2label": ["nsfw", "normal"]}', "it has none (id2label in its config.json)"),
+    ],
+)
+def test_a_configuration_that_tells_no_labels_is_refused_without_loading(
+    text: str, problem: str, tmp_path: Path
+) -> None:
+    save_classifier(tmp_path)
+    check_safety_checker(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    assert problem in early_refusal(tmp_path)
+
+
+def test_labels_that_transformers_makes_itself_are_looked_at_when_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    save_classifier(tmp_path)
+    config = {"architecture": "vit_tiny", "pretrained_cfg": {}, "label_names": ["sfw", "nsfw"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_safety_checker(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
@@ -85,6 +122,13 @@ def test_a_folder_without_config_or_weights_is_refused(missing: str, tmp_path: P
     save_classifier(tmp_path)
     (tmp_path / missing).unlink()
     assert "must be a folder in transformers layout" in refusal(tmp_path)
+    assert early_refusal(tmp_path) == refusal(tmp_path)
+
+
+def test_weights_that_were_not_fetched_are_refused_without_loading(tmp_path: Path) -> None:
+    save_classifier(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert "model.safetensors cannot be read: a Git LFS pointer" in early_refusal(tmp_path)
 
 
 def test_weights_that_lack_a_part_are_refused_and_not_made_up(tmp_path: Path) -> None:

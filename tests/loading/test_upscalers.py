@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from sdxl_worker.errors import ModelError, RequestError
-from sdxl_worker.loading.upscalers import Upscaler, UpscalerFiles, find_upscaler
+from sdxl_worker.loading.upscalers import (
+    Upscaler,
+    UpscalerFiles,
+    find_upscaler,
+    names_of_upscalers,
+)
 from sdxl_worker.placement import Placement
 from tests.small_upscalers import compact, write
 from tests.support import REPOSITORY
@@ -29,8 +34,10 @@ class TestNames:
     @pytest.fixture
     @staticmethod
     def folder(tmp_path: Path) -> Path:
-        for name in ("4x_a.pth", "4x_b.safetensors", "c.pt", "c.pth.safetensors", "read.me"):
+        for name in ("4x_a.pth", "c.pt", "read.me"):
             (tmp_path / name).touch()
+        for name in ("4x_b.safetensors", "c.pth.safetensors"):
+            write(tmp_path / name, compact())
         return tmp_path
 
     @pytest.mark.parametrize(
@@ -63,6 +70,23 @@ class TestNames:
             f"hires.upscaler: this worker has no upscaler {name}; it has lanczos, 4x_a, 4x_b, c, "
             "c.pth"
         )
+
+    @pytest.mark.parametrize("content", [b"", b"junk", b"<html>", b"\x10" + 30 * b"\0"])
+    def test_a_file_that_is_none_is_told_when_it_is_found(
+        self, folder: Path, content: bytes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (folder / "junk.safetensors").write_bytes(content)
+        with pytest.raises(RequestError) as caught:
+            find_upscaler("junk", folder, "upscale.upscaler")
+        assert str(caught.value) == (
+            "upscale.upscaler: junk.safetensors cannot be read as an upscaler; the worker's owner "
+            "should fetch it again"
+        )
+        assert "UPSCALER_DIR: junk.safetensors is " in caplog.text
+
+    def test_all_names_are_there_for_a_report(self, folder: Path) -> None:
+        assert names_of_upscalers(folder) == ["lanczos", "4x_a", "4x_b", "c", "c.pth"]
+        assert names_of_upscalers(None) == names_of_upscalers(folder / "none") == ["lanczos"]
 
     def test_of_very_many_not_all_are_told(self, tmp_path: Path) -> None:
         for i in range(30):

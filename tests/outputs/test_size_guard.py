@@ -166,6 +166,9 @@ def test_of_enlarged_pictures_less_a_pixel_is_sure() -> None:
         check_expected_size(request_of(**fields, upscale={"factor": 2}), MEGAPIXELS_4, "png", "job")
     with pytest.raises(RequestError, match=r"at least 16\.8 MB.*a smaller hires\.scale"):
         check_expected_size(request_of(**fields, hires={}), MEGAPIXELS_4, "png", "job")
+    with pytest.raises(RequestError, match="smaller ones") as caught:
+        check_expected_size(request_of(**fields, hires={"scale": 1}), MEGAPIXELS_4, "png", "job")
+    assert "hires.scale" not in str(caught.value), "1 is the least there is"
 
 
 @pytest.mark.parametrize("factor", [1.5, 2, 3, 4])

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import logging
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 
 import handler
 from sdxl_worker.inputs.control_maps import canny_map
@@ -21,6 +23,14 @@ from sdxl_worker.outputs import size_guard
 from sdxl_worker.serving import beside, job
 from tests.inputs.onnx_files import SIDE_PX, write_detector, write_pose_network
 from tests.loading.transformers_networks import save_depth_network
+from tests.random_ip_adapters import (
+    ENCODER,
+    PLAIN,
+    PLUS,
+    make_encoder,
+    plain_adapter,
+    plus_adapter,
+)
 from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
 from tests.support import PROMPT, data_uri, decoded, error, models, noise_picture, run
 from tests.support import picture as picture_of
@@ -163,6 +173,97 @@ def test_what_is_not_set_up_is_refused_before_anything_is_fetched(
         message = error({**QUICK, "controlnet": [entry(), entry(kind)]})
     assert message.startswith(f"controlnet[1].type: preprocessing for {kind} is not set up")
     assert "images" in run({**QUICK, "controlnet": [entry(kind, preprocess=False)]})
+
+
+def damaged(path: Path) -> None:
+    """Its last bytes are gone, as after a download that was cut off."""
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "title"),
+    [
+        ("canny", "a-canny/diffusion_pytorch_model.safetensors", "the ControlNet a-canny"),
+        ("depth", "preprocessors/depth/model.safetensors", "the depth preprocessor"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_by_the_field_that_asks_for_it(
+    kind: str,
+    file: str,
+    title: str,
+    tmp_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And without the words of a library, which are for the log."""
+    shutil.copytree(folder, tmp_path / "controlnets")
+    [network] = (tmp_path / "controlnets").glob("own-*")
+    shutil.copytree(network, tmp_path / "controlnets" / "a-canny")
+    network.rename(network.with_name("own-depth-tile"))
+    damaged(tmp_path / "controlnets" / file)
+    monkeypatch.setenv("CONTROLNET_DIR", str(tmp_path / "controlnets"))
+    message = error({**QUICK, "controlnet": [entry("tile"), entry(kind)]})
+    assert message == (
+        f"controlnet[1].type: {title} cannot be loaded; the worker's owner should fetch it again"
+    )
+    assert f"{title} cannot be loaded: CONTROLNET_DIR: " in caplog.text
+
+
+def test_so_is_a_pose_network_that_is_none(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "controlnets")
+    (tmp_path / "controlnets" / "preprocessors" / "pose" / "yolox.onnx").write_bytes(b"<html>")
+    monkeypatch.setenv("CONTROLNET_DIR", str(tmp_path / "controlnets"))
+    message = error({**QUICK, "controlnet": [entry("tile"), entry("pose")]})
+    assert message.startswith("controlnet[1].type: yolox.onnx of preprocessors/pose is no ONNX")
+
+
+@pytest.mark.parametrize(
+    ("file", "title"),
+    [
+        (PLAIN, "the IP-Adapter ip-adapter_sdxl_vit-h"),
+        (f"{ENCODER}/model.safetensors", "the image encoder models/image_encoder"),
+    ],
+)
+def test_so_is_an_ip_adapter_and_its_encoder(
+    file: str, title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sdxl_models").mkdir()
+    save_file(plain_adapter(models().unet), tmp_path / PLAIN)
+    save_file(plus_adapter(models().unet), tmp_path / PLUS)
+    make_encoder(tmp_path / ENCODER)
+    monkeypatch.setenv("IP_ADAPTER_DIR", str(tmp_path))
+    one = {"image_url": data_uri(shape())}
+    prompts = [{**one, "scale": 0}, {**one, "type": "plain"}]
+    find_beside = beside.find_beside
+
+    def broken_then(*of: Any) -> Any:
+        found = find_beside(*of)
+        tensors = load_file(tmp_path / file)
+        tensors.pop(sorted(tensors)[0])
+        save_file(tensors, tmp_path / file)
+        return found
+
+    monkeypatch.setattr(beside, "find_beside", broken_then)
+    assert error({**QUICK, "ip_adapter": prompts}) == (
+        f"ip_adapter[1].type: {title} cannot be loaded; the worker's owner should fetch it again"
+    )
+
+
+def test_a_picture_of_which_no_map_can_be_made_is_told_of() -> None:
+    """The drawing goes on, steered by a map that is all black."""
+    flat = Image.new("RGB", SIZE, "white")
+    clear, flat_tile = entry(), entry("tile", flat)
+    output = run({**QUICK, "controlnet": [clear, entry(picture=flat), flat_tile]})
+    assert output["warning"] == (
+        "controlnet[1]: no edges were found in the picture; send one with clearer outlines, or a "
+        "finished map with preprocess false; controlnet[2]: the map that was made of the picture "
+        "is of one colour; send another picture, or a finished map with preprocess false"
+    )
+    for quiet in ({"preprocess": False}, {"scale": 0}):
+        assert "warning" not in run({**QUICK, "controlnet": [clear, entry(picture=flat, **quiet)]})
 
 
 def test_the_folders_are_looked_into_beside_the_event_loop(

@@ -206,10 +206,12 @@ def test_a_check_tells_whether_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_a_worker_without_its_checker_does_not_start(
-    folder: str, told: str, tmp_path: Path
+    folder: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And does not load the models first, which takes minutes."""
     (tmp_path / "empty").mkdir()
     save_classifier(tmp_path / "animals", ["cat", "dog"], likeliest="cat")
+    monkeypatch.setattr(start_module, "_load_and_draw", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ModelError, match=told):
         start(Settings(safety_checker=tmp_path / folder)).result()
 

@@ -32,6 +32,7 @@ from tests.support import (
     noise_picture,
     picture,
     pictures,
+    replace_generate,
     run,
 )
 
@@ -48,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("upscalers")
     write(folder / "small.pth", compact(scale=2))
     write(folder / "for_noise.safetensors", compact(scale=1))
+    (folder / "broken.pth").write_bytes(b"<html>not found</html>")
     write_lora(folder / "style.safetensors", seed=5)
     return folder
 
@@ -128,13 +130,13 @@ def test_a_check_tells_the_size_that_comes_out() -> None:
     [
         (
             {"upscale": {"upscaler": "large"}},
-            "upscale.upscaler: this worker has no upscaler large; it has lanczos, for_noise, "
-            "small, style",
+            "upscale.upscaler: this worker has no upscaler large; it has lanczos, broken, "
+            "for_noise, small, style",
         ),
         (
             {"hires": {"upscaler": "large", "strength": 0.5}, "mode": "img2img"},
-            "hires.upscaler: this worker has no upscaler large; it has lanczos, for_noise, small, "
-            "style",
+            "hires.upscaler: this worker has no upscaler large; it has lanczos, broken, "
+            "for_noise, small, style",
         ),
     ],
 )
@@ -146,14 +148,27 @@ def test_an_unknown_upscaler_is_told_before_anything_is_fetched(
 
 
 @pytest.mark.parametrize(("field", "more"), [("hires", {"strength": 0.5}), ("upscale", {})])
-def test_a_network_that_is_no_upscaler_is_refused_and_the_next_job_is_as_ever(
-    field: str, more: dict[str, Any]
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        (
+            "for_noise",
+            "for_noise.safetensors is a network for something else (Restoration), not an upscaler",
+        ),
+        (
+            "broken",
+            "the upscaler broken.pth cannot be loaded; the worker's owner should fetch it again",
+        ),
+    ],
+)
+def test_a_network_that_is_no_upscaler_is_refused_before_the_drawing_and_the_next_job_is_as_ever(
+    field: str, more: dict[str, Any], name: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = picture(**BASE)
-    assert error({**BASE, field: {"upscaler": "for_noise", **more}}) == (
-        "UPSCALER_DIR: for_noise.safetensors is a network for something else (Restoration), not "
-        "an upscaler"
-    )
+    with monkeypatch.context() as without:
+        replace_generate(without, lambda *_, **__: pytest.fail("drawn"))
+        told = error({**BASE, field: {"upscaler": name, **more}})
+    assert told == f"{field}.upscaler: {problem}"
     assert same(picture(**BASE), plain)
 
 

@@ -278,7 +278,7 @@ def test_the_setting_reaches_pictures_reports_and_the_log(
     assert "STEP_CACHE: one step in 3 is a deep one" in caplog.text
     request = parse_request(JOB)
     report = build_report(
-        request, models(), Settings(step_cache=3), [lossy], generate_ms=1, steps=1
+        request, models(), Settings(step_cache=3), [lossy], generate_ms=1, steps=1, there={}
     )
     assert report["step_cache"] == 3
 
