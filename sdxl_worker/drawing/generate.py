@@ -98,9 +98,11 @@ def generate(
 
     sizes_px = drawn_sizes_px(stages, canvas)
     width, height = sizes_px[-1]  # the largest
-    batches.check_fits(
-        models, request, width_px=width, height_px=height, controls=steering.controls
-    )
+    beside: dict[str, Any] = {
+        "controls": steering.controls,
+        "image_prompts": steering.image_prompts,
+    }
+    batches.check_fits(models, request, width_px=width, height_px=height, **beside)
     for line in left_out(
         models.unet,
         controls=bool(steering.controls),
@@ -114,7 +116,7 @@ def generate(
             num_images=count,
             pixels=width * height,
             encodes=canvas is not None or len(sizes_px) > 1 or takes_mask(models.unet),
-            controls=steering.controls,
+            **beside,
         )
         canvases = [canvas]
         if len(sizes_px) > 1:
