@@ -16,6 +16,7 @@ from sdxl_worker.inputs.references import (
     addresses_of,
     decode_references,
     prepare_references,
+    references_of,
 )
 from sdxl_worker.request import Request, parse_request
 from tests.support import data_uri, noise_picture
@@ -46,7 +47,7 @@ def png(picture: Image.Image) -> bytes:
 
 def decoded(request: Request, *pictures: Image.Image, size: tuple[int, int] = SIZE) -> References:
     contents = dict(zip(addresses_of(request), map(png, pictures), strict=True))
-    return asyncio.run(decode_references(request, contents, size))
+    return references_of(request, asyncio.run(decode_references(request, contents, size)))
 
 
 def masked_canvas(picture: Image.Image, padding: int | None) -> Canvas:

@@ -210,6 +210,27 @@ def test_what_several_entries_name_is_fetched_once(monkeypatch: pytest.MonkeyPat
     assert [one.tobytes() for one in maps] == [shape().tobytes()] * 3
 
 
+def test_no_more_than_two_files_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may be of 50 MB, and several jobs may be at it."""
+    there: list[int] = []
+    most: list[int] = []
+
+    class File(bytes):
+        def __del__(self) -> None:
+            there.pop()
+
+    async def picture(*_: str) -> bytes:
+        file = File(base64.b64decode(data_uri(shape()).partition(",")[2]))
+        there.append(1)
+        most.append(len(there))
+        return file
+
+    monkeypatch.setattr(job, "fetch", picture)
+    entries = [entry("tile") | {"image_url": f"https://example.com/{i}"} for i in range(3)]
+    maps_of(*entries)
+    assert most == [1, 2, 1]
+
+
 def test_addresses_and_prompts_stay_out_of_logs_and_files(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
