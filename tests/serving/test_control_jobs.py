@@ -22,7 +22,16 @@ from sdxl_worker.serving import beside, job
 from tests.inputs.onnx_files import SIDE_PX, write_detector, write_pose_network
 from tests.loading.transformers_networks import save_depth_network
 from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
-from tests.support import PROMPT, data_uri, decoded, error, models, noise_picture, run
+from tests.support import (
+    PROMPT,
+    data_uri,
+    decoded,
+    error,
+    models,
+    noise_picture,
+    replace_generate,
+    run,
+)
 from tests.support import picture as picture_of
 
 QUICK: dict[str, Any] = {
@@ -229,6 +238,22 @@ def test_no_more_than_two_files_are_in_memory_at_once(monkeypatch: pytest.Monkey
     entries = [entry("tile") | {"image_url": f"https://example.com/{i}"} for i in range(3)]
     maps_of(*entries)
     assert most == [1, 2, 1]
+
+
+def test_where_the_memory_does_not_do_leaving_the_networks_out_is_advised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA oom")
+
+    replace_generate(monkeypatch, fail)
+    message = error({**QUICK, "controlnet": [entry("tile")]})
+    assert message.endswith("(num_images, height, width), or leave out controlnet")
+    assert error(QUICK).endswith("(num_images, height, width)")
+    fields = {"prompt": PROMPT, "size": "64x64", "controlnet": [entry("tile")]}
+    job_input = {"openai_route": "/v1/images/generations", "openai_input": fields}
+    output = asyncio.run(handler.handler({"id": "test", "input": job_input}))
+    assert output["error"].endswith(", or leave out controlnet")
 
 
 def test_addresses_and_prompts_stay_out_of_logs_and_files(
