@@ -119,6 +119,8 @@ def prepare_references(
             pose,
             f"controlnet[{i}]",
         )
+        if one.scale > 0 or request.return_maps
+        else picture  # which nobody sees
         for i, (one, picture) in enumerate(
             zip(request.controlnet or (), references.controls, strict=True)
         )

@@ -192,6 +192,15 @@ def test_repaint_is_black_in_the_request_s_mask_and_a_tile_is_the_picture() -> N
     assert np.array_equal(pixels[~canvas.mask], np.asarray(picture)[~canvas.mask])
 
 
+def test_with_scale_0_no_map_is_made_unless_it_is_sent_back() -> None:
+    entry = {"type": "canny", "image_url": ADDRESS, "scale": 0}
+    picture = noise_picture(64, 64)
+    for asked in (False, True):
+        request = request_of(controlnet=[entry], return_maps=asked)
+        [control] = prepare_references(References((picture,)), request, None, None).controls
+        assert (control is picture) == (not asked)
+
+
 def test_repaint_without_a_mask_is_refused() -> None:
     picture = noise_picture(64, 64)
     request = request_of(controlnet=[{"type": "repaint", "image_url": ADDRESS}])
