@@ -1,13 +1,12 @@
 """Networks that the owner has in transformers layout: a folder of config.json and safetensors."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdxl_worker.errors import ModelError
-from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
+from sdxl_worker.loading.companions import count_numbers
 
 
 def check_folder(folder: Path, setting: str) -> None:
@@ -29,13 +28,7 @@ def numbers_in(folder: Path, setting: str) -> int:
         ModelError: a file cannot be read.
     """
     check_folder(folder, setting)
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        try:
-            count += sum(map(math.prod, read_header(path).shapes.values()))
-        except (OSError, NotSafetensorsError) as error:
-            raise ModelError(f"{setting}: {path} cannot be read: {error}") from None
-    return count
+    return count_numbers(folder.glob("*.safetensors"), setting)
 
 
 def load_folder(kind: Any, folder: Path, setting: str, dtype: torch.dtype) -> Any:
