@@ -14,6 +14,7 @@ import torch
 
 from sdxl_worker import gpu
 from sdxl_worker.drawing.control import Control
+from sdxl_worker.drawing.image_prompts import ImagePrompt
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import MIN_SIDE_PX, SIDE_MULTIPLE_PX, Request
@@ -62,6 +63,7 @@ def check_fits(
     width_px: int,
     height_px: int,
     controls: Sequence[Control] = (),
+    image_prompts: Sequence[ImagePrompt] = (),
 ) -> None:
     """Refuse a size of which it is certain, before any work, that it does not fit the GPU.
 
@@ -70,7 +72,7 @@ def check_fits(
 
     Args:
         width_px: and `height_px`, of one picture as the UNets see it.
-        controls: of the base.
+        controls: of the base, as `image_prompts`.
 
     Raises:
         RequestError: with the largest square that fits.
@@ -82,7 +84,7 @@ def check_fits(
     free_bytes += gpu.idle_graph_bytes()
     if not models.placement.resident:
         free_bytes -= min(unet.get_memory_footprint() for unet in models.unets())
-        free_bytes -= _moved_in_bytes(controls)
+        free_bytes -= _moved_in_bytes(controls, image_prompts)
     is_guided = request.guidance_scale > 1
     share = models.dtype.itemsize / 2 * (1 if is_guided else 0.5)  # of the figures above
     least = CONTROLLED_UNET_BYTES_PER_PIXEL if controls else BASE_UNET_BYTES_PER_PIXEL
@@ -110,13 +112,15 @@ def plan(
     pixels: int,
     encodes: bool = False,
     controls: Sequence[Control] = (),
+    image_prompts: Sequence[ImagePrompt] = (),
 ) -> Plan:
     """The largest batch that fits; slicing and tiling only where decoding does not fit without.
 
     Args:
         pixels: of one picture.
         encodes: whether a picture of that size is encoded, alone, before the rest.
-        controls: of the base. Where networks do not take turns, theirs are in memory already.
+        controls: of the base, as `image_prompts`. Where networks do not take turns, theirs are in
+            memory already.
     """
     free_bytes = gpu.free_bytes(models.device)
     if free_bytes is None:
@@ -135,7 +139,8 @@ def plan(
         # A UNet that is not resident is moved in for its stage, and out before the decoder is.
         moved_in_bytes = 0
         if not models.placement.resident:
-            moved_in_bytes = _largest_unet_bytes(models) + _moved_in_bytes(controls)
+            moved_in_bytes = _largest_unet_bytes(models)
+            moved_in_bytes += _moved_in_bytes(controls, image_prompts)
         room_for_unet = room - moved_in_bytes
     most_at_once = max(1, room_for_unet // unet_bytes)
     batch_size = min(num_images, most_at_once)
@@ -168,7 +173,10 @@ def _unet_bytes_per_pixel(controls: Sequence[Control]) -> int:
     return CONTROLLED_UNET_BYTES_PER_PIXEL if controls else UNET_BYTES_PER_PIXEL
 
 
-def _moved_in_bytes(controls: Sequence[Control]) -> int:
-    """Of the ControlNets that come to the device beside the base's UNet."""
+def _moved_in_bytes(controls: Sequence[Control], image_prompts: Sequence[ImagePrompt]) -> int:
+    """Of the ControlNets and IP-Adapters that come to the device beside the base's UNet."""
     networks = {id(control.network): control.network for control in controls}
-    return sum(network.get_memory_footprint() for network in networks.values())
+    adapters = {id(prompt.adapter): prompt.adapter for prompt in image_prompts}
+    return sum(network.get_memory_footprint() for network in networks.values()) + sum(
+        tensor.nbytes for adapter in adapters.values() for tensor in adapter.parameters()
+    )

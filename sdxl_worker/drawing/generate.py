@@ -23,6 +23,7 @@ from sdxl_worker.drawing.encoding import (
     encode_picture,
     latents_of,
 )
+from sdxl_worker.drawing.enlarging import enlarger
 from sdxl_worker.drawing.image_prompts import with_image_prompts
 from sdxl_worker.drawing.inpainting import Keeper, seeing, takes_mask
 from sdxl_worker.drawing.prompts import Encoding, Texts, encode_pair
@@ -98,9 +99,11 @@ def generate(
 
     sizes_px = drawn_sizes_px(stages, canvas)
     width, height = sizes_px[-1]  # the largest
-    batches.check_fits(
-        models, request, width_px=width, height_px=height, controls=steering.controls
-    )
+    beside: dict[str, Any] = {
+        "controls": steering.controls,
+        "image_prompts": steering.image_prompts,
+    }
+    batches.check_fits(models, request, width_px=width, height_px=height, **beside)
     for line in left_out(
         models.unet,
         controls=bool(steering.controls),
@@ -114,7 +117,7 @@ def generate(
             num_images=count,
             pixels=width * height,
             encodes=canvas is not None or len(sizes_px) > 1 or takes_mask(models.unet),
-            controls=steering.controls,
+            **beside,
         )
         canvases = [canvas]
         if len(sizes_px) > 1:
@@ -139,7 +142,9 @@ def generate(
             texts=_encode(request, stages, models, adapters.embeddings),
             canvas=encoded[0],
             larger_canvas=encoded[-1],
-            enlarge=_enlarging(canvas, sizes_px[-1], steering.enlarge or _by_lanczos),
+            enlarge=_enlarging(
+                canvas, sizes_px[-1], steering.enlarge or enlarger(None, models.placement)
+            ),
             may_be_black=canvas is not None and int(np.asarray(canvas.working).max()) < DARK,
             counter=StepCounter(on_step, total_steps(stages), count, models.device),
             steering=steering,
@@ -400,10 +405,6 @@ def _enlarged(
     if kept is None or canvas.repainted is None:
         return latents, None
     return torch.where(canvas.repainted, latents, kept), Keeper(kept, canvas.repainted)
-
-
-def _by_lanczos(picture: Image.Image, size_px: tuple[int, int]) -> Image.Image:
-    return picture.resize(size_px, Image.Resampling.LANCZOS)
 
 
 def _enlarging(

@@ -28,7 +28,7 @@ def kind_of(
     Alone is drawn where a UNet's blocks keep something from step to step (`STEP_CACHE`), where
     pictures of one pass depend on each other (fp8 has one scale for all rows), where networks take
     turns on the GPU, what reports on the worker, what control pictures or pictures as prompts steer
-    (passes of others have not what those add), and what is enlarged, whose passes differ in size.
+    (passes of others have not what those add), and `hires`, whose passes differ in size.
 
     Args:
         stages: of the request, as for the other arguments.
@@ -37,7 +37,7 @@ def kind_of(
         return None
     if settings.step_cache is not None or settings.quantize == "fp8":
         return None
-    if request.controlnet or request.ip_adapter or request.hires or request.upscale:
+    if request.controlnet or request.ip_adapter or request.hires:
         return None
     if not stages or not models.placement.resident:
         return None

@@ -30,6 +30,8 @@ CANNY_THRESHOLDS = 100, 200
 
 # A joint of which the network is less sure is not drawn.
 _LEAST_SURE = 0.3
+# Each is a pass of the network. A crowd would be hundreds.
+MOST_PEOPLE = 20
 _PERSON = 0  # the first class of the detectors that know more than people
 
 # Of OpenPose's 18 joints, in its order: 0 nose, 1 neck, 2 to 4 right arm, 5 to 7 left arm, 8 to 10
@@ -150,7 +152,7 @@ class _PoseFinder:
 
     def joints_of(self, pixels: NDArray[np.uint8]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         """Of each person the places of the joints [joints, 2], x and y in pixels, and how sure
-        these are [joints].
+        these are [joints]; of a crowd, those of the largest `MOST_PEOPLE`.
 
         Args:
             pixels: RGB, [height, width, 3].
@@ -158,6 +160,8 @@ class _PoseFinder:
         people = self._boxes(pixels[..., ::-1])  # it was trained with BGR, the other with RGB
         if not len(people):  # it would take the whole picture for a person
             return []
+        sizes = (people[:, 2] - people[:, 0]) * (people[:, 3] - people[:, 1])
+        people = people[np.argsort(-sizes, kind="stable")[:MOST_PEOPLE]]
         places, sureness = self._pose(pixels, bboxes=people)
         return list(zip(places[:, :_JOINTS], sureness[:, :_JOINTS], strict=True))
 

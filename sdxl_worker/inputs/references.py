@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -62,39 +63,52 @@ def addresses_of(request: Request) -> dict[str, str]:
 
 async def decode_references(
     request: Request, contents: Mapping[str, bytes], size: tuple[int, int]
-) -> References:
+) -> dict[str, Any]:
     """The pictures and masks as they were sent, but of this size; pictures that are prompts keep
     their own. Cancelled, it ends the decoder at once.
 
     Args:
-        contents: by the places of `addresses_of`.
+        contents: by places of `addresses_of`, all of them or some.
         size: width and height of the whole picture that is drawn on.
+
+    Returns:
+        By the same places, for `references_of`.
 
     Raises:
         RequestError: one cannot be decoded, or a mask has another shape or is empty.
     """
-    controls, prompts, masks = [], [], []
-    for i, _ in enumerate(request.controlnet or ()):
-        field = f"controlnet[{i}].image_url"
-        decoded = await decode_apart(
-            contents[field], field, height_px=size[1], width_px=size[0], how=request.fit
+    decoded: dict[str, Any] = {}
+    for field, data in contents.items():
+        if field.endswith(".mask_url"):
+            fit = Fit(size, size, "stretch")
+            decoded[field] = await decode_mask_apart(data, field, fit, repaints=False)
+            continue
+        is_control = field.startswith("controlnet")
+        found = await decode_apart(
+            data,
+            field,
+            height_px=size[1] if is_control else None,
+            width_px=size[0] if is_control else None,
+            how=request.fit,
+            # A prompt is not rounded to what the models can draw: it is for an encoder of its own.
+            masked=not is_control,
         )
-        controls.append(decoded.picture)
-    for i, prompt in enumerate(request.ip_adapter or ()):
-        field = f"ip_adapter[{i}].image_url"
-        # Not rounded to what the models can draw: it is for an encoder of its own.
-        decoded = await decode_apart(
-            contents[field], field, height_px=None, width_px=None, masked=True
-        )
-        prompts.append(decoded.picture)
-        mask = None
-        if prompt.mask_url is not None:
-            field = f"ip_adapter[{i}].mask_url"
-            mask = await decode_mask_apart(
-                contents[field], field, Fit(size, size, "stretch"), repaints=False
-            )
-        masks.append(mask)
-    return References(tuple(controls), tuple(prompts), tuple(masks))
+        decoded[field] = found.picture
+    return decoded
+
+
+def references_of(request: Request, decoded: Mapping[str, Any]) -> References:
+    """
+    Args:
+        decoded: by all places of `addresses_of`, as `decode_references` gives them.
+    """
+    controls = [f"controlnet[{i}]" for i, _ in enumerate(request.controlnet or ())]
+    prompts = [f"ip_adapter[{i}]" for i, _ in enumerate(request.ip_adapter or ())]
+    return References(
+        tuple(decoded[f"{control}.image_url"] for control in controls),
+        tuple(decoded[f"{prompt}.image_url"] for prompt in prompts),
+        tuple(decoded.get(f"{prompt}.mask_url") for prompt in prompts),
+    )
 
 
 def prepare_references(
@@ -118,6 +132,8 @@ def prepare_references(
             pose,
             f"controlnet[{i}]",
         )
+        if one.scale > 0 or request.return_maps
+        else picture  # which nobody sees
         for i, (one, picture) in enumerate(
             zip(request.controlnet or (), references.controls, strict=True)
         )

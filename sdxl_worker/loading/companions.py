@@ -1,7 +1,8 @@
 """Networks that stand beside a model, such as a ControlNet: loaded when a request first asks."""
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from sdxl_worker.errors import BrokenFilesError
 from sdxl_worker.placement import Placement
+from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
 
 # Of one file each reads a run of tensors, as they lie there.
 THREADS = 8
@@ -94,6 +96,26 @@ def read_tensors(
         name = path.name if path else ""
         raise BrokenFilesError(f"{setting}: {name} cannot be read: {error}") from error
     return tensors
+
+
+def count_numbers(paths: Iterable[Path], setting: str) -> int:
+    """How many numbers the tensors of safetensors files have. Only the headers are read.
+
+    Args:
+        setting: as for `read_tensors`.
+
+    Raises:
+        BrokenFilesError: a file cannot be read.
+    """
+    count = 0
+    for path in paths:
+        try:
+            count += sum(map(math.prod, read_header(path).shapes.values()))
+        except (OSError, NotSafetensorsError) as error:
+            # Files of one name lie in many folders.
+            name = f"{path.parent.name}/{path.name}"
+            raise BrokenFilesError(f"{setting}: {name} cannot be read: {error}") from error
+    return count
 
 
 @contextlib.contextmanager

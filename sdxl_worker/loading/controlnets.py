@@ -17,10 +17,9 @@ import torch
 
 from sdxl_worker.errors import BrokenFilesError, ModelError, RequestError
 from sdxl_worker.gpu import is_out_of_memory
-from sdxl_worker.loading.companions import read_tensors
+from sdxl_worker.loading.companions import count_numbers, read_tensors
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import CONTROL_SPELLINGS, CONTROL_TYPES, ControlName
-from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +75,7 @@ class ControlNetFiles:
         return f"the ControlNet {self.folder.name}"
 
     def size_bytes(self, dtype: torch.dtype) -> int:
-        try:
-            shapes = [read_header(path).shapes for path in self._weight_files(dtype)]
-        except (NotSafetensorsError, OSError) as error:
-            raise BrokenFilesError(f"CONTROLNET_DIR: {self.folder.name}: {error}") from error
-        numbers = sum(torch.Size(shape).numel() for one in shapes for shape in one.values())
-        return numbers * dtype.itemsize
+        return count_numbers(self._weight_files(dtype), "CONTROLNET_DIR") * dtype.itemsize
 
     def load(self, placement: Placement) -> torch.nn.Module:
         from diffusers import ControlNetModel, ControlNetUnionModel

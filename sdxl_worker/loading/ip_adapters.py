@@ -3,7 +3,6 @@ pictures (https://arxiv.org/abs/2308.06721).
 """
 
 import json
-import math
 import re
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
 
 from sdxl_worker.errors import BrokenFilesError, RequestError
-from sdxl_worker.loading.companions import read_tensors
+from sdxl_worker.loading.companions import count_numbers, read_tensors
 from sdxl_worker.loading.networks import Network
 from sdxl_worker.placement import Placement
 from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
@@ -127,7 +126,7 @@ class ImageEncoderFiles:
         return next((path for path in paths if path.is_file()), None)
 
     def size_bytes(self, dtype: torch.dtype) -> int:
-        return _numbers(self._path()) * dtype.itemsize
+        return count_numbers([self._path()], _SETTING) * dtype.itemsize
 
     def load(self, placement: Placement) -> torch.nn.Module:
         tensors = read_tensors([self._path()], placement, _SETTING)
@@ -168,7 +167,7 @@ class IpAdapterFiles:
         return f"the IP-Adapter {self.path.stem}"
 
     def size_bytes(self, dtype: torch.dtype) -> int:
-        return _numbers(self.path) * dtype.itemsize
+        return count_numbers([self.path], _SETTING) * dtype.itemsize
 
     def load(self, placement: Placement) -> "IpAdapter":
         tensors = read_tensors([self.path], placement, _SETTING)
@@ -372,13 +371,6 @@ def _with_library_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
         else:
             renamed[f"{prefix}.{_OF_BLOCKS.get(part, part)}.{which}"] = tensor
     return renamed
-
-
-def _numbers(path: Path) -> int:
-    try:
-        return sum(map(math.prod, read_header(path).shapes.values()))
-    except (OSError, NotSafetensorsError) as error:
-        raise _cannot_be_loaded(path, error) from error
 
 
 def _cannot_be_loaded(path: Path, error: Exception) -> BrokenFilesError:

@@ -42,16 +42,16 @@ class DepthFiles:
 def find_depth(controlnet_dir: Path | None, field: str) -> DepthFiles:
     """
     Args:
-        controlnet_dir: `CONTROLNET_DIR`. None: that of the image, if it has one.
+        controlnet_dir: `CONTROLNET_DIR`. What it has not got, the image may have.
         field: of the request, for messages.
 
     Raises:
         RequestError: the worker has none.
     """
-    folder = (controlnet_dir or BAKED_CONTROLNET_DIR) / PREPROCESSORS / "depth"
-    if not (folder / "config.json").is_file():
-        raise _missing("depth", "Depth-Anything-V2-Small in transformers layout", field)
-    return DepthFiles(folder)
+    for folder in _folders(controlnet_dir, "depth"):
+        if (folder / "config.json").is_file():
+            return DepthFiles(folder)
+    raise _missing("depth", "Depth-Anything-V2-Small in transformers layout", field)
 
 
 def find_pose(controlnet_dir: Path | None, field: str) -> PoseFiles:
@@ -63,13 +63,21 @@ def find_pose(controlnet_dir: Path | None, field: str) -> PoseFiles:
     Raises:
         RequestError: the worker has none, or more files than it can tell apart.
     """
-    folder = (controlnet_dir or BAKED_CONTROLNET_DIR) / PREPROCESSORS / "pose"
-    files = sorted(folder.glob("*.onnx"))
-    detectors = [path for path in files if path.name.lower().startswith("yolox")]
-    poses = [path for path in files if path not in detectors]
-    if len(detectors) != 1 or len(poses) != 1:
-        raise _missing("pose", "one yolox*.onnx and one *.onnx of RTMPose or DWPose", field)
-    return PoseFiles(detectors[0], poses[0])
+    for folder in _folders(controlnet_dir, "pose"):
+        files = sorted(folder.glob("*.onnx"))
+        detectors = [path for path in files if path.name.lower().startswith("yolox")]
+        poses = [path for path in files if path not in detectors]
+        if len(detectors) == 1 and len(poses) == 1:
+            return PoseFiles(detectors[0], poses[0])
+        if files:
+            break  # the owner meant these
+    raise _missing("pose", "one yolox*.onnx and one *.onnx of RTMPose or DWPose", field)
+
+
+def _folders(controlnet_dir: Path | None, name: str) -> list[Path]:
+    """Where a preprocessor may be: the owner's first."""
+    folders = (controlnet_dir, BAKED_CONTROLNET_DIR)
+    return [folder / PREPROCESSORS / name for folder in folders if folder is not None]
 
 
 def _missing(name: str, what: str, field: str) -> RequestError:

@@ -1,5 +1,6 @@
 """The image classifier of `SAFETY_CHECKER`. Its judgement is a guess."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,57 +40,81 @@ class SafetyCheckerFiles:
 
     def load(self, placement: Placement) -> torch.nn.Module:
         # Only a worker with this setting pays for the import.
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        from transformers import AutoModelForImageClassification
 
         network = load_folder(AutoModelForImageClassification, self.folder, SETTING, _DTYPE)
         labels = {int(i): str(label) for i, label in network.config.id2label.items()}
         flagged = flags([labels[i] for i in sorted(labels)], self.folder)
-        try:
-            processor = AutoImageProcessor.from_pretrained(
-                self.folder, backend="pil", local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # of many kinds
-            told = str(error).strip().partition("\n")[0]
-            raise ModelError(
-                f"{SETTING}: preprocessor_config.json in {self.folder} cannot be used: {told}"
-            ) from None
-        checker = SafetyChecker(network, processor, flagged)
+        processor_of(self.folder)  # what cannot prepare pictures cannot judge any
+        checker = SafetyChecker(network, flagged)
         return checker.to(placement.device) if placement.resident else checker
+
+    def prepared(
+        self, pictures: Sequence[Image.Image], check: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        """What `SafetyChecker.flags` takes, on the CPU. It takes up to seconds: not for the GPU
+        thread.
+
+        Args:
+            pictures: RGB, of any size.
+            check: called before each. If it raises, so does this.
+        """
+        processor = processor_of(self.folder)
+        pixels = []
+        for picture in pictures:
+            check()
+            pixels.append(processor(images=picture, return_tensors="pt")["pixel_values"])
+        return torch.cat(pixels)
+
+
+@functools.lru_cache(maxsize=1)
+def processor_of(folder: Path) -> Any:
+    """What prepares pictures for the classifier in a folder.
+
+    Raises:
+        ModelError: it cannot be made.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds
+        told = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"{SETTING}: preprocessor_config.json in {folder} cannot be used: {told}"
+        ) from None
 
 
 class SafetyChecker(torch.nn.Module):
-    """A classifier with what prepares its pictures."""
+    """A classifier that knows its labels."""
 
-    def __init__(self, network: torch.nn.Module, processor: Any, flagged: Sequence[bool]) -> None:
+    def __init__(self, network: torch.nn.Module, flagged: Sequence[bool]) -> None:
         """
         Args:
             flagged: of each label, whether a picture of that label is flagged.
         """
         super().__init__()
         self.network = network
-        self._processor = processor
         self._flagged = list(flagged)
 
     @torch.no_grad()
-    def flags(
-        self, pictures: Sequence[Image.Image], check: Callable[[], None] = lambda: None
-    ) -> list[bool]:
+    def flags(self, pixels: torch.Tensor, check: Callable[[], None] = lambda: None) -> list[bool]:
         """Of each picture, whether the likeliest label is one that is flagged.
 
         Args:
-            pictures: RGB, of any size.
+            pixels: [pictures, 3, height, width], as `SafetyCheckerFiles.prepared` gives them.
             check: called before each batch. If it raises, so does this.
 
         Raises:
             ArithmeticError: the network gives numbers that are not finite.
         """
         flags: list[bool] = []
-        for begin in range(0, len(pictures), _BATCH):
+        weights = next(self.network.parameters())
+        for batch in pixels.split(_BATCH):
             check()
-            batch = list(pictures[begin : begin + _BATCH])
-            pixels = self._processor(images=batch, return_tensors="pt")["pixel_values"]
-            weights = next(self.network.parameters())
-            logits = self.network(pixels.to(weights.device, weights.dtype)).logits
+            logits = self.network(batch.to(weights.device, weights.dtype)).logits
             if not bool(torch.isfinite(logits).all()):
                 raise ArithmeticError("logits that are not finite")
             flags += [self._flagged[i] for i in logits.argmax(dim=-1).tolist()]

@@ -1,11 +1,9 @@
 """Networks that the owner has in transformers layout: a folder of config.json and safetensors."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.errors import BrokenFilesError
-from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +28,9 @@ def numbers_in(folder: Path, setting: str) -> int:
         BrokenFilesError: a file cannot be read.
     """
     check_folder(folder, setting)
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        try:
-            count += sum(map(math.prod, read_header(path).shapes.values()))
-        except (OSError, NotSafetensorsError) as error:
-            raise BrokenFilesError(f"{setting}: {path} cannot be read: {error}") from None
-    return count
+    from sdxl_worker.loading.companions import count_numbers  # imports torch
+
+    return count_numbers(folder.glob("*.safetensors"), setting)
 
 
 def load_folder(kind: Any, folder: Path, setting: str, dtype: "torch.dtype") -> Any:

@@ -83,13 +83,13 @@ async def answer(job: dict[str, Any]) -> Answer:
         if isinstance(error, GeneratorExit) or next_job_has_begun():
             return _failed(error)
         try:
-            return await on_gpu_thread(_describe_failure, error)
+            return await on_gpu_thread(_describe_failure, error, job.get("input"))
         except Exception:
             log.exception("and so did the look at the GPU", extra=extra)
             return _failed(error)
 
 
-def _describe_failure(error: BaseException) -> Answer:
+def _describe_failure(error: BaseException, job_input: Any) -> Answer:
     """The answer to a failure that is not the caller's mistake: no traceback, no paths."""
     from sdxl_worker import gpu
 
@@ -101,9 +101,18 @@ def _describe_failure(error: BaseException) -> Answer:
         return _error(
             Outcome.OUT_OF_MEMORY,
             "not enough GPU memory for this job; ask for fewer or smaller pictures "
-            "(num_images, height, width)",
+            f"(num_images, height, width){_or_without_networks(job_input)}",
         )
     return _failed(error)
+
+
+def _or_without_networks(job_input: Any) -> str:
+    """Advice for a job whose networks beside the models may be what does not fit."""
+    fields = job_input.get("openai_input", job_input) if isinstance(job_input, dict) else None
+    if not isinstance(fields, dict):
+        return ""
+    asked = [name for name in ("controlnet", "ip_adapter") if fields.get(name)]
+    return f", or leave out {' and '.join(asked)}" if asked else ""
 
 
 def _failed(error: BaseException) -> Answer:

@@ -26,6 +26,7 @@ from sdxl_worker.inputs.references import (
     addresses_of,
     decode_references,
     prepare_references,
+    references_of,
     warnings_of_maps,
 )
 from sdxl_worker.limits import check_limits
@@ -74,6 +75,8 @@ log = logging.getLogger(__name__)
 
 # Of what LoRAs change, the share that rounding may lose without a word.
 LOST_WORTH_TELLING = 0.01
+# Control pictures and pictures as prompts that are in memory as they were sent.
+FILES_AT_ONCE = 2
 # What the SDK calls with a job and gets the answer from.
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -499,12 +502,25 @@ async def _references(
 
     size = canvas.picture.size if canvas is not None else drawn_sizes_px(stages, None)[0]
     async with not_holding_the_end("the pictures of controlnet and ip_adapter"):
-        with timed("fetch", job_id):
-            contents = await _fetch_side_by_side(addresses)
+        decoded: dict[str, Any] = {}
+        for some in _in_parts(addresses, FILES_AT_ONCE):
+            with timed("fetch", job_id):
+                contents = await _fetch_side_by_side(some)
+            with timed("decode", job_id):
+                decoded |= await decode_references(request, contents, size)
+            del contents  # before the next are fetched
+        references = references_of(request, decoded)
         with timed("decode", job_id):
-            decoded = await decode_references(request, contents, size)
-            del contents
-            return await in_thread(prepare_references, decoded, request, canvas, beside.pose)
+            return await in_thread(prepare_references, references, request, canvas, beside.pose)
+
+
+def _in_parts(addresses: Mapping[str, str], at_most: int) -> list[dict[str, str]]:
+    """Of no more different addresses each."""
+    different = list(dict.fromkeys(addresses.values()))
+    return [
+        {field: one for field, one in addresses.items() if one in different[i : i + at_most]}
+        for i in range(0, len(different), at_most)
+    ]
 
 
 async def _fetch_side_by_side(addresses: Mapping[str, str]) -> dict[str, bytes]:

@@ -1,9 +1,10 @@
 """Finished pictures are judged by the classifier of `SAFETY_CHECKER`, before anything of them is
 sent."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,9 +14,11 @@ from sdxl_worker import gpu
 from sdxl_worker.errors import PictureError
 from sdxl_worker.serving.progress import JobStopped, Progress
 from sdxl_worker.serving.start import is_beside, put_beside
-from sdxl_worker.serving.threads import draw_on_gpu_thread, on_gpu_thread
+from sdxl_worker.serving.threads import draw_on_gpu_thread, in_thread, on_gpu_thread
 
 if TYPE_CHECKING:
+    import torch
+
     from sdxl_worker.loading.models import Models
     from sdxl_worker.loading.safety_checkers import SafetyCheckerFiles
 
@@ -37,14 +40,22 @@ async def judge(
     from sdxl_worker.loading.safety_checkers import SafetyCheckerFiles
 
     files = SafetyCheckerFiles(folder)
-    flags = functools.partial(_flags, pictures, files, models, progress)
+    pixels = await in_thread(_prepared, pictures, files, progress)
+    flags = functools.partial(_flags, pixels, files, models, progress)
     # Between the passes of another job, whose networks must not be moved to make room.
     found = await on_gpu_thread(lambda: flags() if is_beside(files) else None)
     return found if found is not None else await draw_on_gpu_thread(flags, None, 1)
 
 
+def _prepared(
+    pictures: Sequence[Image.Image], files: "SafetyCheckerFiles", progress: Progress
+) -> "torch.Tensor":
+    with _failing_readably():
+        return files.prepared(pictures, progress.check)
+
+
 def _flags(
-    pictures: Sequence[Image.Image],
+    pixels: "torch.Tensor",
     files: "SafetyCheckerFiles",
     models: "Models",
     progress: Progress,
@@ -53,9 +64,18 @@ def _flags(
     from sdxl_worker.loading.safety_checkers import SafetyChecker
 
     [checker] = put_beside(models, [files], progress.on_loading)
+    with _failing_readably(), at_work(checker, models.placement):
+        return cast(SafetyChecker, checker).flags(pixels, progress.check)
+
+
+@contextlib.contextmanager
+def _failing_readably() -> Iterator[None]:
+    """
+    Raises:
+        PictureError: for what is neither a stop nor the GPU's.
+    """
     try:
-        with at_work(checker, models.placement):
-            return cast(SafetyChecker, checker).flags(pictures, progress.check)
+        yield
     except JobStopped:
         raise
     except Exception as error:

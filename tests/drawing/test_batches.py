@@ -11,6 +11,7 @@ from benchmarks.ways import psnr_db
 from sdxl_worker import gpu
 from sdxl_worker.drawing import batches
 from sdxl_worker.drawing.batches import Plan
+from sdxl_worker.drawing.image_prompts import ImagePrompt
 from sdxl_worker.drawing.steps import Step
 from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
@@ -350,6 +351,26 @@ def test_networks_that_take_turns_make_room_for_the_controlnets_too(
     batches.check_fits(models_there, request, **size, controls=[small])
     with pytest.raises(RequestError, match="3072 x 3072 pixels do not fit"):
         batches.check_fits(models_there, request, **size, controls=with_networks(1.2))
+
+
+def test_and_for_the_ip_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    models_there = models_on_gpu(7.5e9, monkeypatch, moved_in_bytes=5.1e9)
+    request = parse_request({"prompt": "a red circle"})
+    small, large = with_adapter(0.4), with_adapter(1.2)
+    options: dict[str, Any] = {"num_images": 8, "pixels": MEGAPIXEL}
+    assert batches.plan(models_there, **options).batch_size == 3
+    assert batches.plan(models_there, **options, image_prompts=[small]).batch_size == 2
+    assert batches.plan(models_there, **options, image_prompts=[small, small]).batch_size == 2
+    size: dict[str, Any] = {"width_px": 3584, "height_px": 3584}
+    batches.check_fits(models_there, request, **size, image_prompts=[small])
+    with pytest.raises(RequestError, match="3584 x 3584 pixels do not fit"):
+        batches.check_fits(models_there, request, **size, image_prompts=[large])
+
+
+def with_adapter(size_gb: float) -> ImagePrompt:
+    adapter: Any = torch.nn.Linear(1, 1, bias=False, device="meta")
+    adapter.weight = torch.nn.Parameter(torch.empty(int(size_gb * 1e9 / 4), device="meta"))
+    return ImagePrompt(adapter, torch.zeros(2, 1, 4, 8), "plain", 0.8)
 
 
 def test_a_size_that_surely_does_not_fit_with_a_controlnet_is_refused(

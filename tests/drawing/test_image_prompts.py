@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from sdxl_worker.adapters.of_request import NO_ADAPTERS, Adapters
-from sdxl_worker.drawing import image_prompts
+from sdxl_worker.drawing import batches, image_prompts
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.image_prompts import ImagePrompt, tokens_of_picture
 from sdxl_worker.drawing.prompts import Texts, encode_pair
@@ -312,6 +312,25 @@ def test_the_refiner_takes_no_picture(models: Models, prompt: Make) -> None:
         job = {"refiner_inference_steps": 4, **job}
         [picture] = drawn(models, [prompt()], **job)
         assert difference(picture, drawn(models, **job)[0]) > 1
+
+
+def test_what_its_adapter_takes_is_in_the_memory_plan(
+    models: Models, prompt: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def note(plan: Any) -> Any:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            given.append(options["image_prompts"])
+            return plan(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(batches, "plan", note(batches.plan))
+    monkeypatch.setattr(batches, "check_fits", note(batches.check_fits))
+    one = prompt()
+    drawn(models, [one])
+    assert given == [(one,)] * 2
 
 
 @pytest.mark.parametrize("kind", ["plain", "plus"])

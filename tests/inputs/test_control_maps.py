@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from sdxl_worker.errors import ModelError, RequestError
 from sdxl_worker.inputs.control_maps import (
+    MOST_PEOPLE,
     PoseFiles,
     canny_map,
     check_installed,
@@ -115,6 +116,27 @@ def test_everyone_is_drawn(pose_files: PoseFiles) -> None:
     noses = np.asarray(drawn) == NOSE_COLOUR
     assert noses[:, :128].all(axis=2).any()
     assert noses[:, 128:].all(axis=2).any()
+
+
+def test_of_a_crowd_only_the_largest_are_looked_at(
+    pose_files: PoseFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a pass of the network, and nothing stops those of a job that is cancelled."""
+    crowd = [(4 * (i % 12), 4 * (i // 12), 4 * (i % 12) + 3, 4 * (i // 12) + 3) for i in range(60)]
+    large = (SIDE_PX // 2, 24, SIDE_PX, SIDE_PX)
+    write_detector(pose_files.detector, [*crowd, large])
+    seen: list[Any] = []
+    infer = rtmlib.RTMPose.inference
+
+    def counted(tool: Any, pixels: Any) -> Any:
+        seen.append(pixels)
+        return infer(tool, pixels)
+
+    monkeypatch.setattr(rtmlib.RTMPose, "inference", counted)
+    drawn = pose_map(Image.new("RGB", (256, 256)), pose_files, FIELD)
+    assert len(seen) == MOST_PEOPLE
+    noses = (np.asarray(drawn) == NOSE_COLOUR).all(axis=2)
+    assert noses[96:].any(), "the largest is one of them"
 
 
 def test_a_detector_of_many_things_gives_people_only(pose_files: PoseFiles) -> None:

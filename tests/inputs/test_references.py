@@ -16,6 +16,7 @@ from sdxl_worker.inputs.references import (
     addresses_of,
     decode_references,
     prepare_references,
+    references_of,
 )
 from sdxl_worker.request import Request, parse_request
 from tests.support import data_uri, noise_picture
@@ -46,7 +47,7 @@ def png(picture: Image.Image) -> bytes:
 
 def decoded(request: Request, *pictures: Image.Image, size: tuple[int, int] = SIZE) -> References:
     contents = dict(zip(addresses_of(request), map(png, pictures), strict=True))
-    return asyncio.run(decode_references(request, contents, size))
+    return references_of(request, asyncio.run(decode_references(request, contents, size)))
 
 
 def masked_canvas(picture: Image.Image, padding: int | None) -> Canvas:
@@ -189,6 +190,15 @@ def test_repaint_is_black_in_the_request_s_mask_and_a_tile_is_the_picture() -> N
     assert canvas.mask is not None
     assert not pixels[canvas.mask].any()
     assert np.array_equal(pixels[~canvas.mask], np.asarray(picture)[~canvas.mask])
+
+
+def test_with_scale_0_no_map_is_made_unless_it_is_sent_back() -> None:
+    entry = {"type": "canny", "image_url": ADDRESS, "scale": 0}
+    picture = noise_picture(64, 64)
+    for asked in (False, True):
+        request = request_of(controlnet=[entry], return_maps=asked)
+        [control] = prepare_references(References((picture,)), request, None, None).controls
+        assert (control is picture) == (not asked)
 
 
 def test_repaint_without_a_mask_is_refused() -> None:

@@ -34,19 +34,35 @@ def test_what_is_not_there_is_refused_with_what_the_owner_and_the_caller_can_do(
     assert "preprocess false" in message
 
 
-def test_those_of_the_image_are_found_where_no_folder_is_set(
+def test_those_of_the_image_are_found_where_the_owner_s_folder_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocessors, "BAKED_CONTROLNET_DIR", tmp_path)
-    save_depth_network(tmp_path / "preprocessors" / "depth")
-    assert find_depth(None, FIELD) == DepthFiles(tmp_path / "preprocessors" / "depth")
+    own, image = tmp_path / "own", tmp_path / "image"
+    monkeypatch.setattr(preprocessors, "BAKED_CONTROLNET_DIR", image)
+    own.mkdir()
+    for folder in (image, own):
+        save_depth_network(folder / "preprocessors" / "depth")
+        save_pose_files(folder)
+        expected = folder / "preprocessors"
+        assert find_depth(own, FIELD) == DepthFiles(expected / "depth")
+        assert find_pose(own, FIELD).pose.parent == expected / "pose"
+    assert find_depth(None, FIELD) == DepthFiles(image / "preprocessors" / "depth")
+    assert find_pose(None, FIELD).pose.parent == image / "preprocessors" / "pose"
+    (own / "preprocessors" / "pose" / "other.onnx").touch()
+    with pytest.raises(RequestError, match="one yolox"):  # not another one without a word
+        find_pose(own, FIELD)
 
 
-def test_the_two_networks_of_poses_are_told_apart_by_their_names(tmp_path: Path) -> None:
-    folder = tmp_path / "preprocessors" / "pose"
+def save_pose_files(folder: Path) -> Path:
+    folder = folder / "preprocessors" / "pose"
     folder.mkdir(parents=True)
     for name in ("dw-ll_ucoco_384.onnx", "yolox_l.onnx", "README.md"):
         (folder / name).touch()
+    return folder
+
+
+def test_the_two_networks_of_poses_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    folder = save_pose_files(tmp_path)
     files = find_pose(tmp_path, FIELD)
     assert (files.detector.name, files.pose.name) == ("yolox_l.onnx", "dw-ll_ucoco_384.onnx")
     (folder / "rtmpose.onnx").touch()

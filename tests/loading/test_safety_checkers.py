@@ -27,6 +27,10 @@ def loaded(folder: Path) -> SafetyChecker:
     return checker
 
 
+def flags(folder: Path, pictures: list[Image.Image]) -> list[bool]:
+    return loaded(folder).flags(SafetyCheckerFiles(folder).prepared(pictures))
+
+
 def refusal(folder: Path) -> str:
     with pytest.raises(ModelError, match=r"^SAFETY_CHECKER: ") as caught:
         loaded(folder)
@@ -42,11 +46,24 @@ def early_refusal(folder: Path) -> str:
 
 def test_each_picture_is_judged_by_itself_in_batches(tmp_path: Path) -> None:
     save_classifier(tmp_path, flags_bright=True)
+    pixels = SafetyCheckerFiles(tmp_path).prepared([WHITE, BLACK, BLACK, WHITE, BLACK, WHITE])
     checked: list[int] = []
-    pictures = [WHITE, BLACK, BLACK, WHITE, BLACK, WHITE]
-    flags = loaded(tmp_path).flags(pictures, lambda: checked.append(1))
-    assert flags == [True, False, False, True, False, True]
+    flagged = loaded(tmp_path).flags(pixels, lambda: checked.append(1))
+    assert flagged == [True, False, False, True, False, True]
     assert len(checked) == 2
+
+
+def test_a_job_that_is_stopped_prepares_no_further_picture(tmp_path: Path) -> None:
+    save_classifier(tmp_path)
+    seen: list[int] = []
+
+    def check() -> None:
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        SafetyCheckerFiles(tmp_path).prepared([WHITE] * 3, check)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +74,7 @@ def test_a_picture_is_flagged_whose_likeliest_label_says_so(
     likeliest: str, expected: bool, tmp_path: Path
 ) -> None:
     save_classifier(tmp_path, ["drawings", "hentai", "neutral", "porn"], likeliest=likeliest)
-    assert loaded(tmp_path).flags([WHITE]) == [expected]
+    assert flags(tmp_path, [WHITE]) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +191,7 @@ def test_numbers_that_are_not_finite_are_no_judgement(tmp_path: Path) -> None:
     checker = loaded(tmp_path)
     torch.nn.init.constant_(next(checker.parameters()), float("nan"))
     with pytest.raises(ArithmeticError):
-        checker.flags([WHITE])
+        checker.flags(SafetyCheckerFiles(tmp_path).prepared([WHITE]))
 
 
 def test_it_needs_no_torchvision_and_says_nothing(tmp_path: Path) -> None:
@@ -192,7 +209,8 @@ def test_it_needs_no_torchvision_and_says_nothing(tmp_path: Path) -> None:
         "from sdxl_worker.placement import Placement\n"
         "files = SafetyCheckerFiles(pathlib.Path(sys.argv[1]))\n"
         "checker = files.load(Placement(torch.device('cpu'), torch.float32, True))\n"
-        "assert checker.flags([Image.new('RGB', (40, 40))]) == [False]\n"
+        "pixels = files.prepared([Image.new('RGB', (40, 40))])\n"
+        "assert checker.flags(pixels) == [False]\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)

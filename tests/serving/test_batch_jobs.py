@@ -97,6 +97,7 @@ def test_each_job_gets_the_answer_it_would_get_alone(passes: list[int]) -> None:
         {**JOB, "high_noise_frac": 0.5, "refiner_inference_steps": 4},
         {**JOB, "image_url": picture, "mode": "img2img", "mask_url": picture, "mask_blur": 2},
         {"prompt": PROMPT, "seed": 5, "image_url": picture, "num_inference_steps": 4},
+        {**JOB, "upscale": {}},
     ]
     answers = together(*jobs)
     assert max(passes) >= 4
@@ -296,6 +297,7 @@ class _Kinds:
         {"guidance_scale": 1},
         {"high_noise_frac": 0.5, "refiner_inference_steps": 4},
         {"output_format": "jpeg", "preview": True},
+        {"upscale": {}},
     ],
 )
 def test_what_may_differ_between_jobs_that_are_drawn_together(fields: dict[str, Any]) -> None:
@@ -317,7 +319,6 @@ def test_what_must_be_equal_and_what_is_drawn_alone() -> None:
         {"controlnet": [{"type": "canny", "image_url": url}]},
         {"ip_adapter": [{"image_url": url}]},
         {"hires": {}},
-        {"upscale": {}},
     ):
         assert kinds.of(**steered) is None
     assert _Kinds(step_cache=2).of() is None

@@ -32,7 +32,16 @@ from tests.random_ip_adapters import (
     plus_adapter,
 )
 from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
-from tests.support import PROMPT, data_uri, decoded, error, models, noise_picture, run
+from tests.support import (
+    PROMPT,
+    data_uri,
+    decoded,
+    error,
+    models,
+    noise_picture,
+    replace_generate,
+    run,
+)
 from tests.support import picture as picture_of
 
 QUICK: dict[str, Any] = {
@@ -309,6 +318,43 @@ def test_what_several_entries_name_is_fetched_once(monkeypatch: pytest.MonkeyPat
     maps = maps_of(*entries)
     assert sorted(fetched) == ["controlnet[0].image_url", "controlnet[1].image_url"]
     assert [one.tobytes() for one in maps] == [shape().tobytes()] * 3
+
+
+def test_no_more_than_two_files_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may be of 50 MB, and several jobs may be at it."""
+    there: list[int] = []
+    most: list[int] = []
+
+    class File(bytes):
+        def __del__(self) -> None:
+            there.pop()
+
+    async def picture(*_: str) -> bytes:
+        file = File(base64.b64decode(data_uri(shape()).partition(",")[2]))
+        there.append(1)
+        most.append(len(there))
+        return file
+
+    monkeypatch.setattr(job, "fetch", picture)
+    entries = [entry("tile") | {"image_url": f"https://example.com/{i}"} for i in range(3)]
+    maps_of(*entries)
+    assert most == [1, 2, 1]
+
+
+def test_where_the_memory_does_not_do_leaving_the_networks_out_is_advised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA oom")
+
+    replace_generate(monkeypatch, fail)
+    message = error({**QUICK, "controlnet": [entry("tile")]})
+    assert message.endswith("(num_images, height, width), or leave out controlnet")
+    assert error(QUICK).endswith("(num_images, height, width)")
+    fields = {"prompt": PROMPT, "size": "64x64", "controlnet": [entry("tile")]}
+    job_input = {"openai_route": "/v1/images/generations", "openai_input": fields}
+    output = asyncio.run(handler.handler({"id": "test", "input": job_input}))
+    assert output["error"].endswith(", or leave out controlnet")
 
 
 def test_addresses_and_prompts_stay_out_of_logs_and_files(

@@ -3,6 +3,8 @@
 import asyncio
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from PIL import Image
 import handler
 from sdxl_worker import gpu
 from sdxl_worker.errors import ModelError
-from sdxl_worker.loading.safety_checkers import SafetyChecker, SafetyCheckerFiles
+from sdxl_worker.loading.safety_checkers import SafetyChecker, SafetyCheckerFiles, processor_of
 from sdxl_worker.serving import start as start_module
 from sdxl_worker.serving.answering import Outcome, answer
 from sdxl_worker.serving.start import put_beside, start
@@ -104,8 +106,8 @@ def test_only_those_that_are_flagged_become_black(plain: dict[str, Any]) -> None
 
 @pytest.fixture
 def _others_pictures(blanking: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
-    def flags(_: Any, pictures: list[Any], *__: Any) -> list[bool]:
-        return [i == 1 for i in range(len(pictures))]
+    def flags(_: Any, pixels: Any, *__: Any) -> list[bool]:
+        return [i == 1 for i in range(len(pixels))]
 
     monkeypatch.setattr(SafetyChecker, "flags", flags)
 
@@ -131,6 +133,36 @@ def test_openai_s_answers_are_judged_as_well() -> None:
     assert output["nsfw"] == [True]
     png = "data:image/png;base64," + output["data"][0]["b64_json"]
     assert decoded(png).getbbox() is None
+
+
+@pytest.mark.usefixtures("flagging")
+def test_pictures_are_made_small_beside_the_gpu_thread_where_others_are_drawn(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, int] = {}
+
+    def note(kind: type, method: str) -> None:
+        original: Callable[..., Any] = getattr(kind, method)
+
+        def noting(*arguments: Any, **options: Any) -> Any:
+            threads[method] = threading.get_ident()
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(kind, method, noting)
+
+    note(type(processor_of(folders / "nsfw")), "preprocess")
+    note(SafetyChecker, "flags")
+    run(QUICK)
+    assert threads["preprocess"] != threads["flags"]
+
+
+@pytest.mark.usefixtures("flagging")
+def test_what_cannot_be_prepared_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("a shape")
+
+    monkeypatch.setattr(SafetyCheckerFiles, "prepared", fail)
+    assert error(QUICK).startswith("the worker's safety checker failed at the pictures, so they")
 
 
 @pytest.mark.parametrize("blank", ["true", "false"])
