@@ -493,9 +493,10 @@ class TestSizes:
 
 
 def test_the_memory_is_planned_for_the_larger_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    models()  # their start draws, too
     asked: list[dict[str, Any]] = []
 
-    def fits(*_: Any, **size: int) -> None:
+    def fits(*_: Any, **size: Any) -> None:
         asked.append(size)
 
     def plan(*_: Any, **what: Any) -> Plan:
@@ -505,9 +506,10 @@ def test_the_memory_is_planned_for_the_larger_pass(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(generate_module.batches, "check_fits", fits)
     monkeypatch.setattr(generate_module.batches, "plan", plan)
     drawn({**BASE, "num_images": 2})
+    steered: dict[str, Any] = {"controls": (), "image_prompts": ()}
     assert asked == [
-        {"width_px": 120, "height_px": 96},
-        {"num_images": 2, "pixels": 120 * 96, "encodes": True},
+        {"width_px": 120, "height_px": 96, **steered},
+        {"num_images": 2, "pixels": 120 * 96, "encodes": True, **steered},
     ]
 
 
