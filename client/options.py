@@ -253,10 +253,10 @@ class Field:
         if one is None or not colon or isinstance(number, str) or _is_file(text):
             return text, {}
         value = {one.name: number}
-        if re.match("https?://", text, re.IGNORECASE):
-            is_port = "/" not in head.partition("//")[2]
-            if is_port or problems(value, {one.name: one}):
-                return text, {}
+        # A number that is no scale is a port, or a part of the path.
+        is_address = re.match("https?://", text, re.IGNORECASE)
+        if is_address and problems(value, {one.name: one}):
+            return text, {}
         return head, value
 
     def _check_short_form(self, made: Mapping[str, Any], place: str) -> None:
