@@ -146,7 +146,7 @@ class TestOutlines:
         assert seen(lambda outline, _: edges(outline)).all >= 0.9
 
     def test_with_start_and_end_the_place_is_less_sure(self) -> None:
-        """The place is settled early: what begins late finds it taken."""
+        """Half of the steps does not do where the base draws nothing by itself."""
         late = [seen(lambda outline, _, at=at: edges(outline, start=at)) for at in (0.5, 0.9)]
         assert [one.colors for one in late] == [1, 1]
         assert late[0].place <= 0.8
