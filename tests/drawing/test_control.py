@@ -485,7 +485,7 @@ def test_a_job_is_drawn_with_what_its_request_asks_for(tmp_path: Path) -> None:
             **JOB,
             "controlnet": [
                 {"type": "canny", "image_url": url, "scale": 0.5, "end": 0.6},
-                {"type": "openpose", "image_url": url, "start": 0.2},
+                {"type": "openpose", "image_url": url, "preprocess": False, "start": 0.2},
             ],
         }
     )

@@ -1,5 +1,6 @@
 """Denoising steps, as they are told."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ def test_the_host_is_held_back_after_each_step(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(StepsAhead, "limit", lambda steps_ahead: held.append(steps_ahead))
     steps: list[Any] = []
     draw(parse_request(REQUESTS["refined"]), models(), on_step=steps.append)
-    assert len(held) == len(steps) > 4
+    # A job of another test may be on its last steps in a thread of its own.
+    assert len(steps) in Counter(map(id, held)).values()
+    assert len(steps) > 4
 
 
 def test_steps_are_told_in_order_up_to_the_last() -> None:
