@@ -83,7 +83,7 @@ def _steps_with_those_left(stage: Stage) -> int:
     """Of a stage of the base, with those that it leaves to the refiner."""
     of_schedule = stage.options["num_inference_steps"]
     left = of_schedule - round(of_schedule * stage.options.get("denoising_end", 1))
-    own = int(of_schedule * stage.options.get("strength", 1)) - left
+    own = max(1, int(of_schedule * stage.options.get("strength", 1)) - left)
     return round(stage.steps * (own + left) / own)
 
 
