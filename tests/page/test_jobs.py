@@ -199,6 +199,7 @@ def test_a_job_that_ends_while_the_page_is_away_is_fetched(
     jobs_page: Page, worker: HandWorker, bare_endpoint: LocalEndpoint
 ) -> None:
     draw_prompt(jobs_page)
+    expect(jobs_page.get_by_text("In queue").first).to_be_visible()  # it knows the job's id
     job_id = worker.take()["id"]
     jobs_page.goto("about:blank")
     worker.done(job_id, {"output": OUTPUT})
