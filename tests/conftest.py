@@ -11,6 +11,8 @@ from tests.s3_server import S3Server, s3_server
 # Before torch is imported. The tests run in parallel processes, each of which does best with one
 # thread; and with more, workers that they start would round otherwise than they do.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tests import onnxruntime by themselves, too: nobody is told of that.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture(autouse=True)

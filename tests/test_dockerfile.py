@@ -380,6 +380,7 @@ def test_hosts_whose_driver_torch_cannot_use_are_refused_by_the_sdk_s_check() ->
 def test_the_environment_is_that_of_the_platform() -> None:
     environment = " ".join(value for name, value in image("none") if name == "ENV").split()
     assert {"HF_HUB_OFFLINE=1", "RUNPOD_LOG_LEVEL=INFO", "PYTHONUNBUFFERED=1"} <= set(environment)
+    assert "ORT_DISABLE_TELEMETRY=1" in environment
     assert "PATH=/opt/venv/bin:$PATH" in environment
     assert not any("HF_HUB_OFFLINE" in value for _, value in lineage("download", "sdxl"))
 

@@ -6,6 +6,7 @@ OpenCV, rtmlib and onnxruntime are optional, and imported where they are needed.
 import colorsys
 import functools
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,9 @@ class _PoseFinder:
     """The two networks, as rtmlib uses them."""
 
     def __init__(self, files: PoseFiles) -> None:
+        # Imported without this, it writes an id of the machine into the user's folder, and reports
+        # its use to its makers.
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         import onnxruntime
         import rtmlib
         import rtmlib.tools.base as tools

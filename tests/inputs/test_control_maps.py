@@ -1,6 +1,8 @@
 """Control maps of the CPU: edges, poses, and what is to be repainted."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from tests.inputs.onnx_files import (
     write_detector,
     write_pose_network,
 )
+from tests.support import REPOSITORY
 
 FIELD = "controlnet[0].image_url"
 # COCO's order: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left before right.
@@ -208,6 +211,27 @@ def person(sureness: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     places[1], places[2] = (120, 40), (40, 40)
     sure[1] = sure[2] = sureness
     return places, sure
+
+
+def test_nobody_is_told_that_they_are_used(pose_files: PoseFiles, tmp_path: Path) -> None:
+    """onnxruntime leaves an id of the machine where it reports its use."""
+    program = (
+        "import pathlib, sys\n"
+        "from PIL import Image\n"
+        "from sdxl_worker.inputs.control_maps import PoseFiles, pose_map\n"
+        "files = PoseFiles(*map(pathlib.Path, sys.argv[1:]))\n"
+        "pose_map(Image.new('RGB', (64, 64), 'white'), files, 'image_url')\n"
+        "assert 'onnxruntime' in sys.modules\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    subprocess.run(
+        [sys.executable, "-c", program, pose_files.detector, pose_files.pose],
+        env={**environment, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)},
+        cwd=REPOSITORY,
+        check=True,
+    )
+    assert not list(tmp_path.rglob("*.onnxruntime*"))
+    assert not list(tmp_path.rglob("deviceid"))
 
 
 def test_limbs_are_darker_than_joints_and_unsure_ones_are_not_drawn() -> None:
