@@ -94,14 +94,27 @@ def _preprocessors(request: Request, settings: Settings) -> dict[str, Any]:
         field = f"controlnet[{i}].type"
         if not one.preprocess:
             continue
-        check_installed(one.type, field)
-        if one.type == "depth":
-            found["depth"] = find_depth(settings.controlnet_dir, field)
-        if one.type == "pose":
-            found["pose"] = find_pose(settings.controlnet_dir, field)
+        if (files := _preprocessor(one.type, settings, field)) is not None:
+            found[one.type] = files
         if one.type == "repaint" and not request.is_masked:
             raise RequestError(f"{field}: {REPAINT_NEEDS_A_MASK}")
     return found
+
+
+def _preprocessor(
+    kind: ControlName, settings: Settings, field: str = ""
+) -> DepthFiles | PoseFiles | None:
+    """The files of what makes maps of a type. None: it needs none.
+
+    Raises:
+        RequestError: they, or a package, are not there.
+    """
+    check_installed(kind, field)
+    if kind == "depth":
+        return find_depth(settings.controlnet_dir, field)
+    if kind == "pose":
+        return find_pose(settings.controlnet_dir, field)
+    return None
 
 
 def what_is_there(settings: Settings, models: Models) -> dict[str, list[str]]:
@@ -118,11 +131,7 @@ def what_is_there(settings: Settings, models: Models) -> dict[str, list[str]]:
 
 def _makes_maps(kind: ControlName, settings: Settings) -> bool:
     try:
-        check_installed(kind, "")
-        if kind == "depth":
-            find_depth(settings.controlnet_dir, "")
-        if kind == "pose":
-            find_pose(settings.controlnet_dir, "")
+        _preprocessor(kind, settings)
     except RequestError:
         return False
     return kind not in FINISHED_MAPS
