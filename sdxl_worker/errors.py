@@ -17,7 +17,16 @@ class ToldToEndError(RequestError):
 
 
 class ModelError(Exception):
-    """The models cannot be loaded as configured. The worker must stop: no job can succeed."""
+    """The models cannot be loaded as configured. The worker must stop: no job can succeed.
+
+    Of what only some jobs need, the message begins with the setting, and is `at` the field of the
+    job that asks for it.
+    """
+
+    def at(self, field: str) -> str:
+        """The message for a caller, who knows no settings."""
+        _, _, what = str(self).partition(": ")
+        return f"{field}: {what}"
 
 
 class BrokenFilesError(ModelError):

@@ -180,7 +180,7 @@ def _control(
         try:
             return pose_map(picture, pose, f"{field}.image_url")
         except ModelError as error:
-            raise RequestError(str(error).replace("CONTROLNET_DIR", f"{field}.type", 1)) from None
+            raise RequestError(error.at(f"{field}.type")) from None
     if control.type == "repaint":
         if mask is None:
             raise RequestError(f"{field}.type: {REPAINT_NEEDS_A_MASK}")

@@ -157,8 +157,7 @@ def _told(error: ModelError, title: str, field: str | None) -> str:
     if isinstance(error, BrokenFilesError):
         what = f"{title} cannot be loaded; the worker's owner should fetch it again"
         return f"{field}: {what}" if field else what
-    setting, _, what = str(error).partition(": ")
-    return f"{field or setting}: {what}"
+    return error.at(field) if field else str(error)
 
 
 def is_beside(files: "CompanionFiles") -> bool:
