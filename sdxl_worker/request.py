@@ -615,6 +615,12 @@ class Request(InputModel):
         description="How closely the base and the refiner follow the prompt. 1 and below: no "
         "guidance, and half the work.",
     )
+    guidance_end: Share = Field(
+        default=1.0,
+        json_schema_extra={ALIASES: ["end_cfg_frac", "cfg_end", "cfg_cutoff"]},
+        description="The share of the steps after which there is no guidance: those that are left "
+        "are half the work.",
+    )
     guidance_rescale: Share | None = Field(
         default=None,
         description="How much of guidance's excess contrast is taken back. Not given: 0, or 0.7 "

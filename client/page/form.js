@@ -14,7 +14,7 @@ const FIRST = [
 ];
 // Each field is in the first group that names or takes it.
 const GROUPS = [
-  { title: "Sampler", names: ["scheduler", "schedule", "guidance_rescale"] },
+  { title: "Sampler", names: ["scheduler", "schedule", "guidance_end", "guidance_rescale"] },
   {
     title: "Refiner",
     names: ["refiner_inference_steps", "refiner_strength", "high_noise_frac"],

@@ -24,6 +24,7 @@ from sdxl_worker.drawing.encoding import (
     latents_of,
 )
 from sdxl_worker.drawing.enlarging import enlarger
+from sdxl_worker.drawing.guidance import guided_until
 from sdxl_worker.drawing.image_prompts import with_image_prompts
 from sdxl_worker.drawing.inpainting import Keeper, seeing, takes_mask
 from sdxl_worker.drawing.prompts import Encoding, Texts, encode_pair
@@ -346,6 +347,7 @@ def _denoise(batch: range, plan: batches.Plan, work: _Work) -> torch.Tensor | No
                 start = {"image": keeper.start(start["image"], stage)}
                 after_step = keeper.before(after_step, pipeline.scheduler)
         with contextlib.ExitStack() as around:
+            around.enter_context(guided_until(pipeline, request.guidance_end))
             if sees_mask and canvas.surroundings is not None:
                 surroundings = latents_of(canvas.surroundings, ahead, models.vae)
                 around.enter_context(seeing(pipeline.unet, canvas.repainted, surroundings))

@@ -146,6 +146,7 @@ async def _answered(
 
     from sdxl_worker.adapters.of_request import read_adapters
     from sdxl_worker.drawing.control import warnings_of_controls
+    from sdxl_worker.drawing.guidance import warnings_of_guidance
     from sdxl_worker.drawing.prompts import Texts, warnings_of
     from sdxl_worker.drawing.stages import (
         as_drawn,
@@ -191,6 +192,7 @@ async def _answered(
     references = await _references(request, stages, canvas, beside, job_id)
     told = warnings_of_settings(request, adapters.few_step)
     told += warnings_of(Texts.of(request), adapters.embeddings)
+    told += warnings_of_guidance(request, stages)
     told += warnings_of_controls(request, stages)
     told += call.warnings if call is not None else []
     kind = kind_of(request, stages, models, canvas, adapters, settings)

@@ -29,6 +29,15 @@ def step_cache(pipeline: Any, interval: int | None) -> Iterator[None]:
     kept: dict[torch.nn.Module, Any] = {}
     steps = itertools.count(1)
 
+    rows: set[int] = set()
+
+    def before_step(_: Any, inputs: tuple[Any, ...]) -> None:
+        # Where guidance ends, what was kept has rows for the negative prompt, too.
+        count = len(inputs[0])
+        if count not in rows:
+            kept.clear()
+        rows.add(count)
+
     def after_step(*_: Any) -> None:
         # Freed before the next deep step, and before the decoder needs the memory.
         step = next(steps)
@@ -36,6 +45,7 @@ def step_cache(pipeline: Any, interval: int | None) -> Iterator[None]:
             kept.clear()
 
     with contextlib.ExitStack() as undo:
+        undo.callback(unet.register_forward_pre_hook(before_step).remove)
         undo.callback(unet.register_forward_hook(after_step).remove)
         deep = _below_the_outermost_level(unet)
         for block in deep:
