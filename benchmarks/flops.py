@@ -31,16 +31,27 @@ class Flops:
     text: float
     """Both encoders, one prompt."""
 
-    def of_picture(self, base_steps: int, refiner_steps: int, interval: int = 1) -> float:
+    def of_picture(
+        self,
+        base_steps: int,
+        refiner_steps: int,
+        interval: int = 1,
+        *,
+        guidance_end: float = 1.0,
+    ) -> float:
         """With guidance: both texts, all steps, decoding.
 
         Args:
             interval: of a step cache; at 1, all steps are deep.
+            guidance_end: the share of the steps of each that have guidance.
         """
 
         def of_steps(steps: int, deep: float, shallow: float) -> float:
+            """Of one of both texts, on average."""
+            guided = math.floor(steps * guidance_end)
             deep_steps = math.ceil(steps / interval)
-            return deep_steps * deep + (steps - deep_steps) * shallow
+            both = deep_steps * deep + (steps - deep_steps) * shallow
+            return both * (guided + steps) / (2 * steps) if steps else 0.0
 
         base = of_steps(base_steps, self.base, self.base_shallow)
         refiner = of_steps(refiner_steps, self.refiner, self.refiner_shallow)

@@ -1,4 +1,5 @@
-"""What STEP_CACHE and QUANTIZE cost and save: accuracy, PSNR, seconds, operations, memory.
+"""What STEP_CACHE, QUANTIZE and `guidance_end` cost and save: accuracy, PSNR, seconds, operations,
+memory.
 
 All rows draw the same prompts and seeds in turn, with the default settings. PSNR compares with the
 row "none" picture by picture. Figures for the full size are computed, for 1024x1024.
@@ -51,7 +52,8 @@ from shapes.judge import judge
 REFERENCE = "none"
 STEP_CACHE_ROWS = {f"step_cache_{interval}": interval for interval in (2, 3, 4, 5)}
 QUANTIZE_ROWS: dict[str, Quantization] = {"int8": "int8", "fp8": "fp8"}
-ROWS = (REFERENCE, *STEP_CACHE_ROWS, *QUANTIZE_ROWS)
+GUIDANCE_ROWS = {f"guidance_end_{end}": end for end in (0.8, 0.6, 0.4)}
+ROWS = (REFERENCE, *STEP_CACHE_ROWS, *QUANTIZE_ROWS, *GUIDANCE_ROWS)
 COLUMNS = (
     *("model", "dtype", "row", "pictures", "size_px", "base_steps", "refiner_steps"),
     *("picture_s", "share_of_seconds"),
@@ -113,7 +115,8 @@ def measure(
         for row, of_row in models_of_row.items():
             started = time.perf_counter()
             interval = STEP_CACHE_ROWS.get(row)
-            pictures = generate(request, stages, of_row, step_cache_interval=interval)
+            asked = request.model_copy(update={"guidance_end": GUIDANCE_ROWS.get(row, 1.0)})
+            pictures = generate(asked, stages, of_row, step_cache_interval=interval)
             drawn[row].seconds.append(time.perf_counter() - started)
             reference = reference or pictures
             drawn[row].psnr_db.append(psnr_db(pictures, reference))
@@ -192,7 +195,9 @@ def computed() -> dict[str, dict[str, object]]:
     all_deep = flops.of_picture(25, 15)
     columns: dict[str, dict[str, object]] = {}
     for row in ROWS:
-        tflop = flops.of_picture(25, 15, STEP_CACHE_ROWS.get(row, 1))
+        tflop = flops.of_picture(
+            25, 15, STEP_CACHE_ROWS.get(row, 1), guidance_end=GUIDANCE_ROWS.get(row, 1.0)
+        )
         columns[row] = {
             "tflop_full_size": round(tflop, 1),
             "share_of_tflop": round(tflop / all_deep, 3),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdxl_worker.drawing import guidance as guidance_module
 from sdxl_worker.drawing.generate import generate
-from sdxl_worker.drawing.guidance import warnings_of_guidance
+from sdxl_worker.drawing.guidance import _guided_steps, warnings_of_guidance
 from sdxl_worker.drawing.image_prompts import ImagePrompt, tokens_of_picture
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.drawing.steering import Steering
@@ -161,6 +161,13 @@ def test_a_step_that_is_not_wholly_before_the_end_is_half_the_work(
     job: dict[str, Any], expected: list[tuple[int, int]]
 ) -> None:
     assert rows_of({**job, **SMALL}) == expected
+
+
+def test_a_share_that_is_so_many_steps_is_no_fewer_for_its_binary_fraction() -> None:
+    for steps in (10, 25, 50, 100):
+        counts = [_guided_steps(steps, i / steps) for i in range(steps + 1)]
+        assert counts == list(range(steps + 1))
+    assert _guided_steps(100, 0.29) == 29
 
 
 @pytest.mark.parametrize(
