@@ -11,6 +11,7 @@ import sys
 import threading
 from typing import Any
 
+from sdxl_worker.cpu_cores import follow_the_quota
 from sdxl_worker.errors import ModelError
 from sdxl_worker.serving import command_line
 from sdxl_worker.serving.answering import answer
@@ -33,6 +34,7 @@ def main() -> None:
     # The kernel drops unhandled signals to process 1, as in a container. Later the SDK, or the
     # HTTP server, handles it.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+    follow_the_quota()
     set_up_logging()
     leave_no_orphans()
     sys.argv[1:], place = command_line.prepare(sys.argv[1:])

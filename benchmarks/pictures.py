@@ -54,6 +54,7 @@ WORKER_ROWS: dict[str, frozenset[str]] = {
     "channels_last": CHANNELS_LAST,
     "fuse_qkv": CHANNELS_LAST | {"fuse_qkv"},
     "flash_attention": CHANNELS_LAST,
+    "fp16_accumulation": CHANNELS_LAST | {"fp16_accumulation"},
     "graphs": MODES["graphs"],
     "compile_blocks": CHANNELS_LAST | {"compile_blocks"},
     "blocks": MODES["blocks"],
@@ -71,7 +72,7 @@ WORKER_ROWS |= dict.fromkeys(STEP_CACHE_ROWS, CHANNELS_LAST)
 OTHER_ROWS: dict[str, type[Diffusers]] = {"2.1.0": Version210, "diffusers": Diffusers}
 ROWS = (*OTHER_ROWS, *WORKER_ROWS)
 REFERENCE = "worker"
-NEEDS_GPU = frozenset({"flash_attention", "cuda_graphs", "fp8"})
+NEEDS_GPU = frozenset({"flash_attention", "fp16_accumulation", "cuda_graphs", "fp8"})
 
 COLUMNS = (
     *("dtype", "model", "row", "width", "height", "batch", "base_steps", "refiner_steps"),

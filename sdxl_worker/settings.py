@@ -245,6 +245,13 @@ class Settings(BaseSettings):
             "`full`. Not set: off."
         ),
     ] = None
+    fp16_accumulation: Annotated[
+        bool,
+        Field(
+            description="Lossy: products of float16 matrices are summed up in float16, which GPUs "
+            "for games do faster. Needs a GPU, and `DTYPE` as `float16`."
+        ),
+    ] = False
     metadata: Annotated[
         MetadataLevel | None,
         BeforeValidator(_as_level),
@@ -407,7 +414,11 @@ class Settings(BaseSettings):
     @property
     def lossy(self) -> dict[str, Any]:
         """Those settings that trade quality for speed and are set, by variable."""
-        lossy = {"STEP_CACHE": self.step_cache, "QUANTIZE": self.quantize}
+        lossy = {
+            "STEP_CACHE": self.step_cache,
+            "QUANTIZE": self.quantize,
+            "FP16_ACCUMULATION": self.fp16_accumulation or None,
+        }
         return {name: value for name, value in lossy.items() if value is not None}
 
 

@@ -49,6 +49,7 @@ def build_report(
         "dtype": str(models.dtype).removeprefix("torch."),
         "step_cache": settings.step_cache,
         "quantization": settings.quantize,
+        "fp16_accumulation": settings.fp16_accumulation,
         **there,
         "safety_checker": settings.safety_checker is not None,
         "second_tries": dict(COUNTS),

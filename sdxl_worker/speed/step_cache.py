@@ -31,9 +31,9 @@ def step_cache(pipeline: Any, interval: int | None) -> Iterator[None]:
 
     rows: set[int] = set()
 
-    def before_step(_: Any, inputs: tuple[Any, ...]) -> None:
+    def before_step(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         # Where guidance ends, what was kept has rows for the negative prompt, too.
-        count = len(inputs[0])
+        count = len(inputs[0] if inputs else options["sample"])
         if count not in rows:
             kept.clear()
         rows.add(count)
@@ -45,7 +45,7 @@ def step_cache(pipeline: Any, interval: int | None) -> Iterator[None]:
             kept.clear()
 
     with contextlib.ExitStack() as undo:
-        undo.callback(unet.register_forward_pre_hook(before_step).remove)
+        undo.callback(unet.register_forward_pre_hook(before_step, with_kwargs=True).remove)
         undo.callback(unet.register_forward_hook(after_step).remove)
         deep = _below_the_outermost_level(unet)
         for block in deep:
