@@ -1,5 +1,5 @@
-"""What STEP_CACHE, QUANTIZE and `guidance_end` cost and save: accuracy, PSNR, seconds, operations,
-memory.
+"""What STEP_CACHE, QUANTIZE, FP16_ACCUMULATION and `guidance_end` cost and save: accuracy, PSNR,
+seconds, operations, memory.
 
 All rows draw the same prompts and seeds in turn, with the default settings. PSNR compares with the
 row "none" picture by picture. Figures for the full size are computed, for 1024x1024.
@@ -11,14 +11,15 @@ row "none" picture by picture. Figures for the full size are computed, for 1024x
 The model "full" has SDXL's size, random weights and no refiner, so that it fits a laptop. Its
 pictures are noise: they show how far errors spread through such networks, not how a picture looks.
 
-Nothing is compiled: the seconds of int8 and fp8 are not those of a worker on a GPU, which
-`benchmarks.pictures` measures.
+Nothing is compiled, and FP16_ACCUMULATION is emulated: the seconds of int8, fp8 and fp16 are not
+those of a worker on a GPU, which `benchmarks.pictures` measures.
 """
 
 import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import shutil
 import statistics
 import tempfile
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.flops import count_eight_bits, count_flops, meta_networks
+from benchmarks.fp16_sums import sum_in
 from benchmarks.pictures import random_weights
 from benchmarks.sdxl_architecture import write_configs
 from benchmarks.ways import psnr_db
@@ -53,7 +55,9 @@ REFERENCE = "none"
 STEP_CACHE_ROWS = {f"step_cache_{interval}": interval for interval in (2, 3, 4, 5)}
 QUANTIZE_ROWS: dict[str, Quantization] = {"int8": "int8", "fp8": "fp8"}
 GUIDANCE_ROWS = {f"guidance_end_{end}": end for end in (0.8, 0.6, 0.4)}
-ROWS = (REFERENCE, *STEP_CACHE_ROWS, *QUANTIZE_ROWS, *GUIDANCE_ROWS)
+# The second is FP16_ACCUMULATION, emulated; the first is what it is added to on a GPU.
+SUMS_ROWS = {"fp16": torch.float32, "fp16_accumulation": torch.float16}
+ROWS = (REFERENCE, *STEP_CACHE_ROWS, *QUANTIZE_ROWS, *GUIDANCE_ROWS, *SUMS_ROWS)
 COLUMNS = (
     *("model", "dtype", "row", "pictures", "size_px", "base_steps", "refiner_steps"),
     *("picture_s", "share_of_seconds"),
@@ -132,23 +136,26 @@ def measure(
 
 def _models_of_row(row: str, models: Models) -> Models:
     """With UNets of their own where a row rounds them, permanently; the rest is shared."""
-    if row not in QUANTIZE_ROWS:
+    if row in QUANTIZE_ROWS:
+        change = functools.partial(_quantize, quantization=QUANTIZE_ROWS[row])
+    elif row in SUMS_ROWS:
+        change = functools.partial(sum_in, dtype=SUMS_ROWS[row])
+    else:
         return models
-    return dataclasses.replace(
-        models,
-        unet=_quantized(models.unet, QUANTIZE_ROWS[row]),
-        refiner_unet=models.refiner_unet and _quantized(models.refiner_unet, QUANTIZE_ROWS[row]),
+    models = dataclasses.replace(
+        models, unet=copy.deepcopy(models.unet), refiner_unet=copy.deepcopy(models.refiner_unet)
     )
+    for unet in models.unets():
+        change(unet)
+    return models
 
 
-def _quantized(unet: Any, quantization: Quantization) -> Any:
-    unet = copy.deepcopy(unet)
+def _quantize(unet: Any, quantization: Quantization) -> None:
     on_cpu = unet.device.type == "cpu"
     # torch multiplies fp8 on a CPU, too, but torchao does not know of it.
     unchecked = mock.patch("torchao.quantization.quant_api._check_hardware_support")
     with unchecked if on_cpu else contextlib.nullcontext():
         quantize(unet, quantization)
-    return unet
 
 
 @contextlib.contextmanager

@@ -35,12 +35,15 @@ def test_each_lossy_setting_is_compared_with_none(lossy_rows: dict[str, dict[str
     psnr = {name: float(row["psnr_db"]) for name, row in lossy_rows.items()}
     assert psnr["int8"] > psnr["fp8"]
     assert psnr["step_cache_2"] > psnr["step_cache_5"]
+    assert psnr["guidance_end_0.8"] > psnr["guidance_end_0.4"]
+    assert psnr["fp16"] > psnr["fp16_accumulation"] > psnr["int8"]
 
 
 def test_what_a_lossy_setting_spares_at_full_size_stands_beside_it(
     lossy_rows: dict[str, dict[str, str]],
 ) -> None:
     assert lossy_rows["step_cache_2"]["share_of_tflop"] == "0.569"
+    assert lossy_rows["guidance_end_0.6"]["share_of_tflop"] == "0.804"
     columns = ("base_in_8_bits", "refiner_in_8_bits", "base_speedup_limit", "refiner_speedup_limit")
     for name, row in lossy_rows.items():
         figures = [row[column] for column in (*columns, "saved_gb")]
