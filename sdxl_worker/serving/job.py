@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdxl_worker.errors import RequestError
 from sdxl_worker.few_step import warnings_of_settings, with_settings_of
+from sdxl_worker.field_types import MAX_SIDE_PX, TEXT_FIELDS, OutputFormat
 from sdxl_worker.gpu import reset_peak_memory
 from sdxl_worker.inputs.adapter_files import AdapterFile, fetch_adapters
 from sdxl_worker.inputs.canvas import Canvas, prepare_canvas, with_holes_filled
@@ -55,7 +56,7 @@ from sdxl_worker.outputs.upload import (
     destination,
     upload,
 )
-from sdxl_worker.request import MAX_SIDE_PX, TEXT_FIELDS, OutputFormat, Request, parse_request
+from sdxl_worker.request import Request, parse_request
 from sdxl_worker.serving.ending import not_holding_the_end
 from sdxl_worker.serving.logs import timed
 from sdxl_worker.serving.progress import Progress
