@@ -47,8 +47,8 @@ from local_endpoint.faults import PASSING, Fault
 from local_endpoint.local import LocalEndpoint
 from local_endpoint.queue import Receipt
 from local_endpoint.workers import Worker
+from sdxl_worker.field_types import SIDE_MULTIPLE_PX
 from sdxl_worker.inputs.adapter_sources import SUFFIX
-from sdxl_worker.request import SIDE_MULTIPLE_PX
 from sdxl_worker.samplers import SAMPLERS
 
 CHART = common.RESULTS_DIR.parents[1] / "docs" / "long_run.svg"

@@ -21,17 +21,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from sdxl_worker.errors import OpenAIRequestError, RequestError, ToldToEndError
 from sdxl_worker.few_step import REFINER_FIELDS
-from sdxl_worker.request import (
+from sdxl_worker.field_types import (
     MAX_IMAGES,
     MAX_SIDE_PX,
     MIN_SIDE_PX,
     SIDE_MULTIPLE_PX,
     FromIntegralFloat,
-    InputModel,
-    Request,
-    check_extent,
-    parse_request,
 )
+from sdxl_worker.input_model import InputModel, check_extent
+from sdxl_worker.request import Request, parse_request
 from sdxl_worker.settings import Settings
 from sdxl_worker.wording import RULE, field_schemas, problems, shown
 

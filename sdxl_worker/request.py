@@ -1,304 +1,57 @@
 """A job's input becomes an immutable, fully validated `Request`, or one readable `RequestError`.
 
 The fields of worker-sdxl 2.1.0 have their names and defaults here. Each field is declared once, in
-`Request`, with the rules that tie it to others: validation, error messages, JSON Schema and the
-documents' table all come from that declaration.
+`Request`, and what ties it to others in `request_ties`: validation, error messages, JSON Schema and
+the documents' table all come from these declarations.
 """
 
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeGuard, get_args
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler, ValidationError
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.prompt_weights import problem
-from sdxl_worker.samplers import (
-    SAMPLERS,
-    SCHEDULE_SPELLINGS,
-    SCHEDULES,
-    SPELLINGS,
-    SamplerName,
-    ScheduleName,
-    why_not,
+from sdxl_worker.field_types import (
+    MAX_IMAGES,
+    MAX_SEED,
+    MAX_STEPS,
+    FromIntegralFloat,
+    ImageUrl,
+    OutputFormat,
+    Prompt,
+    Sampler,
+    Schedule,
+    Seed,
+    Share,
+    Side,
+    Steps,
+    UploadUrl,
 )
-from sdxl_worker.wording import (
-    ALIASES,
-    IN_WORDS,
-    MAX_SHOWN_CHARACTERS,
-    NAMES,
-    RULE,
-    problems,
-    shown,
+from sdxl_worker.input_model import InputModel, check_extent
+from sdxl_worker.request_objects import (
+    MAX_ADAPTERS,
+    MAX_CONTROLS,
+    MAX_IMAGE_PROMPTS,
+    ControlField,
+    EmbeddingField,
+    HiresField,
+    ImagePromptField,
+    LoraField,
+    UpscaleField,
 )
+from sdxl_worker.request_ties import MASKED, broken_ties, hold, ties_json_schema
+from sdxl_worker.samplers import SCHEDULE_SPELLINGS, SPELLINGS
+from sdxl_worker.wording import ALIASES, RULE, problems, shown
 
-TEXT_FIELDS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
-# Some 5,000 tokens: far more than a model can follow, and few enough to encode quickly.
-MAX_PROMPT_CHARACTERS = 20_000
-# The largest that torch's generators take. JavaScript and others keep numbers up to 2**53 exactly.
-MAX_SEED = 2**64 - 1
-# The models were trained with as many timesteps.
-MAX_STEPS = 1000
 # How much the base redraws of a picture where the request does not say.
 REDRAW_STRENGTH = 0.75
-# Several times what all fields together have room for, and little enough to validate at once.
-MAX_VALUES = 1000
-MAX_NESTING = 8
 # Two steps of the base, and one of the refiner where there is one.
 CHECK_INPUT = {"prompt": "a red circle", "seed": 0, "num_inference_steps": 2, "strength": 0.02}
-
-
-def _integral(value: object) -> object:
-    """JSON has one number type: a client may well send 1024 as 1024.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _readable(name: object) -> str:
-    """JSON can carry half a character (a lone surrogate), at which pydantic stops reading names.
-
-    What can be no field's name is described, which costs less than to pass it on.
-    """
-    if not isinstance(name, str) or len(name) > MAX_SHOWN_CHARACTERS:
-        return shown(name)
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _or_zero(schema: dict[str, Any]) -> None:
     """Publish what `NOT_GIVEN` takes for a side that is not given."""
     schema["anyOf"].insert(-1, {"const": 0})
-
-
-def _drawn(seed: int) -> int:
-    return secrets.randbits(32) if seed == -1 else seed
-
-
-FromIntegralFloat = BeforeValidator(_integral)
-Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
-MIN_SIDE_PX, MAX_SIDE_PX, SIDE_MULTIPLE_PX = 64, 4096, 8
-Side = Annotated[
-    int, Field(ge=MIN_SIDE_PX, le=MAX_SIDE_PX, multiple_of=SIDE_MULTIPLE_PX), FromIntegralFloat
-]
-Share = Annotated[float, Field(ge=0, le=1)]
-ImageUrl = Annotated[
-    str,
-    Field(
-        pattern=r"(?i)^(https?://[^/]|data:image/)",
-        json_schema_extra={
-            RULE: "an http:// or https:// address, or a data:image/ URI (before plain base64, put "
-            "data:image/png;base64,)"
-        },
-    ),
-]
-UploadUrl = Annotated[
-    str,
-    Field(
-        pattern=r"(?i)^https?://[^/]",
-        json_schema_extra={RULE: "an http:// or https:// address"},
-    ),
-]
-MAX_IMAGES = 16
-
-OutputFormat = Literal["png", "jpeg", "webp"]
-Schedule = Annotated[
-    ScheduleName,
-    Field(
-        json_schema_extra={
-            "enum": list(SCHEDULE_SPELLINGS),
-            NAMES: list(SCHEDULES),
-            RULE: "one of " + ", ".join(SCHEDULES) + ", or a name of these in docs/samplers.md",
-        }
-    ),
-]
-MAX_ADAPTERS = 8
-AdapterPath = Annotated[
-    str,
-    Field(
-        pattern=r"^(https://[^/\s]\S*|[^/\\:\s][^\\:\r\n]*)$",
-        min_length=1,
-        max_length=2000,
-        json_schema_extra={
-            ALIASES: ["url", "lora", "file", "name"],
-            RULE: "an https:// address, org/repo or org/repo/file of the hub (with @revision), or "
-            "a file name in the worker's LORA_DIR",
-        },
-    ),
-]
-
-
-# What a control picture may be, and other names of that.
-ControlName = Literal[
-    "canny",
-    "depth",
-    "pose",
-    "softedge",
-    "scribble",
-    "lineart",
-    "normal",
-    "segment",
-    "tile",
-    "repaint",
-]
-CONTROL_TYPES: tuple[ControlName, ...] = get_args(ControlName)
-CONTROL_SPELLINGS: dict[str, str] = {name: name for name in CONTROL_TYPES} | {
-    "openpose": "pose",
-    "dwpose": "pose",
-    "hed": "softedge",
-    "soft_edge": "softedge",
-    "teed": "softedge",
-    "mlsd": "lineart",
-    "normals": "normal",
-    "seg": "segment",
-    "segmentation": "segment",
-    "inpaint": "repaint",
-}
-# Those that no preprocessing makes of a picture.
-FINISHED_MAPS = ("softedge", "scribble", "lineart", "normal", "segment")
-ControlType = Annotated[
-    ControlName,
-    Field(
-        json_schema_extra={
-            "enum": list(CONTROL_SPELLINGS),
-            NAMES: list(CONTROL_TYPES),
-            ALIASES: ["module", "control_type"],
-            RULE: "one of " + ", ".join(CONTROL_TYPES),
-        }
-    ),
-]
-MAX_CONTROLS = 3
-MAX_IMAGE_PROMPTS = 2
-Upscaler = Annotated[
-    str,
-    Field(
-        pattern=r"^[^/\\:\s][^/\\:\r\n]*$",
-        min_length=1,
-        max_length=200,
-        json_schema_extra={RULE: "lanczos, or a file name in the worker's UPSCALER_DIR"},
-    ),
-]
-
-
-def _is_share(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-@dataclass(frozen=True)
-class Tie:
-    """A rule for a field that makes sense only beside some others, or without some others."""
-
-    field: str
-    words: str
-    needs: tuple[Mapping[str, Any], ...] = ()
-    """One of these has to hold, if there are any: fields and their values, `...` for any, None for
-    none."""
-    clashes: tuple[Mapping[str, Any], ...] = ()
-    """None of these may hold."""
-
-    def is_broken(self, given: Mapping[str, Any]) -> bool:
-        return _is_used(self.field, given) and (
-            (bool(self.needs) and not any(_hold(others, given) for others in self.needs))
-            or any(_hold(others, given) for others in self.clashes)
-        )
-
-    def json_schema(self) -> dict[str, Any]:
-        """What the object has to be if it has the field."""
-        kept: list[dict[str, Any]] = [{"not": _held(others)} for others in self.clashes]
-        if self.needs:
-            kept.append({"anyOf": [_held(others) for others in self.needs]})
-        return {"anyOf": [{"not": _held({self.field: ...})}, {"allOf": kept}]}
-
-
-def _is_used(name: str, given: Mapping[str, Any]) -> bool:
-    """A field that is given as it is by default may stand anywhere: some clients send them all."""
-    return given.get(name) not in (None, Request.model_fields[name].default)
-
-
-def _hold(others: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    return all(
-        _is_used(name, given) == (value is not None)
-        if value in (..., None)
-        else given.get(name) in (value if isinstance(value, tuple) else (value,))
-        for name, value in others.items()
-    )
-
-
-def _held(others: Mapping[str, Any]) -> dict[str, Any]:
-    """`_hold` as JSON Schema."""
-    values = {
-        name: {"not": {"const": Request.model_fields[name].default}}
-        if value is ...
-        else {"enum": list(value)}
-        if isinstance(value, tuple)
-        else {"const": value}
-        for name, value in others.items()
-        if value is not None
-    }
-    unused = [{"not": _held({name: ...})} for name, value in others.items() if value is None]
-    held: dict[str, Any] = {"required": list(values), "properties": values}
-    return {**held, "allOf": unused} if unused else held
-
-
-class InputModel(BaseModel):
-    """An object that a caller sends, immutable once it is validated. `null` means "not given"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @classmethod
-    def as_given(cls, fields: Mapping[Any, Any]) -> dict[str, Any]:
-        """The fields that were given, without those whose value means "not given"."""
-        return {_readable(name): value for name, value in fields.items() if value is not None}
-
-    @classmethod
-    def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:  # noqa: ARG003
-        """Rules between fields that the input breaks: the field, and the problem in words.
-
-        The model's JSON Schema has to state the same rules, as far as it can.
-        """
-        yield from ()
-
-    @classmethod
-    def with_implied(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The fields with those that follow from them."""
-        return given
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _tell_all_problems(cls, fields: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Validate as pydantic does, but report broken ties together with the other problems."""
-        if not isinstance(fields, Mapping):
-            return validate(fields)
-        given = cls.as_given(fields)
-        errors = [
-            InitErrorDetails(type=PydanticCustomError(IN_WORDS, problem), loc=(name,), input=None)
-            for name, problem in cls.broken_ties(given)
-        ]
-        try:
-            model = validate(cls.with_implied(given))
-        except ValidationError as error:
-            errors += [_again(details) for details in error.errors(include_url=False)]
-        if errors:
-            raise ValidationError.from_exception_data(cls.__name__, errors)
-        return model
-
-
-def _again(details: Any) -> InitErrorDetails:
-    """An error that was raised, in a form that can be raised again."""
-    kind = details["type"]
-    if kind == IN_WORDS:
-        kind = PydanticCustomError(IN_WORDS, details["msg"])
-    again = InitErrorDetails(type=kind, loc=details["loc"], input=details["input"])
-    return InitErrorDetails(**again, ctx=details["ctx"]) if "ctx" in details else again
 
 
 # Values with which clients leave a field out.
@@ -314,199 +67,6 @@ NOT_GIVEN: tuple[tuple[str, Any], ...] = (
     ("controlnet", []),
     ("ip_adapter", []),
 )
-MASKED: tuple[Mapping[str, Any], ...] = ({"mask_url": ...}, {"mask_from_alpha": ...})
-REDRAWN: tuple[Mapping[str, Any], ...] = ({"mode": "img2img"}, *MASKED)
-WITH_PICTURE: tuple[Mapping[str, Any], ...] = ({"image_url": ...},)
-
-# What a sampler's name that gives a schedule does not go with: the names of the others.
-OTHER_SCHEDULES: tuple[Mapping[str, Any], ...] = tuple(
-    {
-        "scheduler": tuple(name for name, (_, given) in SPELLINGS.items() if given == schedule),
-        "schedule": tuple(name for name, one in SCHEDULE_SPELLINGS.items() if one != schedule),
-    }
-    for schedule in SCHEDULES
-    if any(given == schedule for _, given in SPELLINGS.values())
-)
-
-# Which fields go with which. Of a field's broken ties, the first is told.
-TIES = (
-    Tie("mode", "needs image_url, the picture to start from", WITH_PICTURE),
-    Tie("mask_url", "needs image_url, the picture to repaint", WITH_PICTURE),
-    Tie("mask_from_alpha", "needs image_url, a picture with transparency", WITH_PICTURE),
-    *(
-        Tie(
-            name,
-            "does not go with mode refine; leave mode out, for the base to repaint",
-            clashes=({"mode": "refine"},),
-        )
-        for name in ("mask_url", "mask_from_alpha")
-    ),
-    *(
-        Tie(name, "needs a mask: mask_url, or mask_from_alpha", MASKED)
-        for name in ("mask_invert", "mask_blur", "mask_padding")
-    ),
-    Tie(
-        "refiner_strength",
-        "needs mode img2img; without it, the refiner's share is strength: send that",
-        REDRAWN,
-    ),
-    Tie(
-        "loras",
-        "are for the base, and image_url alone is for the refiner: add mode img2img",
-        ({"image_url": None}, *REDRAWN),
-    ),
-    Tie(
-        "controlnet",
-        "is for the base, and image_url alone is for the refiner: add mode img2img",
-        ({"image_url": None}, *REDRAWN),
-    ),
-    Tie(
-        "ip_adapter",
-        "is for the base, and image_url alone is for the refiner: add mode img2img",
-        ({"image_url": None}, *REDRAWN),
-    ),
-    Tie(
-        "hires",
-        "is for the base, and image_url alone is for the refiner: add mode img2img, or take "
-        "upscale, which redraws nothing",
-        ({"image_url": None}, *REDRAWN),
-    ),
-    Tie("return_maps", "needs controlnet", ({"controlnet": ...},)),
-    Tie(
-        "schedule",
-        "is another than the one that the scheduler's name gives; leave this out",
-        clashes=OTHER_SCHEDULES,
-    ),
-    Tie(
-        "fit",
-        "needs image_url and mode (without mode, a picture keeps its size), or controlnet",
-        ({"mode": ...}, *MASKED, {"controlnet": ...}),
-    ),
-)
-
-
-class LoraField(InputModel):
-    """One LoRA of `loras`."""
-
-    path: AdapterPath
-    scale: Annotated[float, Field(ge=-5, le=5)] = Field(
-        default=1.0, json_schema_extra={ALIASES: ["weight", "strength", "lora_scale"]}
-    )
-
-
-class EmbeddingField(InputModel):
-    """One textual inversion of `embeddings`."""
-
-    path: AdapterPath
-    token: Annotated[
-        str,
-        Field(
-            pattern=r"^[!-~]{1,50}$",
-            json_schema_extra={
-                ALIASES: ["tokens", "trigger"],
-                RULE: "what stands for it in the prompt: 1 to 50 letters, digits and signs, "
-                "without spaces",
-            },
-        ),
-    ]
-
-
-class ControlField(InputModel):
-    """One control picture of `controlnet`."""
-
-    # That `start` is less than `end`, JSON Schema cannot say.
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [
-                {
-                    "properties": {
-                        "type": {
-                            "enum": [
-                                spelling
-                                for spelling, name in CONTROL_SPELLINGS.items()
-                                if name not in FINISHED_MAPS
-                            ]
-                        }
-                    }
-                },
-                {"required": ["preprocess"], "properties": {"preprocess": {"const": False}}},
-            ]
-        }
-    )
-
-    type: ControlType
-    image_url: ImageUrl = Field(
-        json_schema_extra={ALIASES: ["image", "input_image", "control_image", "control_image_url"]}
-    )
-    preprocess: bool = True
-    scale: Annotated[float, Field(ge=0, le=4)] = Field(
-        default=1.0, json_schema_extra={ALIASES: ["weight", "strength", "conditioning_scale"]}
-    )
-    start: Share = Field(
-        default=0.0, json_schema_extra={ALIASES: ["start_percentage", "guidance_start"]}
-    )
-    end: Share = Field(default=1.0, json_schema_extra={ALIASES: ["end_percentage", "guidance_end"]})
-
-    @classmethod
-    def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
-        kind = cls.with_implied(dict(given)).get("type")
-        if kind in FINISHED_MAPS and given.get("preprocess", True) is True:
-            word = given["type"]
-            name = kind if word == kind else f"{word} ({kind})"
-            yield (
-                "preprocess",
-                f"there is no preprocessing for {name}: send a finished map, with preprocess false",
-            )
-        start, end = given.get("start", 0.0), given.get("end", 1.0)
-        if _is_share(start) and _is_share(end) and start >= end:
-            yield "start", f"must be less than end ({end:g}); got {start:g}"
-
-    @classmethod
-    def with_implied(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Other names of a type become its own."""
-        kind = given.get("type")
-        if isinstance(kind, str) and kind in CONTROL_SPELLINGS:
-            return {**given, "type": CONTROL_SPELLINGS[kind]}
-        return given
-
-
-class ImagePromptField(InputModel):
-    """One reference picture of `ip_adapter`."""
-
-    image_url: ImageUrl = Field(
-        json_schema_extra={ALIASES: ["image", "ip_adapter_image", "ip_adapter_image_url"]}
-    )
-    type: Literal["plus", "face", "style", "layout", "plain"] = "plus"
-    scale: Annotated[float, Field(ge=0, le=2)] = Field(
-        default=0.6, json_schema_extra={ALIASES: ["weight", "strength"]}
-    )
-    mask_url: ImageUrl | None = Field(
-        default=None, json_schema_extra={ALIASES: ["mask", "mask_image_url"]}
-    )
-
-
-class HiresField(InputModel):
-    """The larger second pass of `hires`."""
-
-    scale: Annotated[float, Field(ge=1, le=2)] = Field(
-        default=1.5, json_schema_extra={ALIASES: ["hr_scale", "factor"]}
-    )
-    strength: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.4, json_schema_extra={ALIASES: ["denoising_strength"]}
-    )
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS), FromIntegralFloat] | None = Field(
-        default=None, json_schema_extra={ALIASES: ["hr_second_pass_steps", "num_inference_steps"]}
-    )
-    upscaler: Upscaler = Field(default="lanczos", json_schema_extra={ALIASES: ["hr_upscaler"]})
-
-
-class UpscaleField(InputModel):
-    """The enlargement of `upscale`."""
-
-    factor: Annotated[float, Field(gt=1, le=4)] = Field(
-        default=2.0, json_schema_extra={ALIASES: ["scale", "upscaling_resize"]}
-    )
-    upscaler: Upscaler = Field(default="lanczos", json_schema_extra={ALIASES: ["upscaler_1"]})
 
 
 class Request(InputModel):
@@ -534,10 +94,7 @@ class Request(InputModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> Any:
         schema = handler.resolve_ref_schema(handler(core))
-        ties: dict[str, dict[str, Any]] = {}
-        for tie in TIES:
-            ties.setdefault(tie.field, {"allOf": []})["allOf"].append(tie.json_schema())
-        return schema | {"dependentSchemas": ties}
+        return schema | {"dependentSchemas": ties_json_schema(cls.model_fields)}
 
     prompt: Prompt = Field(
         default="",
@@ -572,22 +129,15 @@ class Request(InputModel):
         "of the picture in `image_url`. Not used with `image_url` alone, without `mode`.",
     )
     width: Side | None = Field(default=None, json_schema_extra=_or_zero, description="As `height`.")
-    seed: Annotated[int, Field(ge=-1, le=MAX_SEED), FromIntegralFloat, AfterValidator(_drawn)] = (
-        Field(
-            default=-1,
-            validate_default=True,
-            description="Picture i is drawn from `seed` + i. -1 or not given: a random one of 32 "
-            "bits, which the output tells.",
-        )
+    seed: Seed = Field(
+        default=-1,
+        validate_default=True,
+        description="Picture i is drawn from `seed` + i. -1 or not given: a random one of 32 "
+        "bits, which the output tells.",
     )
-    scheduler: SamplerName = Field(
+    scheduler: Sampler = Field(
         default="DDIM",
-        json_schema_extra={
-            "enum": list(SPELLINGS),
-            NAMES: list(SAMPLERS),
-            ALIASES: ["sampler", "sampler_name"],
-            RULE: "one of " + ", ".join(SAMPLERS) + ", or a name of these in docs/samplers.md",
-        },
+        json_schema_extra={ALIASES: ["sampler", "sampler_name"]},
         description="The sampler of both the base and the refiner. Names of A1111, ComfyUI and "
         'diffusers are taken too; "DPM++ 2M Karras" and the like give the `schedule` as well.',
     )
@@ -596,7 +146,7 @@ class Request(InputModel):
         json_schema_extra={ALIASES: ["scheduler_type", "schedule_type", "noise_schedule"]},
         description="How the steps are spaced. Not given: as the model is configured.",
     )
-    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS), FromIntegralFloat] = Field(
+    num_inference_steps: Steps = Field(
         default=25, json_schema_extra={ALIASES: ["steps"]}, description="Steps of the base."
     )
     refiner_inference_steps: Annotated[int, Field(ge=0, le=MAX_STEPS), FromIntegralFloat] = Field(
@@ -803,37 +353,7 @@ class Request(InputModel):
 
     @classmethod
     def broken_ties(cls, given: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
-        if "prompt" not in given and "image_url" not in given:
-            yield "prompt", "required, unless image_url is given; got nothing"
-        for tie in TIES:
-            if tie.is_broken(given):
-                yield tie.field, tie.words
-        if given.get("prompt_weighting") is True:
-            for name in TEXT_FIELDS:
-                text = given.get(name)
-                if isinstance(text, str) and len(text) <= MAX_PROMPT_CHARACTERS:
-                    wrong = problem(text)
-                    if wrong is not None:
-                        yield name, wrong
-        scheduler = given.get("scheduler")
-        no_sampler = why_not(scheduler) if isinstance(scheduler, str) else None
-        if no_sampler is not None:
-            yield "scheduler", no_sampler
-        embeddings = given.get("embeddings")
-        if isinstance(embeddings, list):
-            tokens = [
-                str(one.get("token")).lower() for one in embeddings if isinstance(one, Mapping)
-            ]
-            if len(set(tokens)) < len(tokens):
-                yield "embeddings", "each needs a token of its own, whatever its capitals"
-        urls, num_images = given.get("upload_urls"), given.get("num_images", 1)
-        if isinstance(urls, list) and any(urls.count(url) > 1 for url in urls[: MAX_IMAGES + 1]):
-            yield "upload_urls", "must all differ, or one picture would overwrite another"
-        if isinstance(urls, list) and isinstance(num_images, int) and len(urls) != num_images:
-            yield (
-                "upload_urls",
-                f"must be one address for each of num_images ({num_images}); got {len(urls)}",
-            )
+        yield from broken_ties(given, cls.model_fields)
 
     @classmethod
     def with_implied(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -848,7 +368,7 @@ class Request(InputModel):
             given = {**given, "scheduler": name}
             if of_name is not None and given.get("schedule") in (None, of_name):
                 given["schedule"] = of_name
-        if any(_hold(mask, given) for mask in MASKED):
+        if any(hold(mask, given, cls.model_fields) for mask in MASKED):
             given = {"mode": "img2img", **given}
         return {"strength": REDRAW_STRENGTH, **given} if given.get("mode") == "img2img" else given
 
@@ -882,27 +402,3 @@ def parse_request(job_input: object) -> Request:
         return Request.model_validate(job_input)
     except ValidationError as error:
         raise RequestError("\n".join(problems(error, Request))) from None
-
-
-def check_extent(job_input: Mapping[Any, Any]) -> None:
-    """Refuse what no request looks like, before it costs time. Strings may be of any length.
-
-    Raises:
-        RequestError: it has too many values, or too deep ones.
-    """
-    count, level = 0, [job_input]
-    for _ in range(MAX_NESTING):
-        count += sum(map(len, level))
-        if count > MAX_VALUES:
-            raise RequestError(f"input: must hold at most {MAX_VALUES} values in all; got more")
-        level = [inner for holder in level for inner in _values(holder) if _is_holder(inner)]
-    if level:
-        raise RequestError(f"input: must be at most {MAX_NESTING} objects or lists deep; got more")
-
-
-def _is_holder(value: object) -> bool:
-    return isinstance(value, (Mapping, list, tuple))
-
-
-def _values(holder: Any) -> Iterable[Any]:
-    return holder.values() if isinstance(holder, Mapping) else holder

@@ -19,7 +19,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdxl_worker.errors import ModelError
-from sdxl_worker.request import MAX_STEPS, OutputFormat
+from sdxl_worker.field_types import MAX_STEPS, OutputFormat
 from sdxl_worker.wording import IN_WORDS, RULE, problems
 
 EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes"

@@ -15,7 +15,6 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 import handler
-from sdxl_worker.drawing import generate as generate_module
 from sdxl_worker.drawing.generate import generate
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.drawing.steps import Step
@@ -25,6 +24,7 @@ from sdxl_worker.loading.models import Models, add_refiner, load_base
 from sdxl_worker.loading.weights import Weights, start_reading
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import Request
+from sdxl_worker.serving import turn
 from sdxl_worker.serving.start import start
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR, Settings
 from sdxl_worker.speed.optimize import optimize
@@ -107,7 +107,7 @@ def models() -> Models:
 def replace_generate(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
     """What jobs call in place of `generate`; the worker's start, which draws too, is over."""
     models()
-    monkeypatch.setattr(generate_module, "generate", function)
+    monkeypatch.setattr(turn, "generate", function)
 
 
 def draw(

@@ -10,7 +10,8 @@ import pytest
 
 from sdxl_worker.drawing.stages import plan_stages
 from sdxl_worker.errors import RequestError
-from sdxl_worker.request import MAX_PROMPT_CHARACTERS, REDRAW_STRENGTH, Request, parse_request
+from sdxl_worker.field_types import MAX_PROMPT_CHARACTERS
+from sdxl_worker.request import REDRAW_STRENGTH, Request, parse_request
 from tests.support import PROMPT, REPOSITORY, SCHEDULERS, models, run
 
 PICTURE = {"image_url": "https://example.com/a.png"}

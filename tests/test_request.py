@@ -10,16 +10,10 @@ import jsonschema
 import pytest
 
 from sdxl_worker.errors import RequestError
-from sdxl_worker.request import (
-    MAX_CONTROLS,
-    MAX_IMAGE_PROMPTS,
-    MAX_NESTING,
-    MAX_SEED,
-    MAX_VALUES,
-    REDRAW_STRENGTH,
-    Request,
-    parse_request,
-)
+from sdxl_worker.field_types import MAX_SEED
+from sdxl_worker.input_model import MAX_NESTING, MAX_VALUES
+from sdxl_worker.request import REDRAW_STRENGTH, Request, parse_request
+from sdxl_worker.request_objects import MAX_CONTROLS, MAX_IMAGE_PROMPTS
 from sdxl_worker.samplers import SAMPLERS
 from sdxl_worker.wording import field_schemas, rule
 from tests.support import SCHEDULERS

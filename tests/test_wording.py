@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from sdxl_worker.request import InputModel, Request
+from sdxl_worker.input_model import InputModel
+from sdxl_worker.request import Request
 from sdxl_worker.wording import (
     MAX_PROBLEMS_TOLD,
     MAX_SHOWN_CHARACTERS,

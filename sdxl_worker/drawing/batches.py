@@ -16,8 +16,9 @@ from sdxl_worker import gpu
 from sdxl_worker.drawing.control import Control
 from sdxl_worker.drawing.image_prompts import ImagePrompt
 from sdxl_worker.errors import RequestError
+from sdxl_worker.field_types import MIN_SIDE_PX, SIDE_MULTIPLE_PX
 from sdxl_worker.loading.models import Models
-from sdxl_worker.request import MIN_SIDE_PX, SIDE_MULTIPLE_PX, Request
+from sdxl_worker.request import Request
 
 log = logging.getLogger(__name__)
 

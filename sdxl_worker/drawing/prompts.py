@@ -16,9 +16,10 @@ from sdxl_worker.adapters.embeddings import TextualInversion, pattern
 from sdxl_worker.drawing.chunks import Chunk, chunks_of
 from sdxl_worker.drawing.text_passes import run_pass
 from sdxl_worker.errors import RequestError
+from sdxl_worker.field_types import TEXT_FIELDS
 from sdxl_worker.loading.models import Models
 from sdxl_worker.prompt_weights import Piece, names_networks, parse
-from sdxl_worker.request import TEXT_FIELDS, Request
+from sdxl_worker.request import Request
 
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 

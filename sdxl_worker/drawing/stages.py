@@ -15,9 +15,11 @@ from sdxl_worker.drawing.prompts import check_clip_skip
 from sdxl_worker.drawing.schedulers import build_scheduler, check_sampler, timesteps_run
 from sdxl_worker.errors import RequestError
 from sdxl_worker.few_step import FewStep
+from sdxl_worker.field_types import MAX_SIDE_PX
 from sdxl_worker.inputs.canvas import Canvas, larger_size
 from sdxl_worker.loading.models import Models
-from sdxl_worker.request import MAX_SIDE_PX, HiresField, Request
+from sdxl_worker.request import Request
+from sdxl_worker.request_objects import HiresField
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from sdxl_worker.field_types import MIN_SIDE_PX, SIDE_MULTIPLE_PX
 from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX
 from sdxl_worker.inputs.masks import Mask, covering, filled, with_edges
-from sdxl_worker.request import MIN_SIDE_PX, SIDE_MULTIPLE_PX
 
 # Left, top, right, bottom.
 Box = tuple[int, int, int, int]

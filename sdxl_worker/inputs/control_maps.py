@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdxl_worker.errors import ModelError, RequestError
+from sdxl_worker.field_types import ControlName
 from sdxl_worker.inputs.masks import Mask
-from sdxl_worker.request import ControlName
 
 # The libraries that a type's preprocessing needs.
 LIBRARIES: dict[ControlName, tuple[str, ...]] = {

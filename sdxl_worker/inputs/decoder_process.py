@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.field_types import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_MULTIPLE_PX
 from sdxl_worker.inputs.fitting import MAX_AUTOMATIC_SIDE_PX, Fit, FromAlpha, How
 from sdxl_worker.inputs.masks import Mask
-from sdxl_worker.request import MAX_SIDE_PX, MIN_SIDE_PX, SIDE_MULTIPLE_PX
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from sdxl_worker.inputs.control_maps import PoseFiles, canny_map, pose_map, repa
 from sdxl_worker.inputs.decoder_process import decode_apart, decode_mask_apart
 from sdxl_worker.inputs.fitting import Fit
 from sdxl_worker.inputs.masks import Mask
-from sdxl_worker.request import ControlField, Request
+from sdxl_worker.request import Request
+from sdxl_worker.request_objects import ControlField
 
 REPAINT_NEEDS_A_MASK = (
     "repaint needs a mask: mask_url, or mask_from_alpha; or send a finished map, black where it is "

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from sdxl_worker.errors import BrokenFilesError, ModelError, RequestError
+from sdxl_worker.field_types import CONTROL_SPELLINGS, CONTROL_TYPES, ControlName
 from sdxl_worker.gpu import is_out_of_memory
 from sdxl_worker.loading.companions import count_numbers, read_tensors
 from sdxl_worker.placement import Placement
-from sdxl_worker.request import CONTROL_SPELLINGS, CONTROL_TYPES, ControlName
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from PIL import Image
 
+from sdxl_worker.field_types import OutputFormat
 from sdxl_worker.outputs.exif import fits_jpeg
 from sdxl_worker.outputs.files import MEDIA_TYPES, encode
 from sdxl_worker.outputs.metadata import About, describe
-from sdxl_worker.request import OutputFormat, Request
+from sdxl_worker.request import Request
 
 
 def encode_pictures(

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
+from sdxl_worker.field_types import OutputFormat
 from sdxl_worker.outputs.exif import exif, xmp
 from sdxl_worker.outputs.png import encode_png, encode_smallest_png
-from sdxl_worker.request import OutputFormat
 
 MEDIA_TYPES: Mapping[OutputFormat, str] = {
     "png": "image/png",

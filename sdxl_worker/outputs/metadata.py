@@ -9,9 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 import sdxl_worker
+from sdxl_worker.field_types import SIDE_MULTIPLE_PX, TEXT_FIELDS
 from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.outputs.exif import INFOTEXT, SOFTWARE
-from sdxl_worker.request import SIDE_MULTIPLE_PX, TIES, Request
+from sdxl_worker.request import Request
+from sdxl_worker.request_ties import TIES
 from sdxl_worker.samplers import SAMPLERS, SCHEDULES
 from sdxl_worker.settings import MetadataLevel
 from sdxl_worker.versions import library_versions
@@ -19,7 +21,6 @@ from sdxl_worker.wording import without_secrets
 
 # Of an address of an input picture.
 MAX_ADDRESS_CHARACTERS = 2000
-PROMPTS = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"}
 # They say how a picture is delivered, not how it is made.
 OF_THE_DELIVERY = {
     "preview",
@@ -96,7 +97,7 @@ def _again(request: Request, index: int, about: About, with_prompts: bool) -> di
         unused.add("output_quality")
     if not request.prompt_weighting:
         unused.add("prompt_weighting")
-    prompts = set() if with_prompts else PROMPTS
+    prompts = set() if with_prompts else {*TEXT_FIELDS}
     job_input = again.model_dump(exclude_none=True, exclude=OF_THE_DELIVERY | unused | prompts)
     for holder in (job_input, *_entries(job_input)):
         for name in ADDRESSES:

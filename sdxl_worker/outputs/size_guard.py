@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from PIL import Image
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.field_types import OutputFormat
 from sdxl_worker.outputs.answer import build_output, data_uri, encode_pictures
 from sdxl_worker.outputs.metadata import About
-from sdxl_worker.request import OutputFormat, Request
+from sdxl_worker.request import Request
 from sdxl_worker.settings import is_on_platform, is_on_runpod
 
 # What the platform takes as a result: https://docs.runpod.io/serverless/endpoints/operation-reference

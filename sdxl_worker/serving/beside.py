@@ -17,6 +17,7 @@ from sdxl_worker.drawing.image_prompts import ImagePrompt, tokens_of_picture
 from sdxl_worker.drawing.stages import upscaled_size_px
 from sdxl_worker.drawing.steering import NO_STEERING, Steering
 from sdxl_worker.errors import RequestError
+from sdxl_worker.field_types import FINISHED_MAPS, ControlName
 from sdxl_worker.inputs.control_maps import PoseFiles, check_installed
 from sdxl_worker.inputs.masks import Mask
 from sdxl_worker.inputs.references import REPAINT_NEEDS_A_MASK, References
@@ -28,13 +29,8 @@ from sdxl_worker.loading.models import Models
 from sdxl_worker.loading.offload import send_home
 from sdxl_worker.loading.preprocessors import DepthFiles, find_depth, find_pose
 from sdxl_worker.loading.upscalers import UpscalerFiles, find_upscaler, names_of_upscalers
-from sdxl_worker.request import (
-    FINISHED_MAPS,
-    ControlField,
-    ControlName,
-    ImagePromptField,
-    Request,
-)
+from sdxl_worker.request import Request
+from sdxl_worker.request_objects import ControlField, ImagePromptField
 from sdxl_worker.serving.start import put_beside
 from sdxl_worker.settings import Settings
 

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from sdxl_worker.request import MAX_SEED
+from sdxl_worker.field_types import MAX_SEED
 from sdxl_worker.serving.job import Handler
 from sdxl_worker.serving.job_bar import job_shown
 from sdxl_worker.settings import TRUE_WORDS

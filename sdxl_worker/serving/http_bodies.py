@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.input_model import check_extent
 from sdxl_worker.outputs.size_guard import HTTP_LIMIT_BYTES
-from sdxl_worker.request import check_extent
 from sdxl_worker.wording import shown
 
 # 30 MB at two megabits a second.

@@ -14,9 +14,10 @@ from PIL import Image
 
 from client import picture_files
 from client.picture_files import PictureError
+from sdxl_worker.field_types import OutputFormat
 from sdxl_worker.outputs.answer import encode_pictures
 from sdxl_worker.outputs.metadata import describe
-from sdxl_worker.request import OutputFormat, parse_request
+from sdxl_worker.request import parse_request
 from sdxl_worker.settings import MetadataLevel
 from tests.outputs.samples import ABOUT, sample
 from tests.outputs.test_metadata import FORMATS, HOSTILE, told

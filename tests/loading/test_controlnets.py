@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_worker.errors import ModelError, RequestError
+from sdxl_worker.field_types import CONTROL_SPELLINGS, CONTROL_TYPES
 from sdxl_worker.loading import controlnets
 from sdxl_worker.loading.companions import at_work
 from sdxl_worker.loading.controlnets import UNION_MODES, find_controlnet
 from sdxl_worker.placement import Placement
-from sdxl_worker.request import CONTROL_SPELLINGS, CONTROL_TYPES
 from sdxl_worker.serving import start as start_module
 from sdxl_worker.serving.models_kept import ModelsKept
 from sdxl_worker.serving.start import put_beside

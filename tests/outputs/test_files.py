@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_worker.field_types import OutputFormat
 from sdxl_worker.outputs.files import encode
-from sdxl_worker.request import OutputFormat
 from tests.outputs.samples import sample
 
 FORMATS: tuple[OutputFormat, ...] = ("png", "jpeg", "webp")

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 import sdxl_worker
+from sdxl_worker.field_types import OutputFormat
 from sdxl_worker.inputs.checked_file import AdapterFile
 from sdxl_worker.outputs.answer import encode_pictures
 from sdxl_worker.outputs.exif import MAX_JPEG_EXIF_BYTES
 from sdxl_worker.outputs.metadata import About, describe
-from sdxl_worker.request import OutputFormat, parse_request
+from sdxl_worker.request import parse_request
 from sdxl_worker.safetensors_header import SafetensorsHeader
 from sdxl_worker.settings import MetadataLevel, load_settings
 from tests.outputs.samples import ABOUT, sample

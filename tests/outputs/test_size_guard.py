@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sdxl_worker.errors import RequestError
+from sdxl_worker.field_types import OutputFormat
 from sdxl_worker.outputs import size_guard
 from sdxl_worker.outputs.answer import build_output, data_uri, encode_pictures
 from sdxl_worker.outputs.size_guard import (
@@ -18,7 +19,7 @@ from sdxl_worker.outputs.size_guard import (
     fit,
     result_bytes,
 )
-from sdxl_worker.request import OutputFormat, Request, parse_request
+from sdxl_worker.request import Request, parse_request
 from tests.outputs.samples import ABOUT, sample
 from tests.support import PROMPT, error, replace_generate, run
 

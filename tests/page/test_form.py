@@ -12,7 +12,8 @@ from playwright.sync_api import FilePayload, Locator, Page, expect
 
 from client.one_file import SCHEMA
 from local_endpoint import LocalEndpoint
-from sdxl_worker.request import CONTROL_TYPES, Request
+from sdxl_worker.field_types import CONTROL_TYPES
+from sdxl_worker.request import Request
 from sdxl_worker.samplers import SAMPLERS, SPELLINGS
 from sdxl_worker.wording import field_schemas, rule
 from tests.hand_worker import HandWorker

@@ -19,9 +19,10 @@ from PIL import Image, PngImagePlugin
 from playwright.sync_api import Page, expect
 
 from local_endpoint import LocalEndpoint
+from sdxl_worker.field_types import OutputFormat
 from sdxl_worker.outputs.files import encode
 from sdxl_worker.outputs.metadata import About, describe
-from sdxl_worker.request import OutputFormat, Request, parse_request
+from sdxl_worker.request import Request, parse_request
 from tests.outputs.samples import ABOUT
 from tests.page.conftest import OpenPage, page_of
 from tests.page.gallery_steps import (

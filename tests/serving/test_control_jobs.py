@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import handler
 from sdxl_worker.inputs.control_maps import canny_map
 from sdxl_worker.outputs import size_guard
-from sdxl_worker.serving import beside, job
+from sdxl_worker.serving import beside, fetching, preparing
 from tests.inputs.onnx_files import SIDE_PX, write_detector, write_pose_network
 from tests.loading.transformers_networks import save_depth_network
 from tests.random_ip_adapters import (
@@ -165,7 +165,7 @@ def test_in_a_picture_that_is_repainted_maps_lie_where_it_is_drawn(padding: int 
 def test_repaint_without_a_mask_is_refused_before_anything_is_fetched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(fetching, "fetch", lambda *_: pytest.fail("fetched"))
     message = error({**QUICK, "controlnet": [entry(), entry("repaint")]})
     assert message.startswith("controlnet[1].type: repaint needs a mask: mask_url")
 
@@ -178,7 +178,7 @@ def test_what_is_not_set_up_is_refused_before_anything_is_fetched(
     (tmp_path / network).symlink_to(folder / network)
     monkeypatch.setenv("CONTROLNET_DIR", str(tmp_path))
     with monkeypatch.context() as without:
-        without.setattr(job, "fetch", lambda *_: pytest.fail("fetched"))
+        without.setattr(fetching, "fetch", lambda *_: pytest.fail("fetched"))
         message = error({**QUICK, "controlnet": [entry(), entry(kind)]})
     assert message.startswith(f"controlnet[1].type: preprocessing for {kind} is not set up")
     assert "images" in run({**QUICK, "controlnet": [entry(kind, preprocess=False)]})
@@ -255,7 +255,7 @@ def test_so_is_an_ip_adapter_and_its_encoder(
         save_file(tensors, tmp_path / file)
         return found
 
-    monkeypatch.setattr(beside, "find_beside", broken_then)
+    monkeypatch.setattr(preparing, "find_beside", broken_then)
     assert error({**QUICK, "ip_adapter": prompts}) == (
         f"ip_adapter[1].type: {title} cannot be loaded; the worker's owner should fetch it again"
     )
@@ -312,7 +312,7 @@ def test_what_several_entries_name_is_fetched_once(monkeypatch: pytest.MonkeyPat
         shape().save(buffer, "PNG")
         return buffer.getvalue()
 
-    monkeypatch.setattr(job, "fetch", picture)
+    monkeypatch.setattr(fetching, "fetch", picture)
     addresses = ["https://example.com/a", "https://example.com/b", "https://example.com/a"]
     entries = [entry("tile") | {"image_url": address} for address in addresses]
     maps = maps_of(*entries)
@@ -335,7 +335,7 @@ def test_no_more_than_two_files_are_in_memory_at_once(monkeypatch: pytest.Monkey
         most.append(len(there))
         return file
 
-    monkeypatch.setattr(job, "fetch", picture)
+    monkeypatch.setattr(fetching, "fetch", picture)
     entries = [entry("tile") | {"image_url": f"https://example.com/{i}"} for i in range(3)]
     maps_of(*entries)
     assert most == [1, 2, 1]
@@ -365,7 +365,7 @@ def test_addresses_and_prompts_stay_out_of_logs_and_files(
     async def picture(*_: str) -> bytes:
         return base64.b64decode(data_uri(shape()).partition(",")[2])
 
-    monkeypatch.setattr(job, "fetch", picture)
+    monkeypatch.setattr(fetching, "fetch", picture)
     secret = entry() | {"image_url": "https://example.com/a.png?signature=hush"}
     output = run({**QUICK, "controlnet": [secret, entry("tile")]})
     assert "hush" not in caplog.text

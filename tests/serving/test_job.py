@@ -10,8 +10,8 @@ from PIL import Image
 
 import handler
 from sdxl_worker.drawing import generate as generate_module
-from sdxl_worker.outputs import answer
-from sdxl_worker.serving import answering, job, slot
+from sdxl_worker.outputs import answer, result
+from sdxl_worker.serving import answering, fetching, job, slot
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 from tests.support import PROMPT, data_uri, error, replace_generate, run
 
@@ -19,7 +19,7 @@ QUICK = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2, "refiner_inferen
 
 
 def test_without_image_url_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(fetching, "fetch", lambda *_: pytest.fail("fetched"))
     assert "images" in run(QUICK)
 
 
@@ -33,7 +33,7 @@ def test_a_page_in_place_of_a_picture_is_refused(monkeypatch: pytest.MonkeyPatch
     async def page(*_: str) -> bytes:
         return b"<html>"
 
-    monkeypatch.setattr(job, "fetch", page)
+    monkeypatch.setattr(fetching, "fetch", page)
     job_input = {"prompt": PROMPT, "image_url": "https://example.com/page.html"}
     assert error(job_input).startswith("image_url: not a picture")
 
@@ -43,7 +43,7 @@ def test_no_refiner_is_told_before_the_picture_is_fetched(
 ) -> None:
     (tmp_path / "base").symlink_to(EMBEDDED_MODEL_DIR / "base")
     monkeypatch.setenv("MODEL_DIR", str(tmp_path))
-    monkeypatch.setattr(job, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(fetching, "fetch", lambda *_: pytest.fail("fetched"))
     message = error({"prompt": PROMPT, "image_url": "https://example.com/a.png"})
     assert message.startswith("image_url: needs the refiner, and this model has none")
 
@@ -53,7 +53,7 @@ def test_while_one_picture_is_made_another_job_s_input_picture_is_fetched(
 ) -> None:
     generate = generate_module.generate
     fetched = threading.Event()
-    fetch = job.fetch
+    fetch = fetching.fetch
 
     def generate_once_fetched(*arguments: Any, **options: Any) -> Any:
         assert fetched.wait(30), "the other job waited for the GPU before it fetched its picture"
@@ -64,7 +64,7 @@ def test_while_one_picture_is_made_another_job_s_input_picture_is_fetched(
         return await fetch(*arguments)
 
     replace_generate(monkeypatch, generate_once_fetched)
-    monkeypatch.setattr(job, "fetch", recorded)
+    monkeypatch.setattr(fetching, "fetch", recorded)
     image = {"image_url": data_uri(Image.new("RGB", (64, 64), "red")), "strength": 0.1}
 
     async def two_jobs() -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ def test_what_fails_beside_the_next_job_is_answered_at_once(
         raise RuntimeError
 
     asked: list[Any] = []
-    monkeypatch.setattr(job, "build_output", fail)
+    monkeypatch.setattr(result, "build_output", fail)
     monkeypatch.setattr(answering, "on_gpu_thread", lambda *_: asked.append(1))
 
     async def answered() -> dict[str, Any]:

@@ -76,8 +76,9 @@ def test_prometheus_can_read_it_and_no_caller_is_in_it(worker: HttpWorker) -> No
 
 
 def stages_in_the_code() -> list[str]:
-    code = (REPOSITORY / "sdxl_worker" / "serving" / "job.py").read_text(encoding="utf-8")
-    return ["wait", "job", *re.findall(r'timed\("(\w+)"', code)]
+    modules = (REPOSITORY / "sdxl_worker" / "serving").glob("*.py")
+    code = "".join(module.read_text(encoding="utf-8") for module in modules)
+    return ["wait", "job", *re.findall(r'\btimed\("(\w+)"', code)]
 
 
 def test_the_document_lists_each_of_them(worker: HttpWorker) -> None:

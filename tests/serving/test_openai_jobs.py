@@ -17,8 +17,7 @@ from PIL import Image, ImageDraw
 
 import handler
 from sdxl_worker.outputs import size_guard
-from sdxl_worker.serving import ending
-from sdxl_worker.serving import job as job_module
+from sdxl_worker.serving import ending, turn
 from sdxl_worker.serving import progress as progress_module
 from sdxl_worker.serving.answering import Outcome, answer
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
@@ -378,13 +377,13 @@ def test_calls_are_drawn_side_by_side_as_our_own_jobs_are(monkeypatch: pytest.Mo
     monkeypatch.setenv("BATCH_JOBS", "2")
     models()
     kinds = []
-    draw = job_module.draw_on_gpu_thread
+    draw = turn.draw_on_gpu_thread
 
     async def recorded(draw_one: Any, kind: Any, at_once: int) -> Any:
         kinds.append((kind, at_once))
         return await draw(draw_one, kind, at_once)
 
-    monkeypatch.setattr(job_module, "draw_on_gpu_thread", recorded)
+    monkeypatch.setattr(turn, "draw_on_gpu_thread", recorded)
     call(GENERATIONS, **QUICK, size="64x64")
     run({**QUICK, "width": 64, "height": 64})
     assert kinds[0] == kinds[1]

@@ -17,7 +17,7 @@ import handler
 from sdxl_worker.outputs import size_guard
 from sdxl_worker.outputs import upload as upload_module
 from sdxl_worker.outputs.bucket import Bucket
-from sdxl_worker.serving import ending, job
+from sdxl_worker.serving import ending, storing
 from sdxl_worker.serving.ending import hurry
 from tests.s3_server import ACCESS_KEY_ID, SECRET_ACCESS_KEY, S3Server
 from tests.support import decoded, run
@@ -256,7 +256,7 @@ def test_at_the_end_of_the_worker_a_check_does_not_wait_for_storage(
         await asyncio.sleep(30)
         return "ok"
 
-    monkeypatch.setattr(job, "check_storage", slow)
+    monkeypatch.setattr(storing, "check_storage", slow)
     assert run({"check": True})["storage"] == "not checked: the worker was told to end"
 
 

@@ -18,7 +18,7 @@ from sdxl_worker.loading.upscalers import UpscalerFiles
 from sdxl_worker.outputs import size_guard
 from sdxl_worker.placement import Placement
 from sdxl_worker.serving import beside as beside_module
-from sdxl_worker.serving import job
+from sdxl_worker.serving import fetching, turn
 from sdxl_worker.serving import progress as progress_module
 from sdxl_worker.serving.progress import Progress
 from tests.own_files import write_lora
@@ -143,7 +143,7 @@ def test_a_check_tells_the_size_that_comes_out() -> None:
 def test_an_unknown_upscaler_is_told_before_anything_is_fetched(
     fields: dict[str, Any], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(fetching, "fetch", lambda *_: pytest.fail("fetched"))
     assert error({**QUICK, "image_url": "https://example.com/a.png", **fields}) == problem
 
 
@@ -175,7 +175,7 @@ def test_a_network_that_is_no_upscaler_is_refused_before_the_drawing_and_the_nex
 def test_sizes_that_only_the_picture_tells_are_refused_before_it_is_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job, "_draw", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(turn, "_draw", lambda *_, **__: pytest.fail("drawn"))
     wide = {"image_url": data_uri(Image.new("RGB", (1600, 64)))}
     assert error({**QUICK, **wide, "upscale": {"factor": 3}}) == (
         "upscale.factor: 1600 x 64 would become 4800 x 192, and no side may be over 4096; 2.56 is "
@@ -193,7 +193,7 @@ def test_sizes_that_only_the_picture_tells_are_refused_before_it_is_drawn(
 def test_an_answer_that_is_sure_to_be_too_large_is_refused_before_it_is_drawn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(job, "_draw", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(turn, "_draw", lambda *_, **__: pytest.fail("drawn"))
     monkeypatch.setattr(size_guard, "limit_bytes", lambda _: 20_000)
     assert "would be at least" in error({**BASE, "upscale": {"factor": 4}})
     assert "would be at least" in error({**BASE, "hires": {"scale": 2, "strength": 0.5}})
