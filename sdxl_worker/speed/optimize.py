@@ -16,6 +16,7 @@ import torch
 from sdxl_worker.placement import Placement
 from sdxl_worker.settings import CompileMode, Settings
 from sdxl_worker.speed.cuda_graphs import GraphedForward
+from sdxl_worker.speed.direct_attention import attend_directly
 from sdxl_worker.speed.quantize import check_quantization, quantize
 from sdxl_worker.speed.steered import CompiledForward
 
@@ -88,6 +89,8 @@ OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {
     # The memory order that tensor cores take: in the other, each convolution reorders its input.
     # Not compiled, torch's group normalisation on a GPU reorders it back, up to 2.13.
     "channels_last": _channels_last,
+    # A fifth of the host's time of a pass, bit for bit the same. Compiling finds it by itself.
+    "direct_attention": lambda unet, _: attend_directly(unet),
     # One product in place of three. Not with LoRA, whose weights would be left out.
     "fuse_qkv": _fuse_qkv,
     # Tensor cores do twice as many operations in 8 bits as in 16.
@@ -103,8 +106,8 @@ OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {
 }
 
 MODES: dict[CompileMode | None, frozenset[str]] = {
-    None: frozenset({"channels_last"}),
-    "graphs": frozenset({"channels_last", "cuda_graphs"}),
+    None: frozenset({"channels_last", "direct_attention"}),
+    "graphs": frozenset({"channels_last", "direct_attention", "cuda_graphs"}),
     "blocks": frozenset({"channels_last", "compile_blocks", "cuda_graphs"}),
     "full": frozenset({"channels_last", "compile_unet", "compile_decoder", "cuda_graphs"}),
 }
