@@ -113,10 +113,9 @@ def _by_head(attention: Any, states: torch.Tensor) -> torch.Tensor:
 
 
 def _is_like_sdxl(attention: Any) -> bool:
-    norms = (attention.group_norm, attention.spatial_norm, attention.norm_cross)
     return (
         type(attention.processor) is AttnProcessor2_0
-        and all(norm is None for norm in (*norms, attention.norm_q, attention.norm_k))
+        and attention.group_norm is None
         and not attention.residual_connection
         and attention.rescale_output_factor == 1
     )
