@@ -2,8 +2,8 @@
 
 diffusers' processor asks in each of 140 attentions of a pass for norms, masks and forms that SDXL
 has not, divides by 1, and computes keys and values of a text that is the same in each step; and its
-module looks up the processor's parameters each time. Where passes are short, the host is slower
-than the GPU, and this is a fifth of its time. The numbers are the same, bit for bit.
+module looks up the processor's parameters each time. That is a fifth of the host's time of a pass.
+The numbers are the same, bit for bit.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
 # Of all keys and values that are kept, for they are in no plan: they come out of its margin. One
-# picture with guidance takes 51 MB of it in 16 bits, for up to 75 tokens. Of larger batches the
-# host is not slower.
+# picture with guidance takes 51 MB of it in 16 bits, for up to 75 tokens. The more there are in a
+# pass, the smaller is the share of what is saved.
 MOST_KEPT_BYTES = 128 * 1024**2
 
 
