@@ -52,6 +52,7 @@ CHANNELS_LAST = frozenset({"channels_last"})
 WORKER_ROWS: dict[str, frozenset[str]] = {
     "worker": frozenset(),
     "channels_last": CHANNELS_LAST,
+    "direct_attention": CHANNELS_LAST | {"direct_attention"},
     "fuse_qkv": CHANNELS_LAST | {"fuse_qkv"},
     "flash_attention": CHANNELS_LAST,
     "fp16_accumulation": CHANNELS_LAST | {"fp16_accumulation"},

@@ -43,6 +43,7 @@ from sdxl_worker.inputs.canvas import Canvas, Enlarge
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
 from sdxl_worker.speed.cuda_graphs import forget_recordings
+from sdxl_worker.speed.direct_attention import text_keys_kept
 from sdxl_worker.speed.no_waits import host_noise, timesteps_on_device
 from sdxl_worker.speed.shared_passes import SharedUnet
 from sdxl_worker.speed.steered import compiled_where_it_can_be, left_out
@@ -356,6 +357,7 @@ def _denoise(batch: range, plan: batches.Plan, work: _Work) -> torch.Tensor | No
             is_steered = bool(steering.controls or steering.image_prompts)
             interval = None if is_steered else work.step_cache_interval
             around.enter_context(step_cache(pipeline, interval))
+            around.enter_context(text_keys_kept(pipeline.unet))
             prompted = bool(steering.image_prompts)
             around.enter_context(compiled_where_it_can_be(pipeline.unet, image_prompts=prompted))
             image_prompts: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from sdxl_worker.errors import ModelError
 from sdxl_worker.placement import Placement
 from sdxl_worker.settings import CompileMode, Settings
 from sdxl_worker.speed.cuda_graphs import GraphedForward
+from sdxl_worker.speed.direct_attention import attend_directly
 from sdxl_worker.speed.quantize import check_quantization, quantize
 from sdxl_worker.speed.steered import CompiledForward
 
@@ -34,7 +35,8 @@ def optimize(optimizations: Collection[str], unet: Any, vae: Any = None) -> None
 
 
 def optimizations_of(settings: Settings, placement: Placement) -> Collection[str]:
-    """The optimizations of a worker: none on a CPU, unless COMPILE or QUANTIZE asks for them.
+    """The optimizations of a worker: on a CPU, where COMPILE and QUANTIZE ask for none, only
+    `direct_attention`.
 
     Those of a whole UNet do not work with a step cache, for deep and shallow steps would repeat the
     same pass, nor with offloading: a CUDA graph keeps the addresses that the weights had, and a
@@ -99,6 +101,8 @@ OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {
     # The memory order that tensor cores take: in the other, each convolution reorders its input.
     # Not compiled, torch's group normalisation on a GPU reorders it back, up to 2.13.
     "channels_last": _channels_last,
+    # Bit for bit the same, for four fifths of the host's time. Not beside what is compiled.
+    "direct_attention": lambda unet, _: attend_directly(unet),
     # One product in place of three. Not with LoRA, whose weights would be left out.
     "fuse_qkv": _fuse_qkv,
     # GPUs for games sum up in 16 bits at twice the rate of 32. For the whole process, and only the
@@ -117,8 +121,8 @@ OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {
 }
 
 MODES: dict[CompileMode | None, frozenset[str]] = {
-    None: frozenset({"channels_last"}),
-    "graphs": frozenset({"channels_last", "cuda_graphs"}),
+    None: frozenset({"channels_last", "direct_attention"}),
+    "graphs": frozenset({"channels_last", "direct_attention", "cuda_graphs"}),
     "blocks": frozenset({"channels_last", "compile_blocks", "cuda_graphs"}),
     "full": frozenset({"channels_last", "compile_unet", "compile_decoder", "cuda_graphs"}),
 }

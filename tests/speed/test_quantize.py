@@ -18,7 +18,7 @@ from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.serving.start import start
 from sdxl_worker.settings import Settings, load_settings
-from sdxl_worker.speed.optimize import optimizations_of, optimize
+from sdxl_worker.speed.optimize import MODES, optimizations_of, optimize
 from sdxl_worker.speed.quantize import INT8_ROWS, check_quantization
 from shapes.judge import judge
 from tests import inpainting_model
@@ -263,7 +263,7 @@ def test_a_step_cache_leaves_only_the_blocks_to_be_compiled(
 
 
 def test_offloading_is_refused_only_beside_it() -> None:
-    assert optimizations_of(Settings(), OFFLOADED) == {"channels_last"}
+    assert optimizations_of(Settings(), OFFLOADED) == MODES[None]
     with pytest.raises(ModelError, match="QUANTIZE: needs weights that stay on the GPU"):
         optimizations_of(Settings(quantize="int8"), OFFLOADED)
 
