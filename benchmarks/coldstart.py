@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -29,8 +29,8 @@ import psutil
 from tqdm import tqdm
 
 from benchmarks import common
+from benchmarks.full_size_model import model_dir
 from benchmarks.offline_worker import NAME_SERVER
-from benchmarks.sdxl_architecture import write_configs
 from local_endpoint.local import LocalEndpoint
 from local_endpoint.queue import Rules
 
@@ -125,26 +125,6 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
             cpu_s=times.user + times.system,
             **phases(worker.log()),
         )
-
-
-@contextlib.contextmanager
-def model_dir(name: str) -> Iterator[dict[str, str]]:
-    """The worker's variables for a model.
-
-    Args:
-        name: "full", or "" for that of MODEL_DIR, the embedded one if it is not set.
-    """
-    if not name:
-        yield {}
-        return
-    import torch
-
-    from tools.random_model import write_weights
-
-    with tempfile.TemporaryDirectory() as folder:
-        root = write_configs(Path(folder) / "model")
-        write_weights(root, torch.float16, "cuda" if torch.cuda.is_available() else "cpu")
-        yield {"MODEL_DIR": str(root)}
 
 
 def medians(starts: Sequence[Start]) -> Start:

@@ -101,6 +101,12 @@ def bar_chart(
     figure.savefig(path, metadata={"Software": None})
 
 
+def shortened(error: BaseException) -> str:
+    """Of an error, for a row's note."""
+    first, *_ = str(error).strip().split("\n")
+    return f"{type(error).__name__}: {first[:200]}"
+
+
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     """The first row holds the column names."""
     head, *body = [f"| {' | '.join(map(str, row))} |" for row in rows]

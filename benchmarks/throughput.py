@@ -22,7 +22,7 @@ import torch
 from scipy.stats import binom
 from tqdm import tqdm
 
-from benchmarks import coldstart, common
+from benchmarks import common, full_size_model
 from local_endpoint.local import LocalEndpoint
 from local_endpoint.queue import Job, Status
 from sdxl_worker.settings import Settings
@@ -367,7 +367,7 @@ def main() -> None:
         results.add({**machine, "threads": threads, **figures})
 
     total = options.rounds * len(WORKERS) + 1 + 2 * len(LOADS) + len(WORKERS_IN_TWOS)
-    with coldstart.model_dir(arguments.model) as variables, tqdm(total=total) as progress:
+    with full_size_model.model_dir(arguments.model) as variables, tqdm(total=total) as progress:
         os.environ.update(variables)  # which the workers inherit
         capacity = all_at_once(options, add, progress.update)
         over_time(options, capacity, add, progress.update)

@@ -15,6 +15,7 @@ from diffusers import (
 
 from benchmarks import (
     coldstart,
+    full_size_model,
     sdxl_architecture,
 )
 from benchmarks.sdxl_architecture import CONFIGS
@@ -67,7 +68,7 @@ def test_both_workers_can_load_the_full_size_model_s_folder(
         for name in CONFIGS
     }
     monkeypatch.setattr(sdxl_architecture, "CONFIGS", small)
-    with coldstart.model_dir("full") as environment:
+    with full_size_model.model_dir("full") as environment:
         root = Path(environment["MODEL_DIR"])
         load_models(find_model_dir(Settings(model_dir=root)), "float16")
         base = StableDiffusionXLPipeline.from_pretrained(root / "base", variant="fp16")
@@ -80,7 +81,7 @@ def test_both_workers_can_load_the_full_size_model_s_folder(
             },
         )
     assert not root.exists()
-    with coldstart.model_dir("") as environment:
+    with full_size_model.model_dir("") as environment:
         assert environment == {}
 
 
