@@ -83,6 +83,9 @@ class _Rows:
         self._guided_calls: int | None = None
         """None: not known before the first."""
         self._is_cut = False
+        self._states: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Of both texts, and of the prompt alone: the same object in each step, for what keeps the
+        keys of a text."""
 
     def leave_out(
         self, _: Any, inputs: tuple[Any, ...], options: dict[str, Any]
@@ -97,10 +100,12 @@ class _Rows:
         if not self._is_cut:
             return None
         sample, timestep, *rest = inputs
-        conditions = options["added_cond_kwargs"]
+        conditions, states = options["added_cond_kwargs"], options["encoder_hidden_states"]
+        if self._states is None or self._states[0] is not states:
+            self._states = states, _second_half(states)
         return (_second_half(sample), timestep, *rest), {
             **options,
-            "encoder_hidden_states": _second_half(options["encoder_hidden_states"]),
+            "encoder_hidden_states": self._states[1],
             "added_cond_kwargs": {name: _second_half(one) for name, one in conditions.items()},
         }
 

@@ -324,6 +324,17 @@ def test_with_a_step_cache_the_first_step_without_guidance_is_a_deep_one(end: fl
     assert [count for _, count in deep] == ([2, 1, 1] if end < 0.5 else [2, 2, 1])
 
 
+def test_the_keys_of_the_prompt_alone_are_computed_once_too() -> None:
+    calls: list[int] = []
+    attention = models().unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    hook = attention.to_k.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    try:
+        draw(parse_request({**BASE, **SMALL, "guidance_end": 0.4}), models())
+    finally:
+        hook.remove()
+    assert calls == [2, 1]
+
+
 def test_the_steps_are_counted_as_ever() -> None:
     def steps(job: dict[str, Any]) -> list[tuple[str, int, int, int]]:
         told: list[Step] = []
