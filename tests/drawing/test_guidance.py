@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -75,8 +76,7 @@ def counted(*unets: Any) -> Iterator[list[tuple[int, int]]]:
                 rows.append((of, len(sample)))
                 return through(sample, *args, **options)
 
-            unet.forward = count
-            undo.callback(setattr, unet, "forward", forward)
+            undo.enter_context(mock.patch.object(unet, "forward", count))
         yield rows
 
 
