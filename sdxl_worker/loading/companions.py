@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdxl_worker.errors import BrokenFilesError
+from sdxl_worker.loading.visits import Visit
 from sdxl_worker.placement import Placement
 from sdxl_worker.safetensors_header import NotSafetensorsError, read_header
 
@@ -128,9 +129,8 @@ def at_work(network: Any, placement: Placement) -> Iterator[None]:
     if parameter is None or parameter.device.type == placement.device.type:
         yield
         return
-    home = parameter.device
+    visit = Visit(network, placement.device)
     try:
-        network.to(placement.device)
         yield
     finally:
-        network.to(home)
+        visit.end()

@@ -26,10 +26,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from sdxl_worker.host_memory import give_back_host_memory
 from sdxl_worker.openai_images import EDITS, GENERATIONS, MODELS
 from sdxl_worker.serving.answering import GPU_FAILED, INVALID_REQUEST, Answer, Answering, Outcome
 from sdxl_worker.serving.ending import HURRIED_SECONDS, hurry
-from sdxl_worker.serving.host_memory import give_back_host_memory
 from sdxl_worker.serving.http_bodies import (
     Refusal,
     job_of,

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from sdxl_worker.gpu import free_memory
+from sdxl_worker.host_memory import free_host_bytes, give_back_host_memory
 from sdxl_worker.placement import WORKING_MEMORY_BYTES, fits
-from sdxl_worker.serving.host_memory import free_host_bytes, give_back_host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,10 @@ class ModelMemory:
         free_memory()
 
     def drop(self, models: "Models | Companion") -> None:
+        from sdxl_worker.loading.offload import end_turns
+
         _leave(models)
+        end_turns(models.networks().values())  # or what they are on the host would be held
         for network in models.networks().values():
             _empty(network)
         free_memory()

@@ -18,10 +18,10 @@ from runpod.http_client import AsyncClientSession, TooManyRequests
 from runpod.serverless.modules import rp_scale
 from runpod.serverless.modules.rp_job import _job_get_url
 
+from sdxl_worker.host_memory import give_back_host_memory
 from sdxl_worker.serving import slot
 from sdxl_worker.serving.delivery import Deliveries
 from sdxl_worker.serving.ending import hurry
-from sdxl_worker.serving.host_memory import give_back_host_memory
 
 log = logging.getLogger(__name__)
 

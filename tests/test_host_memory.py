@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from sdxl_worker.serving import host_memory
-from sdxl_worker.serving.host_memory import give_back_host_memory
+from sdxl_worker import host_memory
+from sdxl_worker.host_memory import give_back_host_memory
 from tests.support import REPOSITORY
 
 # Small pieces, of which one in a hundred stays: the C library keeps all that lies between.
 SCRIPT = """
 import psutil
-from sdxl_worker.serving.host_memory import give_back_host_memory
+from sdxl_worker.host_memory import give_back_host_memory
 pieces = [bytes(10_000) for _ in range(20_000)]
 kept = pieces[::100]
 del pieces

@@ -1,0 +1,57 @@
+"""Networks that wait on the host and come to the device for a while.
+
+What a network was on the host stays there meanwhile, pinned: a GPU copies faster from memory that
+is, and nothing has to be copied back but what was changed, as by a LoRA.
+"""
+
+import logging
+from typing import Any
+
+import torch
+
+from sdxl_worker.host_memory import free_host_bytes
+
+log = logging.getLogger(__name__)
+
+
+class Visit:
+    """A network's stay on a device. It comes at once, wholly or not at all."""
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        """
+        Args:
+            network: on the host.
+        """
+        self._there: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        """Of each tensor: what it was on the host, and its version when it came."""
+        tensors = [*network.parameters(), *network.buffers()]
+        pins = device.type == "cuda" and _can_be_pinned(tensors)
+        try:
+            for tensor in tensors:
+                host = _pinned(tensor.data) if pins else tensor.data
+                tensor.data = host.to(device, non_blocking=True, copy=True)
+                self._there.append((tensor, host, tensor._version))
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """It leaves."""
+        for tensor, host, version in self._there:
+            is_changed = tensor._version != version or tensor.dtype != host.dtype
+            tensor.data = tensor.data.to(host.device, copy=True) if is_changed else host
+        self._there.clear()
+
+
+def _can_be_pinned(tensors: list[torch.Tensor]) -> bool:
+    """Pinned memory is given in powers of two: all of it may take twice as much as it has."""
+    missing = sum(tensor.nbytes for tensor in tensors if not tensor.is_pinned())
+    return 2 * missing <= free_host_bytes()
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return tensor.pin_memory()  # itself, where it is
+    except RuntimeError as error:  # a limit of the container's
+        log.warning("weights that wait on the host cannot be pinned: %s", error)
+        return tensor
