@@ -4,6 +4,8 @@
 disturb each other: it sets process-wide defaults while it builds a network.
 """
 
+import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -124,7 +126,7 @@ def start_reading(
 
 
 def _read(path: Path, names: list[str], device: torch.device, dtype: torch.dtype) -> Tensors:
-    with _opened(path) as file:
+    with _opened(path) as file, _on_own_stream(device):
         there = set(file.offset_keys())
         tensors = {}
         for name in names:
@@ -132,6 +134,28 @@ def _read(path: Path, names: list[str], device: torch.device, dtype: torch.dtype
             scale = file.get_tensor(scales[0]) if scales else None
             tensors[name] = _to(file.get_tensor(name), device, dtype, scale)
         return tensors
+
+
+@contextlib.contextmanager
+def _on_own_stream(device: torch.device) -> Iterator[None]:
+    """What is copied to a GPU inside does not wait for what it draws meanwhile, as the refiner's
+    weights would behind the base's first picture, and is there when this ends.
+
+    One stream for all threads: torch keeps freed memory for the stream that it was taken on. Other
+    streams may use the tensors without telling torch so, as they are not freed while a network
+    runs.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(_stream()):
+        yield
+    _stream().synchronize()
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 def _to(

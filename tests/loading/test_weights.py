@@ -1,7 +1,9 @@
 """Reading weights: which files, where to, and whole however many threads read."""
 
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,58 @@ def test_weights_that_do_not_stay_on_the_gpu_are_read_to_the_host(
         weights.take("unet")
         weights.take("refiner_unet")
         assert targets == {torch.device(target)}
+
+
+def test_a_gpu_is_copied_to_on_a_stream_of_its_own_and_all_is_there_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No GPU is here: what is seen is what would be told to one, in which order."""
+    told: list[str] = []
+
+    class Stream:
+        def __init__(self) -> None:
+            told.append("made")
+
+        def synchronize(self) -> None:
+            told.append("waited for")
+
+    @contextlib.contextmanager
+    def current(stream: Stream) -> Iterator[None]:
+        assert isinstance(stream, Stream)
+        told.append("begun")
+        yield
+        told.append("ended")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    weights_module._stream.cache_clear()
+    try:
+        for _ in range(2):
+            with weights_module._on_own_stream(torch.device("cuda")):
+                told.append("copied")
+    finally:
+        weights_module._stream.cache_clear()
+    assert told == ["made", *(["begun", "copied", "ended", "waited for"] * 2)]
+
+
+def test_parts_for_a_gpu_are_copied_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = threading.local()
+    parts: list[str] = []
+
+    @contextlib.contextmanager
+    def noted(device: torch.device) -> Iterator[None]:
+        assert device.type == "meta"
+        parts.append("begun")
+        inside.yes = True
+        yield
+        inside.yes = False
+
+    def to(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+        assert inside.yes
+        return tensor
+
+    monkeypatch.setattr(weights_module, "_on_own_stream", noted)
+    monkeypatch.setattr(weights_module, "_to", to)
+    placement = Placement(torch.device("meta"), torch.float32, resident=True)
+    start_reading(EMBEDDED, EMBEDDED.weight_files("float16"), placement).take("vae")
+    assert parts
