@@ -15,6 +15,7 @@ from PIL import Image
 
 import handler
 from sdxl_worker import gpu
+from sdxl_worker.outputs import result
 from sdxl_worker.serving import job
 from tests.support import (
     PROMPT,
@@ -179,7 +180,7 @@ def test_a_job_that_raises_anything_is_answered(
     replace_generate(monkeypatch, failing(raised()))
     assert asyncio.run(answered())["error"].startswith("the worker failed at this job (")
     monkeypatch.undo()
-    for module, name in [(job, "build_output"), (job, "parse_request"), (job, "load_settings")]:
+    for module, name in [(result, "build_output"), (job, "parse_request"), (job, "load_settings")]:
         monkeypatch.setattr(module, name, raising)
         assert asyncio.run(answered())["error"].startswith("the worker failed at this job (")
         monkeypatch.undo()

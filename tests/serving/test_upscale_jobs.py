@@ -17,7 +17,6 @@ from sdxl_worker.drawing.enlarging import enlarger
 from sdxl_worker.loading.upscalers import UpscalerFiles
 from sdxl_worker.outputs import size_guard
 from sdxl_worker.placement import Placement
-from sdxl_worker.serving import beside as beside_module
 from sdxl_worker.serving import fetching, turn
 from sdxl_worker.serving import progress as progress_module
 from sdxl_worker.serving.progress import Progress
@@ -204,14 +203,14 @@ def test_an_answer_that_is_sure_to_be_too_large_is_refused_before_it_is_drawn(
 def test_a_network_works_on_the_gpu_thread_and_lanczos_beside_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    upscaled = beside_module.upscaled
+    upscaled = turn.upscaled
     threads: list[str] = []
 
     def recorded(*args: Any) -> Any:
         threads.append(threading.current_thread().name)
         return upscaled(*args)
 
-    monkeypatch.setattr(beside_module, "upscaled", recorded)
+    monkeypatch.setattr(turn, "upscaled", recorded)
     picture(**BASE, upscale={})
     picture(**BASE, upscale=NETWORK)
     assert not threads[0].startswith("gpu")
