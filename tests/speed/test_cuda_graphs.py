@@ -177,7 +177,8 @@ def test_the_second_job_of_a_single_step_records_it(recordings: list[Recording])
     request = parse_request({**REQUESTS["base"], "num_inference_steps": 1})
     [plain] = draw(request, models())
     for replays in ([], [1], [2]):
-        assert largest_difference(*draw(request, one_by_one), plain) == 0
+        [picture] = draw(request, one_by_one)
+        assert largest_difference(picture, plain) == 0
         assert [recording.replayed for recording in recordings] == replays
 
 
