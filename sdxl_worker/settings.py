@@ -25,7 +25,7 @@ from sdxl_worker.wording import IN_WORDS, RULE, problems
 EMBEDDED_MODEL_DIR = Path(__file__).resolve().parent.parent / "models" / "shapes"
 
 
-CompileMode = Literal["graphs", "blocks", "full"]
+CompileMode = Literal["auto", "graphs", "blocks", "full"]
 Quantization = Literal["int8", "fp8"]
 PredictionType = Literal["epsilon", "v_prediction"]
 MetadataLevel = Literal["all", "no_prompts", "none"]
@@ -215,8 +215,9 @@ class Settings(BaseSettings):
         CompileMode | None,
         Field(
             description="Faster pictures for a slower start. `graphs` replays each UNet as a CUDA "
-            "graph, `blocks` also compiles its transformer blocks, `full` the whole UNet and the "
-            "decoder. Not set: none of these."
+            "graph, `auto` does where the host takes at least 0.9 of a pass to launch it, judged "
+            "at the start; `blocks` also compiles its transformer blocks, `full` the whole UNet "
+            "and the decoder. Not set: none of these."
         ),
     ] = None
     compile_cache_dir: Annotated[

@@ -19,6 +19,7 @@ from sdxl_worker.errors import RequestError
 from sdxl_worker.field_types import MIN_SIDE_PX, SIDE_MULTIPLE_PX
 from sdxl_worker.loading.models import Models
 from sdxl_worker.request import Request
+from sdxl_worker.speed.cuda_graphs import GraphedForward
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +133,10 @@ def plan(
     encoder_bytes = pixels * ENCODER_BYTES_PER_PIXEL * vae_itemsize // 2
     room = free_bytes - MARGIN_BYTES
     encoding_tiled = encodes and encoder_bytes > room
-    recorded_bytes = gpu.idle_graph_bytes()
-    if recorded_bytes:
+    # A pass that is not recorded yet may be in its next step.
+    records = any(isinstance(unet.forward, GraphedForward) for unet in models.unets())
+    recorded_bytes = gpu.idle_graph_bytes() if records else 0
+    if records:
         # CUDA graphs keep their common memory, which grows to what the largest of them needs.
         room_for_unet = room + recorded_bytes - decoder_bytes
     else:
@@ -145,7 +148,7 @@ def plan(
         room_for_unet = room - moved_in_bytes
     most_at_once = max(1, room_for_unet // unet_bytes)
     batch_size = min(num_images, most_at_once)
-    if recorded_bytes:
+    if records:
         room -= max(0, batch_size * unet_bytes - recorded_bytes)
     chosen = Plan(
         batch_size,

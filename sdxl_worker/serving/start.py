@@ -271,9 +271,12 @@ def _load_and_draw(
         placement = choose_placement(files, settings.dtype)
         weights = start_reading(model_dir, files, placement)
         with sparing_imports():
+            import torch
+
             from sdxl_worker.drawing import generate  # noqa: F401  what a picture needs
             from sdxl_worker.loading.models import add_refiner, load_base
             from sdxl_worker.speed import compiling
+            from sdxl_worker.speed.host_bound import is_host_bound, unet_pass
             from sdxl_worker.speed.optimize import (
                 MODES,
                 OF_A_WHOLE_UNET,
@@ -281,7 +284,10 @@ def _load_and_draw(
                 optimize,
             )
 
-    optimizations = optimizations_of(settings, placement)
+    optimizations = set(optimizations_of(settings, placement))
+    judges = settings.compile == "auto" and "cuda_graphs" in optimizations
+    if judges:
+        optimizations.remove("cuda_graphs")
     if settings.step_cache is not None:
         left_out = MODES[settings.compile] & OF_A_WHOLE_UNET
         log.info(
@@ -303,6 +309,11 @@ def _load_and_draw(
                 models = add_refiner(models, weights)
                 optimize(optimizations, models.refiner_unet)
             _draw_first_picture(models, settings)
+    # Now no thread that reads weights takes time from the host. The base is judged for both: where
+    # the refiner is not bound by the host, its recordings cost memory, and no step is slower.
+    if judges and is_host_bound(unet_pass(models.unet), torch.cuda.synchronize):
+        for unet in models.unets():
+            optimize(["cuda_graphs"], unet)
     if model_dir.checkpoint is not None:
         path = model_dir.checkpoint.path
         hashing = hash_in_background(path)

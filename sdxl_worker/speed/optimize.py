@@ -122,6 +122,8 @@ OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {
 
 MODES: dict[CompileMode | None, frozenset[str]] = {
     None: frozenset({"channels_last", "direct_attention"}),
+    # The graphs only where `host_bound.py` finds them worth it.
+    "auto": frozenset({"channels_last", "direct_attention", "cuda_graphs"}),
     "graphs": frozenset({"channels_last", "direct_attention", "cuda_graphs"}),
     "blocks": frozenset({"channels_last", "compile_blocks", "cuda_graphs"}),
     "full": frozenset({"channels_last", "compile_unet", "compile_decoder", "cuda_graphs"}),

@@ -17,6 +17,7 @@ from sdxl_worker.errors import RequestError
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
+from sdxl_worker.speed.cuda_graphs import GraphedForward
 from tests.control_networks import control, draw_controlled
 from tests.support import (
     REQUESTS,
@@ -65,19 +66,20 @@ def models_on_gpu(
     *,
     dtype: torch.dtype = torch.float16,
     decoder_dtype: torch.dtype = torch.float16,
-    recorded_bytes: float = 0,
+    recorded_bytes: float | None = None,
     moved_in_bytes: float = 0,
 ) -> Models:
     """As they are to a plan, on a GPU with so much to spare.
 
     Args:
-        recorded_bytes: that CUDA graphs keep; not in what is to spare.
+        recorded_bytes: that CUDA graphs keep; not in what is to spare. None: there are no graphs.
         moved_in_bytes: of the larger UNet, where networks come from the host for their turn.
     """
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free_bytes) - 100, 0))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500 + int(recorded_bytes))
+    idle_bytes = int(recorded_bytes or 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 500 + idle_bytes)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 400)
-    monkeypatch.setattr(gpu, "idle_graph_bytes", lambda: int(recorded_bytes))
+    monkeypatch.setattr(gpu, "idle_graph_bytes", lambda: idle_bytes)
     vae: Any = SimpleNamespace(
         dtype=torch.float16, config=SimpleNamespace(force_upcast=decoder_dtype == torch.float32)
     )
@@ -85,7 +87,7 @@ def models_on_gpu(
         models(),
         placement=Placement(torch.device("cuda"), dtype, resident=not moved_in_bytes),
         vae=vae,
-        unet=unet_of(int(moved_in_bytes)),
+        unet=unet_of(int(moved_in_bytes), graphed=recorded_bytes is not None),
         refiner_unet=unet_of(int(moved_in_bytes) // 2),
     )
 
@@ -103,8 +105,9 @@ def plan_on_gpu(
     return batches.plan(models_there, num_images=num_images, pixels=pixels, encodes=encodes)
 
 
-def unet_of(size_bytes: int) -> Any:
-    return SimpleNamespace(get_memory_footprint=lambda: size_bytes)
+def unet_of(size_bytes: int, *, graphed: bool = False) -> Any:
+    forward: Any = GraphedForward(lambda: None, torch.device("cuda")) if graphed else None
+    return SimpleNamespace(get_memory_footprint=lambda: size_bytes, forward=forward)
 
 
 MEGAPIXEL = 1024 * 1024
@@ -290,25 +293,28 @@ def test_on_a_cpu_every_size_is_tried() -> None:
 @pytest.mark.parametrize(
     ("free_gb", "recorded_gb", "expected"),
     [
-        # Without a recording, this room would do for eight pictures, decoded together.
-        (14.5, 0, Plan(8, slicing=False, tiling=False)),
+        # Without recordings, this room would do for eight pictures, decoded together.
+        (14.5, None, Plan(8, slicing=False, tiling=False)),
+        # One that is to be made counts before there is any.
+        (14.5, 0, Plan(8, slicing=True, tiling=False)),
         (14.5, 0.4, Plan(8, slicing=True, tiling=False)),
         # The eight have been recorded before: nothing more goes.
         (14.5, 3.2, Plan(8, slicing=False, tiling=False)),
         # Beside the recording, there is to be room for one picture's decoding.
         (4.5, 0.4, Plan(5, slicing=True, tiling=False)),
-        (4.5, 0, Plan(8, slicing=True, tiling=False)),
+        (4.5, 0, Plan(4, slicing=True, tiling=False)),
+        (4.5, None, Plan(8, slicing=True, tiling=False)),
     ],
 )
 def test_the_decoder_has_no_use_of_what_recordings_keep(
-    free_gb: float, recorded_gb: float, expected: Plan, monkeypatch: pytest.MonkeyPatch
+    free_gb: float, recorded_gb: float | None, expected: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = plan_on_gpu(
         free_gb * 1e9,
         monkeypatch,
         num_images=8,
         pixels=MEGAPIXEL,
-        recorded_bytes=recorded_gb * 1e9,
+        recorded_bytes=None if recorded_gb is None else recorded_gb * 1e9,
     )
     assert planned == expected
 

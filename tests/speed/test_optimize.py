@@ -36,7 +36,7 @@ def test_every_optimization_of_the_modes_exists() -> None:
     assert all("channels_last" in optimizations for optimizations in MODES.values())
 
 
-@pytest.mark.parametrize("mode", [None, "graphs", "blocks", "full"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_worker_takes_only_what_its_machine_can_do(mode: Any) -> None:
     on_cpu = Placement(torch.device("cpu"), torch.float32, resident=True)
     on_gpu = dataclasses.replace(on_cpu, device=torch.device("cuda"))

@@ -257,7 +257,7 @@ def test_it_needs_no_more_memory_than_deep_steps(
     assert counted_memory.peak_bytes(unet, three_steps) == plain
 
 
-@pytest.mark.parametrize("mode", [None, "graphs", "blocks", "full"])
+@pytest.mark.parametrize("mode", MODES)
 def test_nothing_takes_a_unet_as_a_whole_beside_it(mode: Any) -> None:
     """A graph would replay a deep step for a shallow one, or the other way round."""
     on_gpu = Placement(torch.device("cuda"), torch.float16, resident=True)
