@@ -310,7 +310,9 @@ def _measure_row(
 
 
 def _let_go(device: torch.device) -> None:
-    """Free a row's networks, its recordings and what was compiled for it, before the next row."""
+    """Free a row's networks, its recordings and what was compiled for it, and take back what it set
+    for the process, before the next row."""
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":

@@ -28,7 +28,6 @@ def optimize(optimizations: Collection[str], unet: Any, vae: Any = None) -> None
 
     Compiling and recording happen later, at the first picture of each size.
     """
-    torch.backends.cuda.matmul.allow_fp16_accumulation = "fp16_accumulation" in optimizations
     for name, apply in OPTIMIZATIONS.items():
         if name in optimizations:
             apply(unet, vae)
@@ -97,6 +96,10 @@ def _cuda_graphs(unet: Any, _: Any) -> None:
     unet.forward = GraphedForward(unet.forward, unet.device, with_residuals=records)
 
 
+def _accumulate_in_fp16() -> None:
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+
+
 OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {
     # The memory order that tensor cores take: in the other, each convolution reorders its input.
     # Not compiled, torch's group normalisation on a GPU reorders it back, up to 2.13.
@@ -106,8 +109,8 @@ OPTIMIZATIONS: dict[str, Callable[[Any, Any], None]] = {
     # One product in place of three. Not with LoRA, whose weights would be left out.
     "fuse_qkv": _fuse_qkv,
     # GPUs for games sum up in 16 bits at twice the rate of 32. For the whole process, and only the
-    # products of cuBLAS, which linears are; `optimize` sets it before any network runs.
-    "fp16_accumulation": lambda *_: None,
+    # products of cuBLAS, which linears are.
+    "fp16_accumulation": lambda *_: _accumulate_in_fp16(),
     # Tensor cores do twice as many operations in 8 bits as in 16.
     "int8": lambda unet, _: quantize(unet, "int8"),
     "fp8": lambda unet, _: quantize(unet, "fp8"),

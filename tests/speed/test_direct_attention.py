@@ -322,7 +322,7 @@ def test_a_recording_has_no_text_of_its_own(
         job = {**BASE, "prompt": prompt}
         assert_same(passes(job, direct), passes(job, plain))
     assert len(recordings) == 1
-    assert recordings[0].replayed == 2 * 3
+    assert recordings[0].replayed == 2 * 3 - 1, "the first pass is its warm-up"
 
 
 def test_nothing_is_kept_where_the_unet_is_compiled(direct: Models) -> None:

@@ -38,10 +38,17 @@ def test_it_goes_with_every_mode_and_is_on_before_a_network_runs(mode: str | Non
     assert is_on()
 
 
-def test_it_does_not_stay_for_networks_that_go_without() -> None:
+def test_it_stays_where_more_is_done_to_a_unet_later() -> None:
+    """As COMPILE=auto does."""
     unet = fresh_models().unet
     optimize({"fp16_accumulation"}, unet)
-    optimize(optimizations_of(Settings(), Placement(CPU, torch.float32, resident=True)), unet)
+    optimize({"channels_last"}, unet)
+    assert is_on()
+
+
+def test_no_row_of_the_benchmark_hands_it_to_the_next() -> None:
+    optimize({"fp16_accumulation"}, fresh_models().unet)
+    benchmark._let_go(CPU)
     assert not is_on()
 
 

@@ -169,4 +169,4 @@ def test_where_there_can_be_no_graphs_nothing_is_judged(
         (Settings(compile="auto", step_cache=2), Placement(gpu, torch.float16, resident=True)),
         (Settings(compile="auto"), Placement(gpu, torch.float16, resident=False)),
     ):
-        assert optimizations_of(settings, placement) == {"channels_last"}
+        assert optimizations_of(settings, placement) == {"channels_last", "direct_attention"}
