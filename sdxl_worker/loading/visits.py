@@ -22,25 +22,30 @@ class Visit:
         Args:
             network: on the host.
         """
-        self._there: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-        """Of each tensor: what it was on the host, and its version when it came."""
+        self._there: list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] = []
+        """Of each tensor: what it was on the host, and how it came, as `_state`."""
         tensors = [*network.parameters(), *network.buffers()]
         pins = device.type == "cuda" and _can_be_pinned(tensors)
         try:
             for tensor in tensors:
                 host = _pinned(tensor.data) if pins else tensor.data
                 tensor.data = host.to(device, non_blocking=True, copy=True)
-                self._there.append((tensor, host, tensor._version))
+                self._there.append((tensor, host, _state(tensor)))
         except BaseException:
             self.end()
             raise
 
     def end(self) -> None:
         """It leaves."""
-        for tensor, host, version in self._there:
-            is_changed = tensor._version != version or tensor.dtype != host.dtype
+        for tensor, host, state in self._there:
+            is_changed = _state(tensor) != state
             tensor.data = tensor.data.to(host.device, copy=True) if is_changed else host
         self._there.clear()
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int]:
+    """It changes with what is written to a tensor, and where its data is replaced."""
+    return tensor._version, tensor.data_ptr()
 
 
 def _can_be_pinned(tensors: list[torch.Tensor]) -> bool:

@@ -76,6 +76,14 @@ def test_one_that_changes_its_format_meanwhile_keeps_it() -> None:
     assert {tensor.dtype for tensor in made.parameters()} == {torch.float64}
 
 
+def test_one_that_is_laid_out_otherwise_meanwhile_stays_so() -> None:
+    made = network().to(memory_format=torch.contiguous_format)
+    visit = Visit(made, DEVICE)
+    made.to(memory_format=torch.channels_last)
+    visit.end()
+    assert made[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_one_that_does_not_fit_stays_where_it_was_wholly(monkeypatch: pytest.MonkeyPatch) -> None:
     made = network()
     home = addresses(made)
