@@ -50,7 +50,9 @@ def at_the_start(optimizations: Collection[str]) -> Iterator[None]:
         torch.compiler.set_stance("default"),
         torch._dynamo.config.patch(assume_static_by_default=False),
         # Without these the code for one square picture would be for squares, and never for one row.
-        shapes_config.patch(use_duck_shape=False, backed_size_oblivious=True),
+        shapes_config.patch(  # type: ignore[attr-defined]
+            use_duck_shape=False, backed_size_oblivious=True
+        ),
     ):
         yield
     torch.compiler.set_stance("eager_on_recompile")
