@@ -2,27 +2,22 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from benchmarks.ways import psnr_db
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import CHECK_INPUT, parse_request
-from sdxl_worker.serving import start as start_module
-from sdxl_worker.serving.start import start
-from sdxl_worker.serving.threads import start_on_gpu_thread
 from sdxl_worker.settings import Settings
 from sdxl_worker.speed.compiling import at_the_start, compiles
 from sdxl_worker.speed.optimize import (
     MODES,
     OPTIMIZATIONS,
     optimizations_of,
-    optimize,
 )
 from tests.shapes import test_meaning
 from tests.support import (
@@ -123,166 +118,3 @@ def test_a_mode_draws_other_sizes_batches_and_without_guidance(optimized: Models
     ):
         request = parse_request({**REQUESTS["refined"], **changed})
         assert psnr_db(draw(request, optimized), draw(request, models())) > 45
-
-
-def tiny_unet() -> Any:
-    """SDXL's architecture in two levels, of random numbers: compiled in seconds."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-        norm_num_groups=8,
-        use_linear_projection=True,
-        cross_attention_dim=24,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 6 * 8,
-    ).eval()
-
-
-def pass_of(rows: int, height: int, width: int, tokens: int = 77) -> dict[str, Any]:
-    """What the pipelines give a UNet. Sizes are of latents."""
-    torch.manual_seed(1)
-    return {
-        "sample": torch.randn(rows, 4, height, width),
-        "timestep": torch.tensor(501),
-        "encoder_hidden_states": torch.randn(rows, tokens, 24),
-        "added_cond_kwargs": {
-            "text_embeds": torch.randn(rows, 24),
-            "time_ids": torch.ones(rows, 6),
-        },
-        "return_dict": False,
-    }
-
-
-@pytest.fixture
-def stance() -> Iterator[None]:
-    """Of the process: a start changes it for good."""
-    torch._dynamo.reset()
-    yield
-    torch.compiler.set_stance("default")
-    torch._dynamo.reset()
-
-
-@COMPILES
-@pytest.mark.usefixtures("stance")
-@torch.no_grad()
-def test_the_code_of_a_whole_unet_is_for_all_shapes_and_computes_the_same(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level("INFO")
-    unet, plain = tiny_unet(), tiny_unet()
-    optimize(["compile_unet"], unet)
-    with at_the_start(["compile_unet"]):
-        unet(**pass_of(2, 16, 16))
-    shapes = [(2, 16, 16), (1, 16, 16), (4, 24, 8), (3, 8, 32, 154)]
-    for shape in shapes:
-        (output,) = unet(**pass_of(*shape))
-        torch.testing.assert_close(output, plain(**pass_of(*shape))[0], rtol=1e-3, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert "no compiled code" not in caplog.text
-
-
-@pytest.fixture
-def compiled_for(stance: None, monkeypatch: pytest.MonkeyPatch) -> list[Any]:  # noqa: ARG001
-    """The graphs that are compiled, in place of any code."""
-    made: list[Any] = []
-    compile_function = torch.compile
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        made.append(graph)
-        return graph.forward
-
-    def compile_module(module: torch.nn.Module, **options: Any) -> None:
-        module._compiled_call_impl = compile_function(module._call_impl, backend=backend, **options)
-
-    monkeypatch.setattr(
-        torch, "compile", lambda what, **options: compile_function(what, backend=backend, **options)
-    )
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
-    monkeypatch.setattr(start_module, "_starts", {})  # each test has a start of its own
-    return made
-
-
-OF_A_START = {**REQUESTS["refined"], "height": 64, "width": 64, "num_inference_steps": 2}
-OTHER_JOBS = {
-    "another size": {"height": 96, "width": 160},
-    "more pictures": {"num_images": 2},
-    "no guidance": {"guidance_scale": 1},
-    "a long prompt": {"prompt": "a red circle and a blue square " * 20},
-    "a sampler of whole timesteps": {"scheduler": "DDIM"},
-    "a sampler of others": {"scheduler": "K_EULER"},
-}
-
-
-@pytest.mark.parametrize(("mode", "networks_or_blocks"), [("blocks", 4), ("full", 3)])
-def test_a_job_of_whatever_shape_finds_the_code_that_was_made_at_the_start(
-    mode: Any, networks_or_blocks: int, compiled_for: list[Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    started = start(Settings(compile=mode)).result()
-    assert len(compiled_for) == networks_or_blocks
-
-    def jobs() -> None:
-        if mode == "blocks":
-            # As after a start, with a voice. The decoder has other code for several pictures, for
-            # torch convolves them by another library, on a CPU.
-            torch.compiler.set_stance("fail_on_recompile")
-        for changed in OTHER_JOBS.values():
-            draw(parse_request({**OF_A_START, **changed}), started)
-
-    start_on_gpu_thread(jobs).result()
-    assert len(compiled_for) == networks_or_blocks
-    assert "the UNet has no compiled code" not in caplog.text
-
-
-def test_what_there_is_no_code_for_is_drawn_without_and_can_be_cancelled_and_is_told_once(
-    compiled_for: list[Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Sides that are no multiples of 32: diffusers calls a UNet's blocks otherwise for them."""
-    caplog.set_level("INFO")
-    started = start(Settings(compile="full")).result()
-    compiled_for.clear()
-    request = parse_request({**OF_A_START, "height": 72})
-    steps: list[Any] = []
-
-    class CancelledError(Exception):
-        pass
-
-    def cancel(step: Any) -> None:
-        steps.append(step)
-        raise CancelledError
-
-    with pytest.raises(CancelledError):
-        start_on_gpu_thread(draw, request, started, on_step=cancel).result()
-    assert len(steps) == 1
-    drawn = [start_on_gpu_thread(draw, request, started).result() for _ in range(2)]
-    assert compiled_for == []
-    for pictures in drawn:
-        assert psnr_db(pictures, draw(request, models())) > 45
-    told = [line for line in caplog.messages if "no compiled code" in line]
-    assert (
-        told
-        == [
-            "COMPILE=full: the UNet has no compiled code for 64x72 px in 2 rows, and runs without",
-        ]
-        * 2
-    ), "by the base and by the refiner, once each"
-
-
-def test_a_model_that_a_job_names_takes_the_code_of_the_start(
-    compiled_for: list[Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    settings = Settings(compile="full")
-    first = start(settings).result()
-    made = len(compiled_for)
-    other = start_on_gpu_thread(start_module._load_and_draw, first.model_dir, settings).result()
-    assert other.unet is not first.unet
-    assert other.unet.forward is not first.unet.forward
-    assert len(compiled_for) == made
-    assert "no compiled code" not in caplog.text
