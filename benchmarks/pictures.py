@@ -34,7 +34,16 @@ from benchmarks import common
 from benchmarks.flops import count_flops, meta_networks
 from benchmarks.overhead import sample_picture
 from benchmarks.sdxl_architecture import write_configs
-from benchmarks.ways import Diffusers, FlashAttention, Tuned, Version210, Way, Worker, psnr_db
+from benchmarks.ways import (
+    Diffusers,
+    FlashAttention,
+    OneSize,
+    Tuned,
+    Version210,
+    Way,
+    Worker,
+    psnr_db,
+)
 from sdxl_worker.gpu import peak_memory_bytes
 from sdxl_worker.loading.model_dir import ModelDir, find_model_dir
 from sdxl_worker.loading.models import Models, add_refiner, load_base
@@ -62,6 +71,8 @@ WORKER_ROWS: dict[str, frozenset[str]] = {
     "compile_full": MODES["full"] - {"cuda_graphs"},
     "full": MODES["full"],
     "full_tuned": MODES["full"],
+    "blocks_one_size": MODES["blocks"],
+    "full_one_size": MODES["full"],
     "blocks+int8": MODES["blocks"] | {"int8"},
     "blocks+fp8": MODES["blocks"] | {"fp8"},
     "full+int8": MODES["full"] | {"int8"},
@@ -70,6 +81,12 @@ WORKER_ROWS: dict[str, frozenset[str]] = {
 # These draw another picture: their PSNR is what they cost.
 STEP_CACHE_ROWS = {"step_cache_2": 2, "step_cache_3": 3}
 WORKER_ROWS |= dict.fromkeys(STEP_CACHE_ROWS, CHANNELS_LAST)
+KINDS: dict[str, type[Worker]] = {
+    "flash_attention": FlashAttention,
+    "full_tuned": Tuned,
+    "blocks_one_size": OneSize,
+    "full_one_size": OneSize,
+}
 OTHER_ROWS: dict[str, type[Diffusers]] = {"2.1.0": Version210, "diffusers": Diffusers}
 ROWS = (*OTHER_ROWS, *WORKER_ROWS)
 REFERENCE = "worker"
@@ -382,8 +399,7 @@ def _model_dir(model: str) -> Iterator[ModelDir]:
 def _way(row: str, models: Models) -> Way:
     if row in OTHER_ROWS:
         return OTHER_ROWS[row](models)
-    kind = {"flash_attention": FlashAttention, "full_tuned": Tuned}.get(row, Worker)
-    return kind(models, WORKER_ROWS[row], STEP_CACHE_ROWS.get(row))
+    return KINDS.get(row, Worker)(models, WORKER_ROWS[row], STEP_CACHE_ROWS.get(row))
 
 
 def _models(model_dir: ModelDir, options: Options) -> Models:

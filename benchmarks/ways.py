@@ -3,9 +3,11 @@
 import base64
 import contextlib
 import copy
+import functools
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from sdxl_worker.outputs.answer import data_uri, encode_pictures
 from sdxl_worker.outputs.metadata import About
 from sdxl_worker.request import Request
 from sdxl_worker.samplers import SAMPLERS, SamplerName
-from sdxl_worker.speed.compiling import for_one_size
+from sdxl_worker.speed.compiling import at_the_start
 from sdxl_worker.speed.optimize import optimize
 
 OnStep = Callable[[str], None]
@@ -58,10 +60,12 @@ class Worker(Way):
         self._step_cache_interval = step_cache_interval
         optimize(optimizations, models.unet, models.vae)
         optimize(optimizations, models.refiner_unet)
-        self._starting = for_one_size(optimizations)
+        self._starting: Callable[[], AbstractContextManager[None]] = functools.partial(
+            at_the_start, optimizations
+        )
 
     def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
-        with self._starting:
+        with self._starting():
             pictures = generate(
                 request,
                 plan_stages(request, self._models),
@@ -69,7 +73,7 @@ class Worker(Way):
                 on_step=lambda step: on_step(step.stage),
                 step_cache_interval=self._step_cache_interval,
             )
-        self._starting = contextlib.nullcontext()
+        self._starting = contextlib.nullcontext
         return pictures
 
     def encode(self, pictures: list[Image.Image], request: Request) -> list[str]:
@@ -84,6 +88,19 @@ class FlashAttention(Worker):
     def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
         order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         with sdpa_kernel(order, set_priority=True):
+            return super().draw(request, on_step)
+
+
+class OneSize(Worker):
+    """Compiled for each shape alone, within its first picture: what the worker's code for all
+    shapes costs."""
+
+    def draw(self, request: Request, on_step: OnStep) -> list[Image.Image]:
+        self._starting = contextlib.nullcontext
+        with (
+            torch.compiler.set_stance("default"),
+            torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64),
+        ):
             return super().draw(request, on_step)
 
 

@@ -14,7 +14,7 @@ from sdxl_worker.errors import (
     RequestError,
     ToldToEndError,
 )
-from sdxl_worker.serving.job import run_job
+from sdxl_worker.serving.job import check_input, run_job
 from sdxl_worker.serving.slot import next_job_has_begun
 from sdxl_worker.serving.threads import on_gpu_thread
 
@@ -53,6 +53,16 @@ class Answer:
 Answering = Callable[[dict[str, Any]], Coroutine[Any, Any, Answer]]
 
 
+def refusal(job: dict[str, Any]) -> Answer | None:
+    """Of a job whose input is wrong, its answer, before its turn; None: nothing is known to be."""
+    try:
+        check_input(job)
+    except RequestError as error:
+        log.info("refused", extra={"job_id": job.get("id")})
+        return _refused(error)
+    return None
+
+
 async def answer(job: dict[str, Any]) -> Answer:
     """Run one job. Only where it is cancelled, there is no answer."""
     extra = {"job_id": job.get("id")}
@@ -63,8 +73,7 @@ async def answer(job: dict[str, Any]) -> Answer:
         return _error(Outcome.STOPPED, str(error))
     except RequestError as error:
         log.info("refused", extra=extra)
-        whose = {"error_type": INVALID_REQUEST} if isinstance(error, OpenAIRequestError) else {}
-        return Answer({"error": str(error), **whose}, Outcome.REFUSED)
+        return _refused(error)
     except ModelError as error:
         log.info("refused", extra=extra)
         return _error(Outcome.NO_MODEL, str(error))
@@ -87,6 +96,11 @@ async def answer(job: dict[str, Any]) -> Answer:
         except Exception:
             log.exception("and so did the look at the GPU", extra=extra)
             return _failed(error)
+
+
+def _refused(error: RequestError) -> Answer:
+    whose = {"error_type": INVALID_REQUEST} if isinstance(error, OpenAIRequestError) else {}
+    return Answer({"error": str(error), **whose}, Outcome.REFUSED)
 
 
 def _describe_failure(error: BaseException, job_input: Any) -> Answer:

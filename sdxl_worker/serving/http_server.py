@@ -28,7 +28,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from sdxl_worker.host_memory import give_back_host_memory
 from sdxl_worker.openai_images import EDITS, GENERATIONS, MODELS
-from sdxl_worker.serving.answering import GPU_FAILED, INVALID_REQUEST, Answer, Answering, Outcome
+from sdxl_worker.serving.answering import (
+    GPU_FAILED,
+    INVALID_REQUEST,
+    Answer,
+    Answering,
+    Outcome,
+    refusal,
+)
 from sdxl_worker.serving.ending import HURRIED_SECONDS, hurry
 from sdxl_worker.serving.http_bodies import (
     Refusal,
@@ -109,7 +116,7 @@ def serve(
     uvicorn_log.handlers = logging.getLogger("sdxl_worker").handlers
 
     async def until_the_end() -> None:
-        worker = WorkerServer(answer, settings, models)
+        worker = WorkerServer(answer, settings, models, refusal)
         loading = asyncio.create_task(worker.wait_for_models())
         await worker.server.serve(sockets)
         loading.cancel()
@@ -126,8 +133,19 @@ def serve(
 class WorkerServer:
     """One server in the running event loop."""
 
-    def __init__(self, answer: Answering, settings: Settings, models: "Future[Any]") -> None:
+    def __init__(
+        self,
+        answer: Answering,
+        settings: Settings,
+        models: "Future[Any]",
+        refused: Callable[[dict[str, Any]], Answer | None] = lambda _: None,
+    ) -> None:
+        """
+        Args:
+            refused: the answer to a job that need not wait for its turn, for its input is wrong.
+        """
         self._answer = answer
+        self._refused = refused
         self._models = models
         self._state = State.LOADING
         self.is_broken = False
@@ -265,6 +283,8 @@ class WorkerServer:
                 read = {"id": job_id, **await job(await read_body(request))}
                 if self.is_broken and (refusal := self._refusal()) is not None:
                     return _refused(request, refusal)
+                if (wrong := self._refused(read)) is not None:
+                    return self._responded(request, read, wrong)
                 return await self._run(request, read)
         except Full as full:
             self._metrics.on_job(TURNED_AWAY)
@@ -302,7 +322,6 @@ class WorkerServer:
             self._metrics.on_job(Outcome.STOPPED.value)
             return _refused(request, Refusal(503, self._why_not_answered(), RETRY_AFTER_SECONDS))
         answer = running.result()
-        self._metrics.on_job(answer.outcome.value, answer.output)
         log.info(
             "answered with %d after %.1f s",
             STATUS[answer.outcome],
@@ -312,8 +331,12 @@ class WorkerServer:
         if answer.outcome is Outcome.GPU_BROKEN and not self.is_broken:
             self.is_broken = True
             self.told_to_end()
+        return self._responded(request, job, answer)
+
+    def _responded(self, request: Request, job: dict[str, Any], answer: Answer) -> Response:
+        self._metrics.on_job(answer.outcome.value, answer.output)
         response = _response(request, answer)
-        response.headers["X-Job-Id"] = job_id
+        response.headers["X-Job-Id"] = job["id"]
         return response
 
 

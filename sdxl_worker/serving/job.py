@@ -40,6 +40,21 @@ log = logging.getLogger(__name__)
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
+def check_input(job: dict[str, Any]) -> None:
+    """All that can be said of a job before its turn, without fetching anything. `run_job` checks it
+    as well.
+
+    Raises:
+        RequestError: the caller's mistake.
+    """
+    job_input = job.get("input")
+    if not is_openai_call(job_input):
+        check_limits(parse_request(job_input), load_settings())
+    elif (call := parse_openai_call(job)) is not None:
+        with call.in_its_words():
+            check_limits(call.request, load_settings())
+
+
 async def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """The output of a job: pictures, or the report of a check.
 

@@ -228,7 +228,7 @@ def _start(settings: Settings, before_drawing: Callable[[], object]) -> "Models"
     try:
         _check_folders(settings)
         model_dir = find_model_dir(settings)
-        models = _load_and_draw(model_dir, settings, before_drawing)
+        models = _load_and_draw(model_dir, settings, before_drawing, compiles=True)
         _kept.bring(model_dir.root, size_bytes_of(models), lambda: models)
         if settings.safety_checker is not None:
             from sdxl_worker.loading.safety_checkers import SafetyCheckerFiles
@@ -256,10 +256,19 @@ def _check_folders(settings: Settings) -> None:
 
 
 def _load_and_draw(
-    model_dir: ModelDir, settings: Settings, before_drawing: Callable[[], object] = lambda: None
+    model_dir: ModelDir,
+    settings: Settings,
+    before_drawing: Callable[[], object] = lambda: None,
+    *,
+    compiles: bool = False,
 ) -> "Models":
     """The weights are read while the libraries are imported, those of a refiner also while the
-    base draws its first picture."""
+    base draws its first picture.
+
+    Args:
+        compiles: whether it may, or takes what was compiled at the start: for networks of the same
+            configuration.
+    """
     with _timed("imported the libraries"):
         files = model_dir.weight_files(settings.dtype)
         configs = model_dir.configs()
@@ -295,10 +304,11 @@ def _load_and_draw(
             settings.step_cache,
             f"; not beside it, of COMPILE: {', '.join(sorted(left_out))}" if left_out else "",
         )
-    with (
-        compiling.kept(settings.compile_cache_dir, optimizations, placement, configs),
-        compiling.for_one_size(optimizations),
-    ):
+    with contextlib.ExitStack() as around:
+        if compiles:
+            folder = settings.compile_cache_dir
+            around.enter_context(compiling.kept(folder, optimizations, placement, configs))
+            around.enter_context(compiling.at_the_start(optimizations))
         with _timed("loaded the base"):
             models = load_base(weights)
             optimize(optimizations, models.unet, models.vae)

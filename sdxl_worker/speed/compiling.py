@@ -1,9 +1,8 @@
-"""Compiling: for which sizes, and keeping what was compiled for the next worker with the same GPU
-and versions.
+"""Compiling, at the start alone, and keeping what was compiled for the next worker with the same
+GPU and versions.
 
-What is kept are the artifacts of `torch.compiler.save_cache_artifacts`, made at start-up: for one
-picture of the model's native size (on a CPU, of 64x64). They hold code, and are taken only from the
-folder that the settings name.
+What is kept are the artifacts of `torch.compiler.save_cache_artifacts`. They hold code, and are
+taken only from the folder that the settings name.
 https://docs.pytorch.org/tutorials/recipes/torch_compile_caching_tutorial.html
 """
 
@@ -14,13 +13,15 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental import _config as shapes_config
 
 import sdxl_worker
+from sdxl_worker.field_types import SIDE_MULTIPLE_PX
 from sdxl_worker.placement import Placement
 from sdxl_worker.versions import library_versions
 
@@ -33,16 +34,66 @@ def compiles(optimizations: Collection[str]) -> bool:
     return not THAT_COMPILE.isdisjoint(optimizations)
 
 
-def for_one_size(optimizations: Collection[str]) -> contextlib.AbstractContextManager[Any]:
-    """What is drawn inside, on this thread, is compiled for its own size alone: that is the fastest
-    code. At the next size torch then makes code for all sizes, so that no later job waits for it.
+@contextlib.contextmanager
+def at_the_start(optimizations: Collection[str]) -> Iterator[None]:
+    """What is drawn inside, on this thread, is compiled: each network once, for all numbers of
+    rows, sizes and lengths of prompts. From then on torch compiles nothing in this process: no job
+    waits for it, which nobody could cancel meanwhile. What there is no code for runs without.
 
-    By default torch would make that code within the first picture, where a block of the UNet comes
-    in a second width.
+    By default torch makes code for one shape, and makes it anew as soon as the width, the height,
+    the rows or the prompt's length differ for the first time, and for one row.
     """
     if not compiles(optimizations):
-        return contextlib.nullcontext()
-    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+        yield
+        return
+    with (
+        torch.compiler.set_stance("default"),
+        torch._dynamo.config.patch(assume_static_by_default=False),
+        # Without these the code for one square picture would be for squares, and never for one row.
+        shapes_config.patch(  # type: ignore[attr-defined]
+            use_duck_shape=False, backed_size_oblivious=True
+        ),
+    ):
+        yield
+    torch.compiler.set_stance("eager_on_recompile")
+
+
+class Compiled:
+    """A function of latents, [rows, channels, height / 8, width / 8], and of other tensors. The log
+    names each shape of latents that there is no code for.
+    """
+
+    def __init__(self, function: Callable[..., Any], title: str) -> None:
+        """
+        Args:
+            title: of the network that it calls, for the log.
+        """
+        self._function = function
+        self._title = title
+        self._told: set[torch.Size] = set()
+        self._compiled = torch.compile(self._run, fullgraph=True)
+
+    def __call__(self, latents: torch.Tensor, *others: torch.Tensor) -> Any:
+        # The code is for one memory order.
+        return self._compiled(latents.contiguous(), *others)
+
+    def _run(self, latents: torch.Tensor, *others: torch.Tensor) -> Any:
+        if not torch.compiler.is_compiling():  # in the code that is made of this, nothing is left
+            self._tell(latents.shape)
+        return self._function(latents, *others)
+
+    def _tell(self, shape: torch.Size) -> None:
+        if shape in self._told:
+            return
+        self._told.add(shape)
+        rows, _, height, width = shape
+        log.info(
+            "COMPILE=full: the %s has no compiled code for %dx%d px in %d rows, and runs without",
+            self._title,
+            width * SIDE_MULTIPLE_PX,
+            height * SIDE_MULTIPLE_PX,
+            rows,
+        )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 from sdxl_worker.errors import ModelError
 from sdxl_worker.placement import Placement
 from sdxl_worker.settings import CompileMode, Settings
+from sdxl_worker.speed.compiling import Compiled
 from sdxl_worker.speed.cuda_graphs import GraphedForward
 from sdxl_worker.speed.direct_attention import attend_directly
 from sdxl_worker.speed.quantize import check_quantization, quantize
@@ -26,7 +27,7 @@ from sdxl_worker.speed.steered import CompiledForward
 def optimize(optimizations: Collection[str], unet: Any, vae: Any = None) -> None:
     """Apply the named ones to a UNet and, if it is given, to the VAE: in order and in place.
 
-    Compiling and recording happen later, at the first picture of each size.
+    Compiling happens later, `at_the_start`, and recording at the first picture of each size.
     """
     for name, apply in OPTIMIZATIONS.items():
         if name in optimizations:
@@ -76,18 +77,16 @@ def _fuse_qkv(unet: Any, vae: Any) -> None:
 
 
 def _compile_blocks(unet: Any, _: Any) -> None:
-    _allow_many_shapes()
     unet.compile_repeated_blocks(fullgraph=True)
 
 
 def _compile_unet(unet: Any, _: Any) -> None:
-    _allow_many_shapes()
     unet.forward = CompiledForward(unet.forward)
 
 
 def _compile_decoder(_: Any, vae: Any) -> None:
     if vae is not None:
-        vae.decoder.compile(fullgraph=True)
+        vae.decoder.forward = Compiled(vae.decoder.forward, "decoder")
 
 
 def _cuda_graphs(unet: Any, _: Any) -> None:
@@ -133,9 +132,3 @@ MODES: dict[CompileMode | None, frozenset[str]] = {
 }
 
 OF_A_WHOLE_UNET = frozenset({"compile_unet", "cuda_graphs"})
-
-
-def _allow_many_shapes() -> None:
-    """On this thread. A block is compiled for each width, for one size and for all, with and
-    without guidance, for prompts of one chunk and of more. Beyond the limit a job would fail."""
-    torch._dynamo.config.recompile_limit = 64

@@ -99,6 +99,8 @@ class _InEnoughRows(torch.nn.Linear):
     """For inputs [n, tokens, features]: fills the tokens up to `INT8_ROWS`."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("torchao's int8 without compiled code reads from the GPU")
         tokens = states.shape[1]
         if tokens < INT8_ROWS:
             states = torch.nn.functional.pad(states, (0, 0, 0, INT8_ROWS - tokens))

@@ -3,30 +3,64 @@ is drawn without it, and the log says so. No picture is for it another than in a
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from sdxl_worker.speed.compiling import Compiled
 from sdxl_worker.speed.cuda_graphs import CONDITIONS, GraphedForward
 
 
 class CompiledForward:
-    """Takes the place of a UNet's `forward`: compiled for what every job passes. For what
-    ControlNets and IP-Adapters add, torch would compile it anew within the job, for minutes; so
-    those passes are not compiled.
+    """Takes the place of a UNet's `forward`: compiled for what every job passes. What ControlNets
+    and IP-Adapters add would take code of its own, so those passes run without.
     """
 
-    def __init__(self, forward: Any) -> None:
+    def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = forward
-        self._compiled = torch.compile(forward, fullgraph=True)
+        self._compiled = Compiled(self._flat, "UNet")
 
-    def __call__(self, *inputs: Any, **options: Any) -> Any:
-        is_steered = (
-            options.get("mid_block_additional_residual") is not None
-            or options.get("cross_attention_kwargs") is not None
-            or set(options["added_cond_kwargs"]) != set(CONDITIONS)
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *,
+        added_cond_kwargs: dict[str, Any],
+        **rest: Any,
+    ) -> Any:
+        """As `GraphedForward`."""
+        is_steered = any(
+            value is not None for name, value in rest.items() if name != "return_dict"
+        ) or set(added_cond_kwargs) != set(CONDITIONS)
+        if is_steered:
+            return self._forward(
+                sample, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **rest
+            )
+        # The code is for one kind of timesteps. Samplers give whole numbers or others, and one for
+        # all rows or, where jobs share a pass, one for each; the UNet makes the same of them first.
+        return self._compiled(
+            sample,
+            timestep.float().expand(len(sample)).contiguous(),
+            encoder_hidden_states,
+            *(added_cond_kwargs[name] for name in CONDITIONS),
         )
-        return (self._forward if is_steered else self._compiled)(*inputs, **options)
+
+    def _flat(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *conditions: torch.Tensor,
+    ) -> Any:
+        return self._forward(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            added_cond_kwargs=dict(zip(CONDITIONS, conditions, strict=True)),
+            return_dict=False,
+        )
 
 
 def compiled_where_it_can_be(

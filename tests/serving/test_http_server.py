@@ -275,6 +275,30 @@ class TestHangingUp:
         assert f"{hung_up} | stopped" in worker.log()
         assert f"{hung_up} | generate done" not in worker.log()
 
+    def test_meanwhile_a_wrong_request_is_refused_at_once_not_at_its_turn(
+        self, worker: HttpWorker
+    ) -> None:
+        """Whichever route it takes, and it is counted."""
+        refused = 'sdxl_jobs_total{outcome="refused"}'
+        before = worker.metrics()[refused]
+        running = self.open_request(worker, **LONG)
+        wait_for(lambda: self.running(worker) == 1)
+        with worker.client() as client:
+            answers = [
+                client.post("/generate", json={"prompt": "a", "height": 65}),
+                client.post("/generate", json={"prompt": "a", "num_inference_steps": 1001}),
+                client.post("/v1/images/generations", json={"prompt": "a", "n": 99}),
+            ]
+        assert self.running(worker) == 1, "or they have waited for its end"
+        assert [answer.status_code for answer in answers] == [400] * 3
+        assert answers[0].json() == run({"prompt": "a", "height": 65})
+        assert answers[2].json()["error"]["type"] == "invalid_request_error"
+        assert worker.metrics()[refused] == before + 3
+        job_id = answers[0].headers["x-job-id"]
+        assert f"{job_id} | refused" in worker.log()
+        running.close()
+        wait_for(lambda: self.running(worker) == 0)
+
     def test_stops_a_job_that_waits_and_never_begins_it(self, worker: HttpWorker) -> None:
         before = self.stopped(worker)
         first = self.open_request(worker, **LONG)

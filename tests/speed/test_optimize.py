@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +12,8 @@ from benchmarks.ways import psnr_db
 from sdxl_worker.loading.models import Models
 from sdxl_worker.placement import Placement
 from sdxl_worker.request import CHECK_INPUT, parse_request
-from sdxl_worker.serving.start import start
-from sdxl_worker.serving.threads import start_on_gpu_thread
 from sdxl_worker.settings import Settings
-from sdxl_worker.speed.compiling import compiles, for_one_size
+from sdxl_worker.speed.compiling import at_the_start, compiles
 from sdxl_worker.speed.optimize import (
     MODES,
     OPTIMIZATIONS,
@@ -79,20 +77,23 @@ COMPILES = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(
-    scope="module",
-    params=["graphs", pytest.param("blocks", marks=COMPILES), pytest.param("full", marks=COMPILES)],
-)
-def optimized(request: pytest.FixtureRequest) -> Models:
+@pytest.fixture(scope="module", params=["graphs", pytest.param("blocks", marks=COMPILES)])
+def optimized(request: pytest.FixtureRequest) -> Iterator[Models]:
     """Models in a mode of COMPILE, as a GPU would have them but for one thing: what is compiled for
-    a CPU cannot be recorded by the stand-in."""
+    a CPU cannot be recorded by the stand-in. `full` takes minutes to compile on a CPU: its parts
+    are below."""
     request.getfixturevalue("all_recordings")  # the stand-in
     mode = MODES[request.param]
     changed = fresh_models()
     optimize_models(changed, mode - {"cuda_graphs"} if compiles(mode) else mode)
-    with for_one_size(mode):
+    torch._dynamo.reset()
+    with at_the_start(mode):
         draw(parse_request(CHECK_INPUT), changed)
-    return changed
+    if compiles(mode):
+        torch.compiler.set_stance("fail_on_recompile")  # all that follows has compiled code
+    yield changed
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("mode", test_meaning.MODES)
@@ -106,65 +107,14 @@ def test_each_mode_draws_what_the_prompt_says_and_the_plain_picture(
         assert psnr_db([picture], draw(request, models())) > 45
 
 
-@pytest.mark.parametrize(
-    "optimized", ["graphs", pytest.param("blocks", marks=COMPILES)], indirect=True
-)
 def test_a_mode_draws_other_sizes_batches_and_without_guidance(optimized: Models) -> None:
-    """Each is a shape of its own. `full` takes minutes for them on a CPU: not in the suite."""
-    for changed in ({"height": 96, "width": 160}, {"num_images": 3}, {"guidance_scale": 1}):
+    """With the same code, or recordings of their own."""
+    for changed in (
+        {"height": 96, "width": 160},
+        {"height": 72, "width": 104},
+        {"num_images": 3},
+        {"guidance_scale": 1},
+        {"prompt": "a red circle and a blue square " * 20},
+    ):
         request = parse_request({**REQUESTS["refined"], **changed})
         assert psnr_db(draw(request, optimized), draw(request, models())) > 45
-
-
-@pytest.fixture
-def compiled_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[tuple[Any, ...]]]]:
-    """The shapes of the inputs of all that is compiled, in place of any code."""
-    made: list[list[tuple[Any, ...]]] = []
-    compile_function = torch.compile
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        inputs = [node.meta.get("example_value") for node in graph.graph.nodes]
-        made.append([tuple(value.shape) for value in inputs if isinstance(value, torch.Tensor)])
-        return graph.forward
-
-    def compile_module(module: torch.nn.Module, **options: Any) -> None:
-        module._compiled_call_impl = compile_function(module._call_impl, backend=backend, **options)
-
-    monkeypatch.setattr(
-        torch, "compile", lambda what, **options: compile_function(what, backend=backend, **options)
-    )
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
-    torch._dynamo.reset()
-    yield made
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(("mode", "networks_or_blocks"), [("blocks", 5), ("full", 3)])
-def test_a_worker_starts_with_code_for_its_own_size_and_goes_on_with_code_for_all(
-    mode: Any, networks_or_blocks: int, compiled_for: list[list[tuple[Any, ...]]]
-) -> None:
-    def are_for_all_sizes() -> list[bool]:
-        return [
-            not all(isinstance(size, int) for shape in shapes for size in shape)
-            for shapes in compiled_for
-        ]
-
-    def compiled_after(height: int) -> int:
-        request = parse_request({**REQUESTS["refined"], "height": height, "width": 64})
-        start_on_gpu_thread(draw, request, started).result()
-        return len(compiled_for)
-
-    started = start(Settings(compile=mode)).result()
-    assert are_for_all_sizes() == [False] * networks_or_blocks
-    after_another_size = compiled_after(96)
-    assert after_another_size > networks_or_blocks
-    assert all(are_for_all_sizes()[networks_or_blocks:])
-    assert compiled_after(160) == after_another_size
-
-
-@pytest.mark.usefixtures("compiled_for")
-def test_the_thread_that_draws_may_compile_for_many_shapes() -> None:
-    """The setting is each thread's own, and 8 by itself: further shapes would end their jobs."""
-    start(Settings(compile="blocks")).result()
-    limit = start_on_gpu_thread(lambda: torch._dynamo.config.recompile_limit).result()
-    assert limit == 64

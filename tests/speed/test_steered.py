@@ -67,7 +67,9 @@ def test_a_job_with_controlnets_compiles_nothing_and_draws_the_same(
     assert compiled == []
 
 
-def test_what_is_compiled_as_a_whole_runs_in_steps_without_controlnets() -> None:
+def test_what_is_compiled_as_a_whole_runs_in_steps_without_controlnets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ran: list[str] = []
 
     def forward(*_: Any, **__: Any) -> tuple[()]:
@@ -75,11 +77,12 @@ def test_what_is_compiled_as_a_whole_runs_in_steps_without_controlnets() -> None
         return ()
 
     whole = CompiledForward(forward)
-    whole._compiled = lambda *_, **__: ran.append("compiled")
-    whole(added_cond_kwargs=ADDED, cross_attention_kwargs=None, timestep_cond=None)
-    whole(added_cond_kwargs=ADDED, **RESIDUALS)
-    whole(added_cond_kwargs={**ADDED, "image_embeds": []})
-    whole(added_cond_kwargs=ADDED, cross_attention_kwargs={"ip_adapter_masks": []})
+    monkeypatch.setattr(whole, "_compiled", lambda *_: ran.append("compiled"))
+    inputs = [torch.ones(1)] * 3
+    whole(*inputs, added_cond_kwargs=ADDED, cross_attention_kwargs=None, timestep_cond=None)
+    whole(*inputs, added_cond_kwargs=ADDED, **RESIDUALS)
+    whole(*inputs, added_cond_kwargs={**ADDED, "image_embeds": []})
+    whole(*inputs, added_cond_kwargs=ADDED, cross_attention_kwargs={"ip_adapter_masks": []})
     assert ran == ["compiled", "plain", "plain", "plain"]
 
 
