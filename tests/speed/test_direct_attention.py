@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+)
 from PIL import Image
 
 from benchmarks.flops import meta_networks, unet_inputs
@@ -421,3 +425,10 @@ def test_a_unet_whose_attention_has_more_to_it_keeps_diffusers_own(mid: str, pla
     assert DirectAttention not in {type(one) for one in unet.attn_processors.values()}
     with text_keys_kept(unet):
         pass
+
+
+def test_a_unet_that_has_another_processor_already_keeps_it() -> None:
+    unet = fresh_models().unet
+    unet.fuse_qkv_projections()
+    attend_directly(unet)
+    assert {type(one) for one in unet.attn_processors.values()} == {FusedAttnProcessor2_0}
