@@ -74,8 +74,9 @@ class Compiled:
         self._compiled = torch.compile(self._run, fullgraph=True)
 
     def __call__(self, latents: torch.Tensor, *others: torch.Tensor) -> Any:
-        # The code is for one memory order.
-        return self._compiled(latents.contiguous(), *others)
+        # The code is for one memory order. A copy has it in one row, too, where any stride counts
+        # as contiguous.
+        return self._compiled(*map(_laid_out, (latents, *others)))
 
     def _run(self, latents: torch.Tensor, *others: torch.Tensor) -> Any:
         if not torch.compiler.is_compiling():  # in the code that is made of this, nothing is left
@@ -94,6 +95,10 @@ class Compiled:
             height * SIDE_MULTIPLE_PX,
             rows,
         )
+
+
+def _laid_out(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager

@@ -95,11 +95,17 @@ def quantize(unet: Any, quantization: Quantization) -> None:
                 module.__class__ = _InEnoughRows
 
 
+def _is_recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class _InEnoughRows(torch.nn.Linear):
-    """For inputs [n, tokens, features]: fills the tokens up to `INT8_ROWS`."""
+    """For inputs [n, tokens, features]: fills the tokens up to `INT8_ROWS`. Where there is no
+    compiled code for them, a recording ends before it is broken.
+    """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        if not torch.compiler.is_compiling() and _is_recording():
             raise RuntimeError("torchao's int8 without compiled code reads from the GPU")
         tokens = states.shape[1]
         if tokens < INT8_ROWS:

@@ -42,7 +42,7 @@ class CompiledForward:
         # all rows or, where jobs share a pass, one for each; the UNet makes the same of them first.
         return self._compiled(
             sample,
-            timestep.float().expand(len(sample)).contiguous(),
+            timestep.float().expand(len(sample)),
             encoder_hidden_states,
             *(added_cond_kwargs[name] for name in CONDITIONS),
         )

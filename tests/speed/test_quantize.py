@@ -18,6 +18,7 @@ from sdxl_worker.placement import Placement
 from sdxl_worker.request import parse_request
 from sdxl_worker.serving.start import start
 from sdxl_worker.settings import Settings, load_settings
+from sdxl_worker.speed import quantize as quantize_module
 from sdxl_worker.speed.optimize import MODES, optimizations_of, optimize
 from sdxl_worker.speed.quantize import INT8_ROWS, check_quantization
 from shapes.judge import judge
@@ -304,3 +305,18 @@ def test_pictures_and_reports_tell_of_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert lossy_report["quantization"] == "int8"
     assert len(json.dumps(lossy_report)) < 2000
     assert plain_report["sha256"] != lossy_report["sha256"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_int8_without_compiled_code_ends_a_recording_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchao would read from the GPU, which breaks it."""
+    unet = fresh_models().unet
+    optimize(["int8"], unet)
+    linear = next(one for one in unet.modules() if isinstance(one, quantize_module._InEnoughRows))
+    states = torch.ones(1, 20, linear.in_features)
+    assert linear(states).isfinite().all()
+    monkeypatch.setattr(quantize_module, "_is_recording", lambda: True)
+    with pytest.raises(RuntimeError, match="without compiled code"):
+        linear(states)
