@@ -173,7 +173,7 @@ class GraphedForward:
         return replay
 
     def _end_recording(self) -> None:
-        """After one that failed. Where CUDA cannot end it, torch raises too early (up to 2.13): it
+        """After one that failed. Where CUDA cannot end it, torch raises too early (by reading): it
         goes on recording to that memory, so that no later recording can share it, and no longer
         frees any memory that it keeps for reuse."""
         place = (self._device.index or 0, graph_memory())
