@@ -171,7 +171,8 @@ def run(models: Models, arguments: argparse.Namespace) -> bool:
     table: list[Sequence[object]] = [shown]
     failed = False
     width, height = arguments.size or (models.native_size_px,) * 2
-    for network, unet in (("base", models.unet), ("refiner", models.refiner_unet)):
+    unets: dict[str, Any] = {"base": models.unet, "refiner": models.refiner_unet}
+    for network, unet in unets.items():
         for rows in arguments.rows:
             inputs = inputs_of(unet, rows, width, height)
             with Operations() as operations:

@@ -151,7 +151,8 @@ def run(environment: Mapping[str, str], arguments: argparse.Namespace) -> bool:
         arguments.out / f"start-{common.slug(device)}.csv", [*common.machine(on), *COLUMNS]
     )
     weights = list(root.rglob("*.safetensors"))
-    table: list[Sequence[object]] = [COLUMNS[1:-1]]
+    shown = COLUMNS[1:]
+    table: list[Sequence[object]] = [shown]
     failed = False
     for cache in arguments.caches:
         for mode in arguments.modes:
@@ -173,7 +174,7 @@ def run(environment: Mapping[str, str], arguments: argparse.Namespace) -> bool:
                     seconds = {**asdict(start), "rest_s": start.rest_s}
                     row |= {name: round(value, 2) for name, value in seconds.items()}
                 results.add(row)
-                table.append([row.get(name, "") for name in table[0]])
+                table.append([row.get(name, "") for name in shown])
     print(common.markdown_table(table))
     return failed
 

@@ -4,8 +4,8 @@ The worker's own, with and without reading ahead, safetensors' `load_file`, seve
 read into pinned buffers, and safetensors 0.9's `prefetch` where that version is installed. Each
 reads all files of a MODEL_DIR.
 
-    MODEL_DIR=sdxl-random python -m benchmarks.reading
-    python -m benchmarks.reading --model full --ways worker pinned
+    MODEL_DIR=sdxl-random python -m benchmarks.ways_to_read
+    python -m benchmarks.ways_to_read --model full --ways worker pinned
 """
 
 import argparse
@@ -81,7 +81,7 @@ def of_safetensors(source: Source) -> Any:
 
 def prefetch(source: Source) -> Any:
     """Of all files at once."""
-    files = [
+    files: list[Any] = [
         safetensors.safe_open(path, framework="pt", device=str(source.device))
         for path in source.paths
     ]
@@ -123,7 +123,7 @@ def pinned(source: Source) -> dict[Path, torch.Tensor]:
                         buffer, event = buffers[turn], copied[turn]
                         if event is not None:
                             event.synchronize()
-                        room = memoryview(buffer.numpy())[: min(CHUNK_BYTES, end - at)]
+                        room = buffer.numpy().data[: min(CHUNK_BYTES, end - at)]
                         count = os.preadv(file.fileno(), [room], at)
                         if count == 0:
                             raise EOFError(f"{path} ends early")
