@@ -143,6 +143,13 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def free_pinned_memory() -> None:
+    """Give back to the host the pinned memory that torch keeps for reuse."""
+    torch = _torch_with_gpu()
+    if torch is not None:
+        torch._C._host_emptyCache()
+
+
 @functools.cache
 def graph_memory() -> Any:
     """The one pool of memory that all CUDA graphs share. Made at the first call."""

@@ -55,9 +55,10 @@ class _Seat:
             self._network = network
 
     def leave(self) -> None:
+        self._network = None  # nobody's, also where this fails
         if self._visit is not None:
             self._visit.end()
-        self._network = self._visit = None
+        self._visit = None
 
 
 class _Turn(ModelHook):

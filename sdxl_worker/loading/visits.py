@@ -14,6 +14,9 @@ from sdxl_worker.host_memory import free_host_bytes
 log = logging.getLogger(__name__)
 
 
+_State = tuple[int, int, torch.dtype, tuple[int, ...]]
+
+
 class Visit:
     """A network's stay on a device. It comes at once, wholly or not at all."""
 
@@ -22,7 +25,7 @@ class Visit:
         Args:
             network: on the host.
         """
-        self._there: list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] = []
+        self._there: list[tuple[torch.Tensor, torch.Tensor, _State]] = []
         """Of each tensor: what it was on the host, and how it came, as `_state`."""
         tensors = [*network.parameters(), *network.buffers()]
         pins = device.type == "cuda" and _can_be_pinned(tensors)
@@ -37,15 +40,17 @@ class Visit:
 
     def end(self) -> None:
         """It leaves."""
-        for tensor, host, state in self._there:
+        while self._there:
+            tensor, host, state = self._there[-1]
             is_changed = _state(tensor) != state
             tensor.data = tensor.data.to(host.device, copy=True) if is_changed else host
-        self._there.clear()
+            self._there.pop()
 
 
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    """It changes with what is written to a tensor, and where its data is replaced."""
-    return tensor._version, tensor.data_ptr()
+def _state(tensor: torch.Tensor) -> _State:
+    """It changes with what is written to a tensor, and where its data is replaced: by other data at
+    the same address, if it is of another format or layout."""
+    return tensor._version, tensor.data_ptr(), tensor.dtype, tensor.stride()
 
 
 def _can_be_pinned(tensors: list[torch.Tensor]) -> bool:

@@ -40,7 +40,8 @@ class Weights:
     """Of each network, by its name in `NETWORKS`."""
 
     def take(self, network: str) -> Tensors:
-        """All tensors of one network, once they are read. They are handed over, not kept.
+        """All tensors of one network, once they are read. They are handed over, not kept, to the
+        stream that this is called on.
 
         Raises:
             ModelError: a file cannot be read.
@@ -48,6 +49,11 @@ class Weights:
         tensors: Tensors = {}
         for part in self.parts.pop(network):
             tensors |= part.result()
+        for tensor in tensors.values():
+            if tensor.is_cuda:
+                # What is freed while this stream has yet to read it, as where a network is laid out
+                # otherwise, must not be written to by threads that go on reading.
+                tensor.record_stream(torch.cuda.current_stream())
         return tensors
 
 
@@ -141,16 +147,15 @@ def _on_own_stream(device: torch.device) -> Iterator[None]:
     """What is copied to a GPU inside does not wait for what it draws meanwhile, as the refiner's
     weights would behind the base's first picture, and is there when this ends.
 
-    One stream for all threads: torch keeps freed memory for the stream that it was taken on. Other
-    streams may use the tensors without telling torch so, as they are not freed while a network
-    runs.
+    One stream for all threads: torch keeps freed memory for the stream that it was taken on.
     """
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.stream(_stream()):
+    stream = _stream()
+    with torch.cuda.stream(stream):
         yield
-    _stream().synchronize()
+    stream.synchronize()
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sdxl_worker.gpu import free_memory
+from sdxl_worker.gpu import free_memory, free_pinned_memory
 from sdxl_worker.host_memory import free_host_bytes, give_back_host_memory
 from sdxl_worker.placement import WORKING_MEMORY_BYTES, fits
 
@@ -53,6 +53,7 @@ class ModelMemory:
         for network in models.networks().values():
             _empty(network)
         free_memory()
+        free_pinned_memory()
         give_back_host_memory()
 
 

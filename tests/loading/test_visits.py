@@ -84,6 +84,25 @@ def test_one_that_is_laid_out_otherwise_meanwhile_stays_so() -> None:
     assert made[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_one_that_cannot_go_back_can_once_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network()
+    home = addresses(made)
+    visit = Visit(made, DEVICE)
+    with torch.no_grad():
+        made[0].weight.fill_(2)
+
+    def to(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", to)
+        with pytest.raises(RuntimeError, match="no memory"):
+            visit.end()
+    visit.end()
+    assert addresses(made)[1:] == home[1:]
+    assert torch.equal(made[0].weight, torch.full_like(made[0].weight, 2))
+
+
 def test_one_that_does_not_fit_stays_where_it_was_wholly(monkeypatch: pytest.MonkeyPatch) -> None:
     made = network()
     home = addresses(made)

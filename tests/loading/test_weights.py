@@ -4,6 +4,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdxl_worker.errors import ModelError
 from sdxl_worker.loading import weights as weights_module
 from sdxl_worker.loading.model_dir import ModelDir
-from sdxl_worker.loading.weights import choose_placement, start_reading
+from sdxl_worker.loading.weights import Weights, choose_placement, start_reading
 from sdxl_worker.placement import WORKING_MEMORY_BYTES, Placement
 from sdxl_worker.settings import EMBEDDED_MODEL_DIR
 
@@ -43,8 +44,12 @@ def test_every_thread_s_part_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_parts_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     files = EMBEDDED.weight_files("float16")["unet"]
     together = threading.Barrier(8, timeout=30)
+
+    def read(_: Path, names: list[str], *__: Any) -> dict[str, torch.Tensor]:
+        return {names[0]: torch.tensor(together.wait())}
+
     monkeypatch.setattr(weights_module, "_parts", lambda *_: ([str(i)] for i in range(8)))
-    monkeypatch.setattr(weights_module, "_read", lambda _, names, *__: {names[0]: together.wait()})
+    monkeypatch.setattr(weights_module, "_read", read)
     assert len(start_reading(EMBEDDED, {"network": files}, CPU).take("network")) == 8
 
 
@@ -177,3 +182,26 @@ def test_parts_for_a_gpu_are_copied_within(monkeypatch: pytest.MonkeyPatch) -> N
     placement = Placement(torch.device("meta"), torch.float32, resident=True)
     start_reading(EMBEDDED, EMBEDDED.weight_files("float16"), placement).take("vae")
     assert parts
+
+
+def test_what_is_handed_over_is_not_written_to_before_the_one_who_takes_it_has_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A network that is laid out otherwise frees its tensors at once, while the GPU has yet to
+    read them, and threads go on reading into what is free."""
+    here = object()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    told: list[object] = []
+
+    class Tensor:
+        def __init__(self, is_cuda: bool) -> None:
+            self.is_cuda = is_cuda
+
+        def record_stream(self, stream: object) -> None:
+            told.append((self, stream))
+
+    tensors: Any = {"a": Tensor(is_cuda=True), "b": Tensor(is_cuda=False)}
+    part: Future[Any] = Future()
+    part.set_result(tensors)
+    assert Weights(EMBEDDED, CPU, {"unet": [part]}).take("unet") == tensors
+    assert told == [(tensors["a"], here)]
