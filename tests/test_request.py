@@ -46,6 +46,7 @@ def test_names_and_defaults_are_those_of_2_1_0() -> None:
         "num_inference_steps": 25,
         "refiner_inference_steps": 50,
         "guidance_scale": 7.5,
+        "guidance_end": 1.0,
         "strength": 0.3,
         "image_url": None,
         "num_images": 1,

@@ -97,6 +97,8 @@ def _again(request: Request, index: int, about: About, with_prompts: bool) -> di
         unused.add("output_quality")
     if not request.prompt_weighting:
         unused.add("prompt_weighting")
+    if request.guidance_end == 1:
+        unused.add("guidance_end")
     prompts = set() if with_prompts else {*TEXT_FIELDS}
     job_input = again.model_dump(exclude_none=True, exclude=OF_THE_DELIVERY | unused | prompts)
     for holder in (job_input, *_entries(job_input)):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import coldstart, common, throughput
+from benchmarks import common, full_size_model, throughput
 from benchmarks.throughput import ONE_BY_ONE, TOGETHER, JobInput, Measured, Ratio, Worker
 from local_endpoint.local import LocalEndpoint
 from sdxl_worker.request import parse_request
@@ -143,7 +143,7 @@ def test_a_full_size_model_draws_in_its_own_size(
     def model_dir(name: str) -> Iterator[dict[str, str]]:
         yield {"MODEL_DIR": name}
 
-    monkeypatch.setattr(coldstart, "model_dir", model_dir)
+    monkeypatch.setattr(full_size_model, "model_dir", model_dir)
     monkeypatch.setenv("MODEL_DIR", "")
     rows_of(monkeypatch, tmp_path, "--model", "full")
     assert os.environ["MODEL_DIR"] == "full", "which the workers inherit"

@@ -292,6 +292,8 @@ def test_the_request_holds_what_makes_the_picture_and_nothing_that_is_not_used()
         "strength",
         "num_images",
     }
+    cut = json.loads(told(made("png", guidance_end=0.6))["request"])
+    assert cut["guidance_end"] == 0.6
     masked = {
         "image_url": IMAGE_URL,
         "mask_url": IMAGE_URL,
