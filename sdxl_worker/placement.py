@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# What a 1024 x 1024 picture may need beside the weights: activations of the UNet and the decoder,
-# CUDA's own context and libraries. A cautious estimate, not measured. Counted are 1.6 GB for the
-# decoder, which needs the most, and with `batches.MARGIN_BYTES` 2.7 GB. A card of 16 GiB misses it
-# by a hair: 11.46 GB of weights and this are 16.83 GB, of 17.18 less what CUDA takes for itself.
+# What a 1024 x 1024 picture may need beside the weights. A cautious estimate: no card has shown its
+# peak yet. As counted (`drawing/batches.py`, `benchmarks/results/memory.csv`) it is 2.9 GiB: 1.5
+# for the decoder, 0.4 for a pass of a UNet, which CUDA graphs keep meanwhile, and a margin of 1 for
+# libraries and gaps. CUDA's own context does not count: what is free is asked when it is there. A
+# card of 16 GiB, 17.18e9 bytes, misses it by a hair: with 11.46e9 of weights it is 16.83e9. If a
+# card confirms what is counted, 4 GiB will do, and base and refiner stay on it.
 WORKING_MEMORY_BYTES = 5 * 1024**3
 
 
