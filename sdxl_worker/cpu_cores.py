@@ -6,19 +6,23 @@ import os
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-# Read when torch's, numpy's and their compilers' libraries are loaded, also in child processes.
-THREADS = "OMP_NUM_THREADS"
+# Read when a library is loaded: torch's, numpy's in child processes, torch's compiler, whose
+# threads are processes of some hundred MB, and onnxruntime. OpenCV sees the quota itself.
+VARIABLES = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "ORT_INTRA_OP_NUM_THREADS")
 
 
 def follow_the_quota() -> None:
-    """Have libraries start as many threads as there are cores for them, unless the owner has said
-    otherwise. They count the host's cores; a container is often given the time of a few of them,
-    and more threads than that wait for one another.
+    """Have libraries start as many threads as the container's quota has cores, unless the owner has
+    said otherwise. They count the host's cores; a container is often given the time of a few of
+    them, and more threads than that wait for one another.
 
     To be called before torch is imported.
     """
-    if not os.environ.get(THREADS):
-        os.environ[THREADS] = str(cores())
+    if _quota(ROOT) is None:
+        return  # they see by themselves which cores they may run on
+    for name in VARIABLES:
+        if not os.environ.get(name):
+            os.environ[name] = str(cores(ROOT))
 
 
 def cores(root: Path = ROOT) -> int:

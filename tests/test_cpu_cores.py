@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_worker.cpu_cores import THREADS, cores
+from sdxl_worker.cpu_cores import VARIABLES, cores
 from tests.support import REPOSITORY
 
 
@@ -56,13 +56,17 @@ def test_without_a_control_group_the_cores_that_it_may_run_on_count(tmp_path: Pa
 # `main`, up to where it would load the models.
 WORKER = """
 import os, sys
-os.sched_getaffinity = lambda _: range(1)
+from pathlib import Path
+from sdxl_worker import cpu_cores
+cpu_cores.ROOT = Path(sys.argv[1])
 import handler
 
 def start(*_, **__):
     assert "torch" not in sys.modules
     import torch
-    print(torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], flush=True)
+    from torch._inductor import config
+    onnx = os.environ.get("ORT_INTRA_OP_NUM_THREADS")
+    print(torch.get_num_threads(), config.compile_threads, onnx, flush=True)
     os._exit(0)
 
 handler.start = start
@@ -71,19 +75,29 @@ handler.main()
 """
 
 
-@pytest.mark.parametrize(("said", "expected"), [(None, "1 1"), ("", "1 1"), ("2", "2 2")])
-def test_a_worker_s_torch_follows_and_so_do_the_programs_that_it_starts(
-    said: str | None, expected: str
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({}, "1 1 1"), ({"OMP_NUM_THREADS": ""}, "1 1 1"), ({"OMP_NUM_THREADS": "2"}, "2 1 1")],
+)
+def test_a_worker_s_libraries_follow_unless_the_owner_says_otherwise(
+    said: dict[str, str], expected: str, tmp_path: Path
 ) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != THREADS}
-    if said is not None:
-        environment[THREADS] = said
+    assert worker(version_2(tmp_path, "100000 100000"), said) == expected
+
+
+def test_without_a_quota_they_are_left_to_themselves(tmp_path: Path) -> None:
+    assert worker(tmp_path, {"OMP_NUM_THREADS": "2"}).endswith(" None")
+
+
+def worker(root: Path, said: dict[str, str]) -> str:
+    """Threads of torch, of its compiler, and of onnxruntime as it is told."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
-        [sys.executable, "-c", WORKER],
+        [sys.executable, "-c", WORKER, str(root)],
         cwd=REPOSITORY,
-        env=environment,
+        env=environment | said,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.split("\n")[-2] == expected
+    return done.stdout.splitlines()[-1]

@@ -42,8 +42,13 @@ class Visit:
         """It leaves."""
         while self._there:
             tensor, host, state = self._there[-1]
-            is_changed = _state(tensor) != state
-            tensor.data = tensor.data.to(host.device, copy=True) if is_changed else host
+            here = tensor.data
+            if _state(tensor) == state:
+                tensor.data = host
+            elif (here.dtype, here.shape, here.stride()) == (host.dtype, host.shape, host.stride()):
+                tensor.data = host.copy_(here)  # pinned, it need not be pinned again
+            else:
+                tensor.data = here.to(host.device, copy=True)
             self._there.pop()
 
 

@@ -62,7 +62,7 @@ def test_what_was_changed_meanwhile_is_copied_back_and_nothing_else() -> None:
     visit.end()
     assert torch.equal(weight, torch.full_like(weight, 2))
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert addresses(made)[1:] == home[1:]
+    assert addresses(made) == home, "what is pinned there stays so"
     again = Visit(made, DEVICE)
     assert torch.equal(weight, torch.full_like(weight, 2))
     again.end()
@@ -95,11 +95,11 @@ def test_one_that_cannot_go_back_can_once_there_is_room(monkeypatch: pytest.Monk
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "to", to)
+        patched.setattr(torch.Tensor, "copy_", to)
         with pytest.raises(RuntimeError, match="no memory"):
             visit.end()
     visit.end()
-    assert addresses(made)[1:] == home[1:]
+    assert addresses(made) == home
     assert torch.equal(made[0].weight, torch.full_like(made[0].weight, 2))
 
 
