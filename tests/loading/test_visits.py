@@ -76,6 +76,16 @@ def test_one_that_changes_its_format_meanwhile_keeps_it() -> None:
     assert {tensor.dtype for tensor in made.parameters()} == {torch.float64}
 
 
+def test_one_that_changes_its_format_at_the_same_address_keeps_it() -> None:
+    """As on a GPU, where freed memory is given again at once."""
+    made = network()
+    visit = Visit(made, DEVICE)
+    mean = made[1].running_mean
+    mean.data = mean.data.view(torch.int32)
+    visit.end()
+    assert mean.dtype == torch.int32
+
+
 def test_one_that_is_laid_out_otherwise_meanwhile_stays_so() -> None:
     made = network().to(memory_format=torch.contiguous_format)
     visit = Visit(made, DEVICE)
