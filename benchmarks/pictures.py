@@ -315,14 +315,14 @@ def _measure_row(
                 way = _way(row, _models(model_dir, options))
             except Exception as error:
                 # Whatever goes wrong in one row must not cost the others.
-                reason = _shortened(error)
+                reason = common.shortened(error)
         for request in requests:
             measured: Measured | str = reason
             if not reason:
                 try:
                     measured = measure(way, request, options.device, options.repeats)
                 except Exception as error:
-                    measured = _shortened(error)
+                    measured = common.shortened(error)
             yield request, measured
 
 
@@ -382,11 +382,6 @@ def _figures(
         figures["peak_memory_gb"] = round(peak_memory_bytes() / 1e9, 2)
         figures["reserved_memory_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     return figures
-
-
-def _shortened(error: Exception) -> str:
-    first, *_ = str(error).strip().split("\n")
-    return f"{type(error).__name__}: {first[:200]}"
 
 
 @contextlib.contextmanager

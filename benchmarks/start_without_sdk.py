@@ -34,7 +34,7 @@ PHASES = {
     bare_worker.JOBS[0]: ("first_job_s",),
     bare_worker.JOBS[1]: ("second_job_s",),
 }
-MODES = ("none", "graphs", "blocks", "full")
+MODES = ("none", "auto", "graphs", "blocks", "full")
 # A request's defaults.
 JOB: dict[str, Any] = {"prompt": "a red circle on a blue background", "seed": 3}
 # More of the worker's steps than a start has, and no more.
